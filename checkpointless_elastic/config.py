@@ -1,0 +1,85 @@
+"""Every setting, in one place: name, unit, default, meaning.
+
+A setting is given as ``--rdzv-conf name=value,...`` or as the variable ``CHECKPOINTLESS_NAME``; the option wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from checkpointless_elastic.errors import ConfigError
+
+__all__ = ["Config"]
+
+ENV_PREFIX = "CHECKPOINTLESS_"
+
+
+def _setting(default: object, meaning: str) -> object:
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one job, the same on all agents.
+
+    Attributes:
+        timeout: limit for the first rendezvous.
+        settle_timeout: limit for survivors to come out of a void step and for groups to be rebuilt; then rung 4.
+        join_timeout: limit for a replacement to run the script up to its first step; then rung 4.
+        max_faults_per_step: faults without one committed step between them, after which the job stops.
+        events: file for the JSON lines of recoveries; empty: ``recoveries.jsonl`` in the log directory.
+    """
+
+    timeout: timedelta = _setting(timedelta(seconds=900), "limit for the first rendezvous")  # type: ignore[assignment]
+    settle_timeout: timedelta = _setting(  # type: ignore[assignment]
+        timedelta(seconds=120), "limit for survivors to leave a void step and rebuild groups; then rung 4"
+    )
+    join_timeout: timedelta = _setting(  # type: ignore[assignment]
+        timedelta(seconds=600), "limit for a replacement to reach its first step; then rung 4"
+    )
+    max_faults_per_step: int = _setting(8, "faults without a committed step between them before the job stops")  # type: ignore[assignment]
+    events: str = _setting("", "file for the JSON lines of recoveries; empty: recoveries.jsonl in the log directory")  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "settle_timeout", "join_timeout"):
+            if getattr(self, name) <= timedelta(0):
+                raise ConfigError(f"{name} must be a positive number of seconds, not {getattr(self, name)}.")
+        if self.max_faults_per_step < 1:
+            raise ConfigError(f"max_faults_per_step must be at least 1, not {self.max_faults_per_step}.")
+
+    @classmethod
+    def parse(cls, options: Mapping[str, object], env: Mapping[str, str]) -> Config:
+        """Make the settings from ``--rdzv-conf`` options and ``CHECKPOINTLESS_*`` variables.
+
+        Raises ConfigError on an unknown option or a value that cannot be read.
+        """
+        fields = {item.name: item for item in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - set(fields))
+        if unknown:
+            raise ConfigError(
+                f"Unknown setting {unknown[0]!r} in --rdzv-conf; known settings are {', '.join(sorted(fields))}."
+            )
+        values: dict[str, object] = {}
+        for name, item in fields.items():
+            given = options.get(name, env.get(ENV_PREFIX + name.upper()))
+            if given is not None:
+                values[name] = _read(name, given, type(item.default))
+        return cls(**values)  # type: ignore[arg-type]
+
+    @classmethod
+    def describe(cls) -> list[tuple[str, str, str]]:
+        """Rows of (name, default, meaning), for documents and messages."""
+        return [(f.name, str(f.default), f.metadata["meaning"]) for f in dataclasses.fields(cls)]
+
+
+def _read(name: str, given: object, kind: type) -> object:
+    try:
+        if kind is timedelta:
+            return given if isinstance(given, timedelta) else timedelta(seconds=float(str(given)))
+        return kind(given)
+    except (TypeError, ValueError, OverflowError) as error:
+        wanted = "a number of seconds" if kind is timedelta else f"of type {kind.__name__}"
+        raise ConfigError(f"The setting {name} must be {wanted}, not {given!r}.") from error

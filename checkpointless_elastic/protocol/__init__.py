@@ -1,0 +1,12 @@
+"""The protocol: messages, states and decisions. Pure: no input or output, no clock, no randomness.
+
+A step, per worker: compute; at the gate say ``Ready``; on ``Commit`` apply the update. Votes of a node's workers are
+gathered by its agent (``node``), those of all agents by the coordinator (``coordinator``), which alone decides.
+
+A fault: the coordinator opens the next generation and sends ``Freeze``. Each worker answers ``Frozen`` with its step
+and phase, and cannot commit in the old generation from then on. When all have answered the coordinator sends
+``Decision``: every rank goes on at one step. Whole ranks publish their state, replacements restore it, all rebuild
+the affected groups, ``Resume``. Another loss at any moment opens another generation and starts over.
+
+Import order: messages <- node, coordinator. This package imports the standard library and msgspec only.
+"""

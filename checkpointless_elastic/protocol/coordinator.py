@@ -1,0 +1,319 @@
+"""The coordinator: decides for the job. Every state and transition stands in TABLE, at the end.
+
+The rule: a step is committed when every rank was ready for it, and in no other way; a recovery takes every rank to one
+and the same step. Terms: ``whole`` ranks hold the state of their step; ``pending`` ranks are replacements that do not
+yet; ``lost`` ranks are those lost since the job last ran (their groups are void until it runs again).
+
+``handle(event)`` returns actions and changes this object; it does no input or output and reads no clock.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.events import (
+    Action,
+    AllFrozen,
+    Broadcast,
+    Deadline,
+    Event,
+    ExitedEarly,
+    LeftEarly,
+    Lost,
+    Opened,
+    Overdue,
+    Reached,
+    Replace,
+    Restart,
+    Stop,
+    Succeed,
+    Tally,
+    Unfit,
+)
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    Decision,
+    Freeze,
+    Frozen,
+    Phase,
+    Rebuild,
+    Release,
+    Restore,
+    Resume,
+    Stage,
+)
+
+
+class State(str, enum.Enum):
+    """States of the coordinator."""
+
+    RUNNING = "running"  # steps are committed
+    FREEZING = "freezing"  # a generation is open, survivors say where they stand
+    SETTLING = "settling"  # survivors publish, replacements start
+    RESTORING = "restoring"  # replacements copy the state and go to the survivors' step
+    REBUILDING = "rebuilding"  # all ranks rebuild affected groups
+    ENDED = "ended"  # released, to be run again, or stopped
+
+
+class Coordinator:
+    """Decides for one run of the script by ``ranks``.
+
+    Attributes:
+        step: the step that is committed next; 0 before the first commit.
+    """
+
+    def __init__(self, ranks: frozenset[int], max_faults_per_step: int, generation: int = 0) -> None:
+        self.ranks = ranks
+        self.generation = generation
+        self.state = State.RUNNING
+        self.step = 0
+        self.whole = set(ranks)
+        self.pending: set[int] = set()
+        self.lost: set[int] = set()
+        self.left: set[int] = set()
+        self.exited: set[int] = set()
+        self.decision: Decision | None = None  # in force while a recovery goes on, for workers that connect late
+        self.resumed = False  # a recovery has ended and its first step is not yet committed
+        self._max_faults = max_faults_per_step
+        self._faults_since_commit = 0
+        self._errors: dict[int, tuple[int, str]] = {}
+        self._unprotected: set[int] = set(ranks)
+        self._frozen: dict[int, Frozen] = {}
+        self._reports: dict[Stage, dict[int, bytes]] = {}
+
+    def protect(self, rank: int) -> None:
+        """This rank's script has made a Run."""
+        self._unprotected.discard(rank)
+
+    @property
+    def protected(self) -> bool:
+        """Can a loss be answered by rung 1, as far as is known now?"""
+        return self.step > 0 and not self._unprotected
+
+    def handle(self, event: Event) -> list[Action]:
+        """Take one event. Raises ProtocolError if the event is not allowed in this state."""
+        handler = TABLE.get((self.state, type(event)))
+        if handler is None:
+            raise ProtocolError(f"The coordinator got {type(event).__name__} in state {self.state.value}.")
+        return handler(self, event)
+
+    # ---- normal steps
+
+    def _tally(self, event: Tally) -> list[Action]:
+        if event.generation != self.generation:
+            return []  # from before a freeze: the rank's answer to Freeze says the same better
+        reports = self._reports.setdefault(event.stage, {})
+        if event.stage is Stage.READY and event.step != self.step:
+            raise ProtocolError(f"Ranks {sorted(event.reports)} are ready for step {event.step}, not {self.step}.")
+        reports.update(event.reports)
+        return COMPLETED[event.stage](self) if self._expected(event.stage) <= reports.keys() else []
+
+    def _expected(self, stage: Stage) -> set[int]:
+        if stage is Stage.PUBLISHED:
+            return self.whole
+        if stage in (Stage.ARRIVED, Stage.RESTORED):
+            return self.pending
+        return set(self.ranks) - (self.exited if stage is Stage.FINISHED else set())
+
+    def _commit(self) -> list[Action]:
+        if self.state is not State.RUNNING:
+            return []
+        del self._reports[Stage.READY]
+        commit = Commit(self.generation, self.step)
+        self.step += 1
+        self._faults_since_commit = 0
+        actions: list[Action] = [Broadcast(commit)]
+        if self.resumed:
+            self.resumed = False
+            actions.append(Reached(self.generation, "committed", {"step": commit.step}))
+        return actions
+
+    def _finish(self) -> list[Action]:
+        self.state = State.ENDED
+        return [Broadcast(Release(self.generation)), Succeed()]
+
+    def _exited_early(self, event: ExitedEarly) -> list[Action]:
+        self.exited.add(event.rank)
+        finished = self._reports.get(Stage.FINISHED, {}).keys()
+        return self._finish() if self._expected(Stage.FINISHED) <= finished else []
+
+    # ---- a fault
+
+    def _lost(self, event: Lost) -> list[Action]:
+        stop = self._repeated(event)
+        if stop:
+            return self._end(stop)
+        newly = {event.rank} | self.exited
+        self.exited = set()
+        self.lost |= newly
+        self.whole -= newly
+        self.pending |= newly
+        if not self.protected:
+            return self._end(Restart(3, self._why_not_live(event)))
+        if not self.whole:
+            return self._end(Restart(3, "no rank that holds the state is left"))
+        replaced: list[Action] = [Replace(rank) for rank in sorted(newly)]
+        return replaced + self._open(event.cause)
+
+    def _why_not_live(self, event: Lost) -> str:
+        if self._unprotected:
+            rank = min(self._unprotected)
+            return f"rank {event.rank} {event.cause}, and the script of rank {rank} has made no Run"
+        return f"rank {event.rank} {event.cause} before the first step was committed"
+
+    def _repeated(self, event: Lost) -> Action | None:
+        self._faults_since_commit += 1
+        failure = (self.step, event.error)
+        if event.error and self._errors.get(event.rank) == failure:
+            reason = f"rank {event.rank} failed twice at step {self.step} with the same error: {event.error}"
+            return Stop(reason, (event.rank,))
+        if event.error:
+            self._errors[event.rank] = failure
+        if self._faults_since_commit > self._max_faults:
+            reason = f"{self._faults_since_commit} faults at step {self.step} without a committed step between them"
+            return Stop(reason, (event.rank,))
+        return None
+
+    def _end(self, action: Action) -> list[Action]:
+        self.state = State.ENDED
+        return [action]
+
+    def _open(self, cause: str) -> list[Action]:
+        self.generation += 1
+        self.state = State.FREEZING
+        self.resumed = False
+        self.decision = None
+        self._frozen = {}
+        self._reports = {}
+        return [
+            Opened(self.generation, frozenset(self.lost), cause),
+            Broadcast(self._freeze()),
+            Deadline(self.generation, self.state.value, "settle_timeout"),
+        ]
+
+    def _freeze(self) -> Freeze:
+        return Freeze(self.generation, sorted(self.lost), sorted(self.left))
+
+    def _left_early(self, event: LeftEarly) -> list[Action]:
+        if event.generation != self.generation or event.rank in self.left:
+            return []
+        self.left.add(event.rank)
+        return [Broadcast(self._freeze())]
+
+    def _all_frozen(self, event: AllFrozen) -> list[Action]:
+        if event.generation != self.generation:
+            return []
+        self._frozen.update(event.reports)
+        if not self.whole <= self._frozen.keys():
+            return []
+        return self._decide()
+
+    def _decide(self) -> list[Action]:
+        answers = {rank: self._frozen[rank] for rank in self.whole}
+        target = max([self.step] + [answer.step for answer in answers.values()])
+        behind = [r for r, a in answers.items() if a.step != target and (a.step, a.phase) != (target - 1, Phase.READY)]
+        if behind:
+            rank = min(behind)
+            reason = f"rank {rank} is at step {answers[rank].step}, not ready, while step {target - 1} was committed"
+            return self._end(Restart(3, reason))
+        forward = [rank for rank, answer in answers.items() if answer.step == target - 1]
+        self.step = target
+        self.state = State.SETTLING
+        self.decision = Decision(self.generation, target, sorted(self.whole), sorted(self.pending))
+        kind = "roll_forward" if forward else "void"
+        return [
+            Reached(self.generation, "frozen", {"step": target, "decision": kind}),
+            Broadcast(self.decision),
+            Deadline(self.generation, self.state.value, "join_timeout"),
+        ]
+
+    def _published(self) -> list[Action]:
+        return [Reached(self.generation, "published"), *self._settled()] if self.state is State.SETTLING else []
+
+    def _arrived(self) -> list[Action]:
+        return [Reached(self.generation, "arrived"), *self._settled()] if self.state is State.SETTLING else []
+
+    def _settled(self) -> list[Action]:
+        published = self._reports.get(Stage.PUBLISHED, {})
+        if not (self.whole <= published.keys() and self.pending <= self._reports.get(Stage.ARRIVED, {}).keys()):
+            return []
+        self.state = State.RESTORING
+        return [
+            Broadcast(Restore(self.generation, {rank: published[rank] for rank in sorted(self.whole)})),
+            Deadline(self.generation, self.state.value, "join_timeout"),
+        ]
+
+    def _restored(self) -> list[Action]:
+        if self.state is not State.RESTORING:
+            return []
+        self.state = State.REBUILDING
+        self.whole |= self.pending
+        self.pending = set()
+        return [
+            Reached(self.generation, "restored"),
+            Broadcast(Rebuild(self.generation)),
+            Deadline(self.generation, self.state.value, "settle_timeout"),
+        ]
+
+    def _rebuilt(self) -> list[Action]:
+        if self.state is not State.REBUILDING:
+            return []
+        details: dict[str, object] = {"reports": dict(self._reports[Stage.REBUILT])}
+        self.state = State.RUNNING
+        self.lost, self.left, self.resumed, self.decision = set(), set(), True, None
+        self._reports = {}
+        return [Reached(self.generation, "resumed", details), Broadcast(Resume(self.generation))]
+
+    def _unfit(self, event: Unfit) -> list[Action]:
+        return self._end(Restart(3, f"rank {event.rank} cannot recover live: {event.reason}"))
+
+    def _overdue(self, event: Overdue) -> list[Action]:
+        if (event.generation, event.state) != (self.generation, self.state.value):
+            return []
+        missing = sorted(self._missing())
+        return self._end(Restart(4, f"ranks {missing} did not come out of state {self.state.value} in time"))
+
+    def _missing(self) -> set[int]:
+        if self.state is State.FREEZING:
+            return self.whole - self._frozen.keys()
+        if self.state is State.SETTLING:
+            here = self._reports.get(Stage.PUBLISHED, {}).keys() | self._reports.get(Stage.ARRIVED, {}).keys()
+            return set(self.ranks) - here
+        stage = Stage.RESTORED if self.state is State.RESTORING else Stage.REBUILT
+        return self._expected(stage) - self._reports.get(stage, {}).keys()
+
+    def _nothing(self, event: Event) -> list[Action]:
+        return []
+
+
+COMPLETED: dict[Stage, Callable[[Coordinator], list[Action]]] = {
+    Stage.READY: Coordinator._commit,
+    Stage.FINISHED: Coordinator._finish,
+    Stage.PUBLISHED: Coordinator._published,
+    Stage.ARRIVED: Coordinator._arrived,
+    Stage.RESTORED: Coordinator._restored,
+    Stage.REBUILT: Coordinator._rebuilt,
+}
+
+_Handler = Callable[[Coordinator, Event], list[Action]]
+
+_RECOVERING = (State.FREEZING, State.SETTLING, State.RESTORING, State.REBUILDING)
+
+
+def _table() -> dict[tuple[State, type[Event]], _Handler]:
+    rows: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {}
+    for state in State:
+        ended = state is State.ENDED
+        rows[state, Tally] = Coordinator._nothing if ended else Coordinator._tally
+        rows[state, Lost] = Coordinator._nothing if ended else Coordinator._lost
+        rows[state, ExitedEarly] = Coordinator._nothing if ended else Coordinator._exited_early
+        rows[state, Unfit] = Coordinator._nothing if ended else Coordinator._unfit
+        rows[state, Overdue] = Coordinator._overdue if state in _RECOVERING else Coordinator._nothing
+        rows[state, AllFrozen] = Coordinator._all_frozen if state is State.FREEZING else Coordinator._nothing
+        rows[state, LeftEarly] = Coordinator._left_early if state in _RECOVERING else Coordinator._nothing
+    return rows
+
+
+TABLE = _table()

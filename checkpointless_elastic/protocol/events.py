@@ -1,0 +1,135 @@
+"""What the coordinator is told (events) and what it wants done (actions)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from checkpointless_elastic.protocol.messages import Frozen, Message, Stage
+
+
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True)
+class Tally(Event):
+    """Some ranks, all of one agent or subtree, have reached a stage. ``reports``: rank to payload."""
+
+    stage: Stage
+    generation: int
+    step: int
+    reports: dict[int, bytes]
+
+
+@dataclass(frozen=True)
+class AllFrozen(Event):
+    """Answers to Freeze of some ranks, all of one agent or subtree."""
+
+    generation: int
+    reports: dict[int, Frozen]
+
+
+@dataclass(frozen=True)
+class Lost(Event):
+    """A worker is gone. ``cause`` completes "rank 3 ..."; ``error``: its own exception, if that is why."""
+
+    rank: int
+    cause: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class ExitedEarly(Event):
+    """A worker ended with code 0 outside its loops without waiting for the others."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class LeftEarly(Event):
+    """A survivor left its void attempt through an exception."""
+
+    rank: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class Unfit(Event):
+    """A rank cannot take part in a live recovery; the sentence says why."""
+
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Overdue(Event):
+    """A deadline that the coordinator asked for has passed."""
+
+    generation: int
+    state: str
+
+
+class Action:
+    """Base of all actions."""
+
+
+@dataclass(frozen=True)
+class Broadcast(Action):
+    """Send to every worker of the job."""
+
+    message: Message
+
+
+@dataclass(frozen=True)
+class Replace(Action):
+    """Fork the next incarnation of this rank at once."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class Restart(Action):
+    """Rung 3 or 4: all workers are forked again and the script runs from its top. Counts as a restart."""
+
+    rung: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stop(Action):
+    """The job has failed because of these ranks."""
+
+    reason: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Succeed(Action):
+    """Every rank has finished."""
+
+
+@dataclass(frozen=True)
+class Deadline(Action):
+    """Come back with Overdue(generation, state) unless the state was left; which limit applies is named."""
+
+    generation: int
+    state: str
+    limit: str  # a name in Config
+
+
+@dataclass(frozen=True)
+class Opened(Action):
+    """A generation was opened (for the timeline)."""
+
+    generation: int
+    lost: frozenset[int]
+    cause: str
+
+
+@dataclass(frozen=True)
+class Reached(Action):
+    """A recovery has reached a point (for the timeline): frozen, published, arrived, restored, resumed, committed."""
+
+    generation: int
+    point: str
+    details: dict[str, object] = field(default_factory=dict)

@@ -1,0 +1,221 @@
+"""Messages between workers, agents and the coordinator, and their encoding.
+
+On a socket a message is a 4-byte little-endian length and a msgpack array whose first element names the type. Nothing
+here is ever unpickled: msgspec checks names and types, and anything else is a ProtocolError.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Union
+
+import msgspec
+
+from checkpointless_elastic.errors import ProtocolError
+
+VERSION = 1
+MAX_MESSAGE = 64 << 20
+_LENGTH = struct.Struct("<I")
+
+
+class Phase(str, enum.Enum):
+    """Where a worker stands in its step."""
+
+    COMPUTING = "computing"
+    READY = "ready"
+
+
+class Stage(str, enum.Enum):
+    """What ranks report together; the coordinator goes on when all expected ranks have."""
+
+    READY = "ready"
+    FROZEN = "frozen"
+    PUBLISHED = "published"
+    ARRIVED = "arrived"
+    RESTORED = "restored"
+    REBUILT = "rebuilt"
+    FINISHED = "finished"
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all messages."""
+
+
+# ---- worker to agent -------------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """First message on each of a worker's two connections."""
+
+    version: int
+    rank: int
+    incarnation: int
+    token: str
+    channel: str  # "control" or "vote"
+
+
+class Protected(Message, frozen=True):
+    """The script has made a Run: its state can be restored."""
+
+
+class Report(Message, frozen=True):
+    """A rank has reached a stage. ``payload`` is opaque to the protocol."""
+
+    stage: Stage
+    generation: int
+    step: int
+    payload: bytes = b""
+
+
+class Frozen(Message, frozen=True):
+    """Answer to Freeze: where this rank stands, and whether its state is whole (false in shadow)."""
+
+    generation: int
+    step: int
+    phase: Phase
+    whole: bool
+    protected: bool
+
+
+class Left(Message, frozen=True):
+    """This rank left its void attempt through an exception: it no longer issues the collectives its peers do."""
+
+    generation: int
+
+
+class Failed(Message, frozen=True):
+    """The script ended with an exception that is its own."""
+
+    step: int
+    error: str
+
+
+class Mismatch(Message, frozen=True):
+    """This rank cannot take part in a live recovery; the sentence says why. Rung 3 follows."""
+
+    reason: str
+
+
+class Learned(Message, frozen=True):
+    """Third-party modules that the script imported: worth loading in the fork server."""
+
+    modules: list[str]
+
+
+# ---- agent to worker -------------------------------------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True):
+    """The connection is accepted; generation in force."""
+
+    generation: int
+
+
+class Refused(Message, frozen=True):
+    """The connection is not accepted; the sentence says why."""
+
+    reason: str
+
+
+class Commit(Message, frozen=True):
+    """Every rank was ready for ``step``: apply the update."""
+
+    generation: int
+    step: int
+
+
+class Freeze(Message, frozen=True):
+    """Generation ``generation`` is open. ``lost``: ranks lost since the job last ran; ``left``: see Left."""
+
+    generation: int
+    lost: list[int]
+    left: list[int]
+
+
+class Decision(Message, frozen=True):
+    """All ranks go on at ``step``. A rank that is ready for ``step - 1`` applies it first."""
+
+    generation: int
+    step: int
+    sources: list[int]
+    pending: list[int]
+
+
+class Restore(Message, frozen=True):
+    """What the sources published, by rank; replacements copy it now."""
+
+    generation: int
+    publications: dict[int, bytes]
+
+
+class Rebuild(Message, frozen=True):
+    """Rebuild the affected groups under this generation's store prefix."""
+
+    generation: int
+
+
+class Resume(Message, frozen=True):
+    """Every rank is whole and connected: compute."""
+
+    generation: int
+
+
+class Release(Message, frozen=True):
+    """Every rank has finished its script: exit."""
+
+
+FromWorker = Union[Hello, Protected, Report, Frozen, Left, Failed, Mismatch, Learned]
+ToWorker = Union[Welcome, Refused, Commit, Freeze, Decision, Restore, Rebuild, Resume, Release]
+
+_encoder = msgspec.msgpack.Encoder()
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+
+
+def encode(message: Message) -> bytes:
+    """One message with its length in front, as it goes on a socket."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_MESSAGE:
+        raise ProtocolError(f"A {type(message).__name__} of {len(body)} bytes is over the limit of {MAX_MESSAGE}.")
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode_from_worker(body: bytes | memoryview) -> FromWorker:
+    """The message in ``body`` (without its length). Raises ProtocolError on anything else."""
+    try:
+        return _from_worker.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"A worker sent a message that cannot be read: {error}.") from error
+
+
+def decode_to_worker(body: bytes | memoryview) -> ToWorker:
+    """The message in ``body`` (without its length). Raises ProtocolError on anything else."""
+    try:
+        return _to_worker.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"The agent sent a message that cannot be read: {error}.") from error
+
+
+class Frames:
+    """Cuts a byte stream into message bodies."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies that are complete now. Raises ProtocolError when a length is over the limit."""
+        self._buffer += data
+        bodies: list[bytes] = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MAX_MESSAGE:
+                raise ProtocolError(f"A peer announced a message of {length} bytes; the limit is {MAX_MESSAGE}.")
+            end = start + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            bodies.append(bytes(self._buffer[start + _LENGTH.size : end]))
+            start = end
+        del self._buffer[:start]
+        return bodies

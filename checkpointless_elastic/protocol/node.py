@@ -1,0 +1,59 @@
+"""An agent's part: gathers what its own workers report into one message to the coordinator per stage."""
+
+from __future__ import annotations
+
+from checkpointless_elastic.protocol.events import AllFrozen, Tally
+from checkpointless_elastic.protocol.messages import Decision, Frozen, Report, Stage
+
+
+class Node:
+    """Gathers for the ranks of one node. Reports of an older generation are dropped."""
+
+    def __init__(self, ranks: frozenset[int], generation: int) -> None:
+        self.ranks = ranks
+        self.generation = generation
+        self._pending: frozenset[int] = frozenset()
+        self._exited: set[int] = set()
+        self._reports: dict[Stage, dict[int, bytes]] = {}
+        self._frozen: dict[int, Frozen] = {}
+
+    def opened(self, generation: int, lost: frozenset[int]) -> None:
+        """A generation was opened: whatever was gathered is void."""
+        self.generation = generation
+        self._pending = lost & self.ranks
+        self._exited = set()
+        self._reports = {}
+        self._frozen = {}
+
+    def decided(self, decision: Decision) -> None:
+        """The coordinator has named who holds the state and who needs it."""
+        self._pending = frozenset(decision.pending) & self.ranks
+
+    def exited(self, rank: int) -> None:
+        """A worker ended well without waiting: nothing more is expected of it."""
+        self._exited.add(rank)
+
+    def report(self, rank: int, report: Report) -> Tally | None:
+        """A worker has reached a stage. The tally, when it was the last one expected of this node."""
+        if report.generation != self.generation:
+            return None
+        reports = self._reports.setdefault(report.stage, {})
+        reports[rank] = report.payload
+        if not self._expected(report.stage) <= reports.keys():
+            return None
+        del self._reports[report.stage]
+        return Tally(report.stage, report.generation, report.step, reports)
+
+    def frozen(self, rank: int, answer: Frozen) -> AllFrozen | None:
+        """A worker has answered Freeze. All answers, when it was the last one expected of this node."""
+        if answer.generation != self.generation:
+            return None
+        self._frozen[rank] = answer
+        return AllFrozen(self.generation, dict(self._frozen)) if self.ranks - self._pending <= self._frozen.keys() else None
+
+    def _expected(self, stage: Stage) -> frozenset[int]:
+        if stage is Stage.PUBLISHED:
+            return self.ranks - self._pending
+        if stage in (Stage.ARRIVED, Stage.RESTORED):
+            return self._pending
+        return self.ranks - self._exited if stage is Stage.FINISHED else self.ranks
