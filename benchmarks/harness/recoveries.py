@@ -1,0 +1,91 @@
+"""Reads recoveries.jsonl, which the agent writes: one record per recovery."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One recovery as the library saw it.
+
+    Attributes:
+        generation: the membership that it led to.
+        cause: what was lost and why, one sentence.
+        lost_ranks: ranks whose worker was gone.
+        rung: how it was answered, 1 to 4.
+        reason: why this rung, one sentence.
+        step: the step at which all ranks went on.
+        decision: "void" or "roll_forward"; empty where there was none to take.
+        phases: seconds by phase, in order.
+        seconds: from the loss to the first committed step.
+        bytes_moved: state that was copied.
+        time: unix time at which the record was written.
+    """
+
+    generation: int
+    cause: str
+    lost_ranks: tuple[int, ...]
+    rung: int
+    reason: str
+    step: int
+    decision: str
+    phases: dict[str, float]
+    seconds: float
+    bytes_moved: int
+    time: float
+
+    @property
+    def lost_at(self) -> float:
+        """Unix time of the loss."""
+        return self.time - self.seconds
+
+
+def read_recoveries(path: Path) -> list[Recovery]:
+    if not path.exists():
+        return []
+    return [_record(json.loads(line)) for line in path.read_text().splitlines() if line.strip()]
+
+
+def phase_medians(recoveries: Sequence[Recovery]) -> dict[str, float]:
+    names = dict.fromkeys(name for recovery in recoveries for name in recovery.phases)
+    return {name: median(r.phases[name] for r in recoveries if name in r.phases) for name in names}
+
+
+def timeline(recovery: Recovery, width: int = 40) -> str:
+    """A few lines for a terminal: what happened, and a bar per phase."""
+    ranks = ", ".join(map(str, recovery.lost_ranks))
+    head = (
+        f"generation {recovery.generation}: {recovery.cause}; rank {ranks} lost, rung {recovery.rung}, "
+        f"step {recovery.step} {recovery.decision.replace('_', ' ')}, {recovery.seconds * 1e3:.0f} ms"
+    )
+    scale = width / max(recovery.seconds, 1e-9)
+    bars = [
+        f"    {name:<18}{seconds * 1e3:8.1f} ms  {'#' * min(width, round(seconds * scale))}"
+        for name, seconds in recovery.phases.items()
+    ]
+    moved = [f"    {recovery.bytes_moved / 2**20:.1f} MiB copied"] if recovery.bytes_moved else []
+    return "\n".join([head, *bars, *moved])
+
+
+def _record(raw: dict[str, object]) -> Recovery:
+    phases, lost = raw.get("phases") or {}, raw.get("lost_ranks") or ()
+    assert isinstance(phases, dict)
+    assert isinstance(lost, (list, tuple))
+    return Recovery(
+        generation=int(str(raw["generation"])),
+        cause=str(raw.get("cause", "")),
+        lost_ranks=tuple(int(rank) for rank in lost),
+        rung=int(str(raw["rung"])),
+        reason=str(raw.get("reason", "")),
+        step=int(str(raw.get("step", -1))),
+        decision=str(raw.get("decision") or ""),
+        phases={str(name): float(seconds) for name, seconds in phases.items()},
+        seconds=float(str(raw.get("total_seconds", 0.0))),
+        bytes_moved=int(str(raw.get("bytes_moved", 0))),
+        time=float(str(raw.get("time", 0.0))),
+    )
