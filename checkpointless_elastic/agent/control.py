@@ -1,0 +1,275 @@
+"""The control plane of one node: turns sockets, deaths and timers into events, and decisions into deeds.
+
+One agent, so the coordinator lives here and its messages to agents are calls. All of it runs on the agent's one
+thread. Nothing here waits: a worker that does not answer meets a deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Union
+
+from checkpointless_elastic.agent.links import Links
+from checkpointless_elastic.agent.recoveries import Recoveries
+from checkpointless_elastic.agent.runtime import ControlPlane, EventLoop, Workforce
+from checkpointless_elastic.config import Config
+from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.coordinator import Coordinator, State
+from checkpointless_elastic.protocol.events import (
+    Action,
+    Broadcast,
+    Deadline,
+    Event,
+    ExitedEarly,
+    LeftEarly,
+    Lost,
+    Opened,
+    Overdue,
+    Reached,
+    Replace,
+    Restart,
+    Stop,
+    Succeed,
+    Unfit,
+)
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    Decision,
+    Failed,
+    Freeze,
+    FromWorker,
+    Frozen,
+    Hello,
+    Learned,
+    Left,
+    Message,
+    Mismatch,
+    Protected,
+    Refused,
+    Report,
+    Restore,
+    Welcome,
+    encode,
+)
+from checkpointless_elastic.protocol.node import Node
+from checkpointless_elastic.state.slot import Slot
+from checkpointless_elastic.worker.private import in_loop, slot_path
+
+logger = logging.getLogger(__name__)
+
+
+def describe(status: int) -> str:
+    """An exit status as the end of a sentence that starts with a rank."""
+    import signal
+
+    if status >= 0:
+        return f"exited with code {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
+class AgentControl(ControlPlane):
+    """See the module. ``settings``: of the job."""
+
+    def __init__(self, settings: Config) -> None:
+        self._settings = settings
+        self._incarnations: dict[int, int] = {}
+        self._tokens: dict[int, str] = {}
+        self._pids: dict[int, int] = {}
+        self._failed: dict[int, str] = {}
+        self._gone: dict[int, int] = {}
+        self._learned = False
+        self._handlers: dict[type[Action], Callable[..., None]] = {
+            Broadcast: self._broadcast,
+            Replace: self._replace,
+            Restart: self._restart,
+            Stop: self._stop,
+            Succeed: self._succeed,
+            Deadline: self._deadline,
+            Opened: self._opened,
+            Reached: self._reached,
+        }
+
+    def attach(self, loop: EventLoop, workers: Workforce) -> None:
+        self._loop = loop
+        self._workers = workers
+        self._links = Links(os.path.join(workers.run_dir, "agent.sock"), loop, self._accept, self._take)
+        self._recoveries = Recoveries(self._settings.events, workers.log_dir, self._pids)
+        self._begin(0)
+
+    def _begin(self, generation: int) -> None:
+        ranks = frozenset(self._workers.ranks)
+        self._coordinator = Coordinator(ranks, self._settings.max_faults_per_step, generation)
+        self._node = Node(ranks, generation)
+        self._gone = {}
+        self._failed = {}
+        self._replaced: set[int] = set()
+        for rank in ranks:
+            Slot.create(slot_path(self._workers.run_dir, rank))
+
+    # ---- what the agent tells
+
+    def started(self, rank: int, incarnation: int, pid: int, token: str) -> None:
+        self._incarnations[rank] = incarnation
+        self._tokens[rank] = token
+        self._pids[rank] = pid
+        if rank in self._replaced:
+            self._recoveries.mark("forked", time.monotonic())
+
+    def lost(self, rank: int, incarnation: int) -> None:
+        if self._incarnations.get(rank) != incarnation:
+            return
+        now = time.monotonic()
+        self._links.drain(rank)
+        slot = Slot.open(slot_path(self._workers.run_dir, rank))
+        if self._coordinator.protected and (rank in self._failed or in_loop(slot) or self._recovering):
+            self._lose(rank, "was lost", now)
+
+    @property
+    def _recovering(self) -> bool:
+        return self._coordinator.state not in (State.RUNNING, State.ENDED)
+
+    def _lose(self, rank: int, cause: str, seen: float) -> None:
+        error = self._failed.pop(rank, "")
+        cause = f"failed: {error}" if error else cause
+        self._recoveries.noticed(rank, cause, seen)
+        self._handle(Lost(rank, cause, error))
+
+    def exited(self, rank: int, incarnation: int, status: int) -> None:
+        if self._incarnations.get(rank) != incarnation:
+            self._recoveries.explain(rank, describe(status))
+            return
+        self._gone[rank] = status
+        if self._coordinator.state is State.ENDED:
+            self._settle_end()
+        elif status == 0 and not self._recovering:
+            self._node.exited(rank)
+            self._handle(ExitedEarly(rank))
+            self._settle_end()
+        else:
+            self._lose(rank, describe(status), time.monotonic())
+
+    def stopped(self) -> None:
+        self._recoveries.close()
+        self._links.close()
+
+    # ---- what workers say
+
+    def _accept(self, hello: Hello) -> Message:
+        if hello.rank not in self._incarnations:
+            return Refused(f"rank {hello.rank} is not of this node.")
+        if hello.token != self._tokens[hello.rank] or hello.incarnation != self._incarnations[hello.rank]:
+            return Refused(f"wrong token for incarnation {hello.incarnation} of rank {hello.rank}.")
+        if hello.channel == "vote" and self._coordinator.decision is not None:
+            self._loop.call_later(0.0, lambda: self._catch_up(hello.rank))
+        return Welcome(self._coordinator.generation, hello.rank in self._replaced)
+
+    def _catch_up(self, rank: int) -> None:
+        if self._coordinator.decision is not None:
+            self._links.send(rank, "vote", encode(self._coordinator.decision))
+
+    def _take(self, rank: int, message: FromWorker) -> None:
+        if isinstance(message, Report):
+            tally = self._node.report(rank, message)
+            if message.payload and message.stage.value == "restored":
+                self._recoveries.restored(message.payload)
+            if tally is not None:
+                self._handle(tally)
+        elif isinstance(message, Frozen):
+            answers = self._node.frozen(rank, message)
+            if answers is not None:
+                self._handle(answers)
+        else:
+            self._take_other(rank, message)
+
+    def _take_other(self, rank: int, message: FromWorker) -> None:
+        if isinstance(message, Protected):
+            self._coordinator.protect(rank)
+        elif isinstance(message, Left):
+            self._handle(LeftEarly(rank, message.generation))
+        elif isinstance(message, Mismatch):
+            self._handle(Unfit(rank, message.reason))
+        elif isinstance(message, Failed):
+            self._failed[rank] = message.error
+        elif isinstance(message, Learned) and not self._learned:
+            self._learned = True
+            self._workers.learned(message.modules)
+
+    # ---- what the coordinator decides
+
+    def _handle(self, event: Event) -> None:
+        try:
+            actions = self._coordinator.handle(event)
+        except ProtocolError as error:
+            logger.error("[generation %d] %s", self._coordinator.generation, error)
+            actions = [Restart(4, f"the ranks do not agree: {error}")]
+        for action in actions:
+            self._handlers[type(action)](action)
+
+    def _broadcast(self, action: Broadcast) -> None:
+        message = action.message
+        ranks: Union[list[int], dict[int, int]] = self._incarnations
+        if isinstance(message, Decision):
+            self._node.decided(message)
+        if isinstance(message, Restore):
+            ranks = sorted(self._coordinator.pending)
+        channel = "control" if isinstance(message, Freeze) else "vote"
+        data = encode(message)
+        for rank in ranks:
+            self._links.send(rank, channel, data)
+        if isinstance(message, Commit) and message.step == 0:
+            self._recoveries.mark("committed", time.monotonic())
+
+    def _replace(self, action: Replace) -> None:
+        self._links.drain(action.rank)
+        self._replaced.add(action.rank)
+        self._gone.pop(action.rank, None)
+        self._workers.replace(action.rank)
+
+    def _opened(self, action: Opened) -> None:
+        self._node.opened(action.generation, action.lost)
+        self._recoveries.opened(action.generation, action.lost, action.cause, time.monotonic())
+
+    def _reached(self, action: Reached) -> None:
+        self._recoveries.reached(action.point, action.details, time.monotonic())
+        if action.point == "resumed":
+            self._replaced = set()
+
+    def _deadline(self, action: Deadline) -> None:
+        seconds = getattr(self._settings, action.limit).total_seconds()
+        self._loop.call_later(seconds, lambda: self._handle(Overdue(action.generation, action.state)))
+
+    def _restart(self, action: Restart) -> None:
+        generation = self._coordinator.generation + 1
+        culprits = [rank for rank, status in self._gone.items() if status] or sorted(self._coordinator.lost)
+        self._coordinator.state = State.ENDED
+        self._recoveries.restarting(action.rung, action.reason, generation, time.monotonic())
+        if self._workers.restart_all(f"rung {action.rung}: {action.reason}"):
+            self._begin(generation)
+        else:
+            self._recoveries.close()
+            self._workers.fail(culprits)
+
+    def _stop(self, action: Stop) -> None:
+        logger.error("The job stops: %s", action.reason)
+        self._workers.fail(list(action.ranks))
+
+    def _succeed(self, action: Succeed) -> None:
+        logger.info("All ranks have finished.")
+
+    def _settle_end(self) -> None:
+        if self._coordinator.state is not State.ENDED or not self._gone.keys() >= set(self._workers.ranks):
+            bad = [rank for rank, status in self._gone.items() if status]
+            if self._coordinator.state is State.ENDED and bad:
+                self._workers.fail(bad)
+            return
+        bad = [rank for rank, status in self._gone.items() if status]
+        if bad:
+            self._workers.fail(bad)
+        else:
+            self._workers.succeed()

@@ -1,0 +1,156 @@
+"""The agent's ends of its workers' connections: accepted, checked, read and written without blocking the loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from checkpointless_elastic.agent.runtime import EventLoop
+from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.messages import (
+    VERSION,
+    Frames,
+    FromWorker,
+    Hello,
+    Message,
+    Refused,
+    decode_from_worker,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+SEND_TIMEOUT_S = 5.0
+
+
+def peer_credentials(connection: socket.socket) -> tuple[int, int]:
+    """(process id, user id) of the other end of a unix socket, as the kernel knows them."""
+    size = struct.calcsize("3i")
+    pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return pid, uid
+
+
+@dataclass
+class Link:
+    """One connection of a worker. ``rank`` is -1 until its Hello was accepted."""
+
+    socket: socket.socket
+    frames: Frames = field(default_factory=Frames)
+    rank: int = -1
+    channel: str = ""
+
+    def send(self, data: bytes) -> None:
+        """Send encoded bytes. Raises OSError when the peer is gone or does not read for SEND_TIMEOUT_S."""
+        self.socket.settimeout(SEND_TIMEOUT_S)
+        self.socket.sendall(data)
+
+
+class Links:
+    """All connections of this node's workers.
+
+    ``accept(hello)`` says why a worker is refused, or returns the answer to send; ``take(rank, message)`` gets each
+    message of an accepted worker. Both run on the loop's thread.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        loop: EventLoop,
+        accept: Callable[[Hello], Message],
+        take: Callable[[int, FromWorker], None],
+    ) -> None:
+        self._loop = loop
+        self._accept_hello = accept
+        self._take = take
+        self._links: dict[tuple[int, str], Link] = {}
+        self._unnamed: set[int] = set()
+        self._path = path
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(path)
+        os.chmod(path, 0o600)
+        self._listener.listen(128)
+        self._loop.watch(self._listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        pid, uid = peer_credentials(connection)
+        if uid != os.getuid():
+            logger.warning("Refused a connection of process %d of user %d: only user %d may.", pid, uid, os.getuid())
+            connection.close()
+            return
+        link = Link(connection)
+        self._loop.watch(connection.fileno(), lambda: self._read(link))
+
+    def _read(self, link: Link) -> None:
+        link.socket.setblocking(False)
+        try:
+            data = link.socket.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(link)
+            return
+        try:
+            for body in link.frames.feed(data):
+                self._dispatch(link, decode_from_worker(body))
+        except ProtocolError as error:
+            logger.warning("Dropped a connection of rank %d: %s", link.rank, error)
+            self._drop(link)
+
+    def _dispatch(self, link: Link, message: FromWorker) -> None:
+        if link.rank >= 0:
+            self._take(link.rank, message)
+            return
+        if not isinstance(message, Hello):
+            raise ProtocolError(f"{type(message).__name__} came before Hello.")
+        if message.version != VERSION:
+            answer: Message = Refused(f"the worker speaks version {message.version}, the agent {VERSION}.")
+        else:
+            answer = self._accept_hello(message)
+        if isinstance(answer, Refused):
+            link.send(encode(answer))
+            raise ProtocolError(answer.reason)
+        link.rank, link.channel = message.rank, message.channel
+        self._links[link.rank, link.channel] = link
+        link.send(encode(answer))
+
+    def send(self, rank: int, channel: str, data: bytes) -> None:
+        """Send encoded bytes to a rank; one that is not connected, or does not read, is passed over with a log line."""
+        link = self._links.get((rank, channel))
+        if link is None:
+            return
+        try:
+            link.send(data)
+        except OSError as error:
+            logger.warning("rank %d does not take messages (%s)", rank, error)
+
+    def drain(self, rank: int) -> None:
+        """Take what a worker that is gone still sent, then forget its connections."""
+        for channel in ("control", "vote"):
+            link = self._links.get((rank, channel))
+            if link is not None:
+                self._read(link)
+                if self._links.get((rank, channel)) is link:
+                    self._drop(link)
+
+    def _drop(self, link: Link) -> None:
+        if link.socket.fileno() >= 0:
+            self._loop.unwatch(link.socket.fileno())
+            link.socket.close()
+        if self._links.get((link.rank, link.channel)) is link:
+            del self._links[link.rank, link.channel]
+
+    def close(self) -> None:
+        """Close the listener and all connections, and remove the socket file."""
+        self._loop.unwatch(self._listener.fileno())
+        self._listener.close()
+        for link in list(self._links.values()):
+            self._drop(link)
+        if os.path.exists(self._path):
+            os.unlink(self._path)

@@ -1,0 +1,103 @@
+"""Follows the recoveries of a job and writes one record for each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from checkpointless_elastic.observe.timeline import Recovery, write
+from checkpointless_elastic.worker.wire import RebuiltReport, RestoredReport
+
+
+class Recoveries:
+    """At most one recovery goes on at a time; a fault during it joins it.
+
+    ``events``: file of the JSON lines; empty: in the log directory that ``log_dir()`` names once it is known.
+    """
+
+    def __init__(self, events: str, log_dir: Callable[[], str], pids: dict[int, int]) -> None:
+        self._events = events
+        self._log_dir = log_dir
+        self._pids = pids
+        self._current: Recovery | None = None
+        self._seen: float | None = None
+        self._noted: dict[int, str] = {}
+
+    def noticed(self, rank: int, cause: str, seen: float) -> None:
+        """A loss was seen; the decision follows."""
+        self._seen = seen
+        self._noted[rank] = cause
+        if self._current is not None:
+            self._current.causes[rank] = cause
+
+    def opened(self, generation: int, lost: frozenset[int], cause: str, now: float) -> None:
+        """A generation was opened."""
+        if self._current is None:
+            rung, reason = 1, "every piece of state has a replica in a survivor"
+            seen = self._seen if self._seen is not None else now
+            self._current = Recovery(generation, rung, cause, set(lost), seen, time.time() - (now - seen), reason)
+            self._current.causes.update(self._noted)
+        self._current.generation = generation
+        self._current.lost |= lost
+        self._current.mark("opened", now)
+
+    def explain(self, rank: int, cause: str) -> None:
+        """The exit status of a lost worker has come."""
+        if self._current is None or rank not in self._current.lost:
+            return
+        if self._current.causes.get(rank, "").startswith("failed"):
+            return
+        self._current.causes[rank] = cause
+        if self._current.cause == "was lost":
+            self._current.cause = cause
+
+    def mark(self, point: str, now: float) -> None:
+        """A point was reached; ``committed`` ends the recovery."""
+        if self._current is None:
+            return
+        self._current.mark(point, now)
+        if point == "committed":
+            self.close()
+
+    def reached(self, point: str, details: dict[str, Any], now: float) -> None:
+        """The coordinator has reached a point."""
+        if self._current is None:
+            return
+        if point == "frozen":
+            self._current.step = details["step"]
+            self._current.decision = details["decision"]
+        if point == "resumed":
+            reports = [msgspec.msgpack.decode(p, type=RebuiltReport) for p in details["reports"].values() if p]
+            self._current.groups_rebuilt = max((report.rebuilt for report in reports), default=0)
+            self._current.groups_kept = max((report.kept for report in reports), default=0)
+        self.mark(point, now)
+
+    def restored(self, payload: bytes) -> None:
+        """A replacement has its state."""
+        if self._current is None:
+            return
+        report = msgspec.msgpack.decode(payload, type=RestoredReport)
+        self._current.bytes_moved += report.bytes
+        self._current.transfer_s = max(self._current.transfer_s, report.seconds)
+
+    def restarting(self, rung: int, reason: str, generation: int, now: float) -> None:
+        """The script is run again from its top."""
+        if self._current is None:
+            seen = self._seen if self._seen is not None else now
+            cause = next(iter(self._noted.values()), reason)
+            self._current = Recovery(generation, rung, cause, set(self._noted), seen, time.time() - (now - seen))
+            self._current.causes.update(self._noted)
+        self._current.generation, self._current.rung, self._current.reason = generation, rung, reason
+        self._current.marks = {"opened": now}
+
+    def close(self) -> None:
+        """The recovery has ended, or will not: write its record."""
+        recovery, self._current, self._seen, self._noted = self._current, None, None, {}
+        if recovery is None:
+            return
+        directory = self._log_dir()
+        path = self._events or (f"{directory}/recoveries.jsonl" if directory else "")
+        write(recovery.record(self._pids), path)

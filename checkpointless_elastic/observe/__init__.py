@@ -1,0 +1,1 @@
+"""What a person sees of a recovery: one record each, as a log line and as a JSON line."""

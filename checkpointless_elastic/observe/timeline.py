@@ -1,0 +1,112 @@
+"""The record of one recovery: from the loss to the first step committed after it, on the agent's clock.
+
+Times are seconds. Phases, in the order of the path: *detect* (first sign to decision to act), *freeze* (all survivors
+have said where they stand), *fork* (the replacement has a process id), *setup* (it has run the script up to its first
+loop or step), *transfer* (state copied and verified), *forward* (it has gone on to the survivors' step), *rebuild*
+(affected groups), *replay* (first committed step). Freeze runs beside fork and set-up, the others follow each other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+ORDER = ("detect", "freeze", "fork", "setup", "transfer", "forward", "rebuild", "replay")
+
+
+@dataclass
+class Recovery:
+    """One recovery while it goes on. Marks are times on a monotonic clock."""
+
+    generation: int
+    rung: int
+    cause: str
+    lost: set[int]
+    seen: float
+    wall: float
+    reason: str = ""
+    step: int = 0
+    decision: str = ""
+    marks: dict[str, float] = field(default_factory=dict)
+    causes: dict[int, str] = field(default_factory=dict)
+    transfer_s: float = 0.0
+    bytes_moved: int = 0
+    groups_rebuilt: int = 0
+    groups_kept: int = 0
+
+    def mark(self, point: str, now: float) -> None:
+        """Note that ``point`` was reached; a fault during the recovery moves it later."""
+        self.marks[point] = now
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of each phase that was reached."""
+        at = {"seen": self.seen, **self.marks}
+        spans = {
+            "detect": ("seen", "opened"),
+            "freeze": ("opened", "frozen"),
+            "fork": ("opened", "forked"),
+            "setup": ("forked", "arrived"),
+            "forward": ("arrived", "restored"),
+            "rebuild": ("restored", "resumed"),
+            "replay": ("resumed", "committed"),
+        }
+        found = {name: max(0.0, at[end] - at[start]) for name, (start, end) in spans.items() if {start, end} <= at.keys()}
+        if "forward" in found:
+            found["transfer"] = min(self.transfer_s, found["forward"])
+            found["forward"] -= found["transfer"]
+        return {name: found[name] for name in ORDER if name in found}
+
+    def record(self, pids: dict[int, int]) -> dict[str, object]:
+        """The record as it is written."""
+        total = max(self.marks.values(), default=self.seen) - self.seen
+        return {
+            "generation": self.generation,
+            "cause": self.cause,
+            "causes": {str(rank): cause for rank, cause in sorted(self.causes.items())},
+            "lost_ranks": sorted(self.lost),
+            "rung": self.rung,
+            "reason": self.reason,
+            "step": self.step,
+            "decision": self.decision,
+            "phases": self.phases(),
+            "total_seconds": total,
+            "bytes_moved": self.bytes_moved,
+            "bandwidth": self.bytes_moved / self.transfer_s if self.transfer_s else 0.0,
+            "groups_rebuilt": self.groups_rebuilt,
+            "groups_kept": self.groups_kept,
+            "pids": {str(rank): pid for rank, pid in sorted(pids.items())},
+            "time": self.wall,
+        }
+
+
+def sentence(record: dict[str, object]) -> str:
+    """One readable line for the log."""
+    phases = record["phases"]
+    assert isinstance(phases, dict)
+    parts = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in phases.items())
+    lost = record["lost_ranks"]
+    assert isinstance(lost, list)
+    total = record["total_seconds"]
+    assert isinstance(total, float)
+    return (
+        f"[generation {record['generation']}] lost rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} "
+        f"at step {record['step']}: {record['cause']}; rung {record['rung']} ({record['reason']}), "
+        f"{total * 1e3:.0f} ms: {parts}"
+    )
+
+
+def write(record: dict[str, object], path: str) -> None:
+    """Log the record, and append it to the JSON lines in ``path`` ('' : nowhere)."""
+    logger.warning("%s", sentence(record))
+    if not path:
+        return
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+    except OSError as error:
+        logger.error("The record of this recovery could not be written to %s: %s", path, error)
