@@ -1,0 +1,179 @@
+"""Copying state through a segment: survivors publish their stripes, a replacement receives and checks them.
+
+Each chunk (4 MiB) is copied and digested while it is in the cache. The receiver digests what has arrived: the live
+tensor itself where a chunk is part of one dense tensor, else a private copy of the chunk that the tensors are then
+filled from. Nothing here talks to peers or waits for them: the caller says when a stripe is published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import msgspec
+import torch
+
+from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.state.digest import digest_bytes
+from checkpointless_elastic.state.pieces import Piece, byte_view, carrier
+from checkpointless_elastic.state.plan import CHUNK_BYTES, Chunk, Plan, chunks
+from checkpointless_elastic.state.segment import Segment
+
+__all__ = ["ChunkDigest", "Receiver", "TransferReport", "publish", "restore"]
+
+
+class ChunkDigest(msgspec.Struct, frozen=True):
+    """What `source` says is in bytes [offset, offset + length) of the segment."""
+
+    source: int
+    offset: int
+    length: int
+    digest: int
+
+
+class TransferReport(msgspec.Struct, frozen=True):
+    """How a transfer went.
+
+    Attributes:
+        nbytes: bytes of state that arrived.
+        seconds: time of copying and checking.
+        verify_seconds: the part of it that was checking.
+        bandwidth: bytes per second of copying and checking together.
+    """
+
+    nbytes: int
+    seconds: float
+    verify_seconds: float
+    bandwidth: float
+
+
+@dataclass
+class _Access:
+    """The bytes of one piece: its own memory, or a gathered copy that `write_back` brings home."""
+
+    tensor: torch.Tensor
+    data: torch.Tensor
+    live: bool
+
+    @classmethod
+    def of(cls, piece: Piece, content: bool) -> _Access:
+        data = byte_view(piece.tensor)
+        if data is not None:
+            return cls(piece.tensor, data, True)
+        cells = carrier(piece.tensor)
+        held = cells.contiguous() if content else torch.empty_like(cells, memory_format=torch.contiguous_format)
+        return cls(piece.tensor, held.view(-1).view(torch.uint8), False)
+
+    def write_back(self) -> None:
+        if not self.live:
+            cells = carrier(self.tensor)
+            cells.copy_(self.data.view(cells.dtype).view(cells.shape))
+
+
+def publish(pieces: Sequence[Piece], plan: Plan, source: int, segment: Segment) -> list[ChunkDigest]:
+    """Copy this rank's stripe into the segment and digest it. Blocks until CUDA copies are done.
+
+    The pieces must not change meanwhile: call it while the survivors wait at their gate.
+    """
+    held: dict[int, _Access] = {}
+    result = []
+    with torch.no_grad():
+        for chunk in chunks(plan.stripes.get(source, ())):
+            target = segment.bytes[chunk.offset : chunk.offset + chunk.length]
+            for part in chunk.ranges:
+                if part.piece not in held:
+                    held[part.piece] = _Access.of(pieces[part.piece], content=True)
+                begin = part.segment_offset - chunk.offset
+                data = held[part.piece].data[part.offset : part.offset + part.length]
+                target[begin : begin + part.length].copy_(data)
+            result.append(ChunkDigest(source, chunk.offset, chunk.length, digest_bytes(target)))
+    return result
+
+
+class Receiver:
+    """Fills a replacement's tensors, stripe by stripe as they are published, from one thread.
+
+    The order of calls: `receive` once for each source (in any order), then `finish`.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], plan: Plan, segment: Segment) -> None:
+        self._pieces = pieces
+        self._plan = plan
+        self._segment = segment
+        self._held: dict[int, _Access] = {}
+        self._scratch = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+        self._waiting = {rank for rank, stripe in plan.stripes.items() if stripe}
+        self._nbytes = 0
+        self._seconds = 0.0
+        self._verify_seconds = 0.0
+
+    def receive(self, source: int, digests: Iterable[ChunkDigest]) -> None:
+        """Copy the stripe of `source` into the live tensors and check it.
+
+        Raises StateMismatchError that names piece and source if a chunk is damaged or was not published.
+        """
+        started = perf_counter()
+        promised = {item.offset: item for item in digests if item.source == source}
+        with torch.no_grad():
+            for chunk in chunks(self._plan.stripes.get(source, ())):
+                self._receive_chunk(chunk, source, promised.get(chunk.offset))
+        self._waiting.discard(source)
+        self._seconds += perf_counter() - started
+
+    def finish(self) -> TransferReport:
+        """Complete tensors with holes; to be called when all sources are received."""
+        if self._waiting:
+            raise StateMismatchError(f"State of source ranks {sorted(self._waiting)} never arrived.")
+        started = perf_counter()
+        with torch.no_grad():
+            for access in self._held.values():
+                access.write_back()
+        seconds = self._seconds + perf_counter() - started
+        rate = self._nbytes / seconds if seconds else 0.0
+        return TransferReport(self._nbytes, seconds, self._verify_seconds, rate)
+
+    def _receive_chunk(self, chunk: Chunk, source: int, promised: ChunkDigest | None) -> None:
+        if promised is None or promised.length != chunk.length:
+            raise StateMismatchError(f"Rank {source} did not publish {self._names(chunk)} (offset {chunk.offset}).")
+        sent = self._segment.bytes[chunk.offset : chunk.offset + chunk.length]
+        if len(chunk.ranges) == 1:
+            arrived = self._data(chunk, 0)
+            arrived.copy_(sent)
+            self._check(arrived, chunk, promised)
+        else:
+            arrived = self._scratch[: chunk.length]
+            arrived.copy_(sent)
+            self._check(arrived, chunk, promised)
+            for index, part in enumerate(chunk.ranges):
+                begin = part.segment_offset - chunk.offset
+                self._data(chunk, index).copy_(arrived[begin : begin + part.length])
+        self._nbytes += sum(part.length for part in chunk.ranges)
+
+    def _data(self, chunk: Chunk, index: int) -> torch.Tensor:
+        part = chunk.ranges[index]
+        if part.piece not in self._held:
+            self._held[part.piece] = _Access.of(self._pieces[part.piece], content=False)
+        return self._held[part.piece].data[part.offset : part.offset + part.length]
+
+    def _check(self, arrived: torch.Tensor, chunk: Chunk, promised: ChunkDigest) -> None:
+        started = perf_counter()
+        found = digest_bytes(arrived)
+        self._verify_seconds += perf_counter() - started
+        if found != promised.digest:
+            raise StateMismatchError(
+                f"State from rank {promised.source} was damaged on its way: {self._names(chunk)} has digest "
+                f"{found:016x} instead of {promised.digest:016x} (segment offset {chunk.offset})."
+            )
+
+    def _names(self, chunk: Chunk) -> str:
+        keys = [self._pieces[part.piece].key for part in chunk.ranges]
+        return keys[0] if len(keys) == 1 else f"{keys[0]} or one of the {len(keys) - 1} pieces up to {keys[-1]}"
+
+
+def restore(pieces: Sequence[Piece], plan: Plan, segment: Segment, digests: Sequence[ChunkDigest]) -> TransferReport:
+    """Fill the live tensors in place from a segment that all sources have published."""
+    receiver = Receiver(pieces, plan, segment)
+    for source in plan.stripes:
+        receiver.receive(source, digests)
+    return receiver.finish()
