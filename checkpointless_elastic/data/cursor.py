@@ -1,0 +1,238 @@
+"""Where a rank stands in the loops of its script: a stack of frames, from the root to the loop it is in.
+
+A frame describes the current iteration of one loop: how many replayable calls it has committed and what they
+returned, which loops were run and ended inside it, which collectives it issued outside replayable functions,
+and the random state that its iterator was created with and its item fetched with. When the next iteration
+starts, all this is cleared. The cursor goes to the rank's slot after each change that counts, so that a
+replacement can run the script again to the same point: see `checkpointless_elastic.data.resume`.
+
+Nothing here does I/O, and nothing blocks. A cursor belongs to the main thread of its worker.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from checkpointless_elastic.errors import ConfigError, ProtocolError
+from checkpointless_elastic.worker.rng import RngState
+
+__all__ = [
+    "KEPT_BYTES",
+    "KEPT_LOOPS",
+    "KEPT_RNG",
+    "VERSION",
+    "Call",
+    "Cursor",
+    "Frame",
+    "Outside",
+    "describe",
+]
+
+VERSION = 1
+KEPT_BYTES = 1 << 20
+"""Bytes of return values that are kept of one iteration; beyond it the oldest are let go of, as missing."""
+KEPT_RNG = 16
+"""The last calls of one iteration whose random state is kept."""
+KEPT_LOOPS = 8
+"""The last loops that ended in one iteration that are kept; a replacement passes over older ones."""
+
+
+class Call(msgspec.Struct, frozen=True, array_like=True):
+    """One committed replayable call.
+
+    Attributes:
+        value: its encoded return value, None if it is not kept and a replica has to be asked.
+        rng: the random state when it returned, None if it is not kept.
+    """
+
+    value: bytes | None
+    rng: RngState | None = None
+
+    @property
+    def missing(self) -> bool:
+        """True when the return value has to be asked of a replica."""
+        return self.value is None
+
+
+class Outside(msgspec.Struct, frozen=True, array_like=True):
+    """One collective issued outside replayable functions: group, name and output (None: not kept)."""
+
+    group: str
+    op: str
+    output: bytes | None
+
+
+class Frame(msgspec.Struct, array_like=True):
+    """One loop, seen in its current iteration.
+
+    Attributes:
+        kind: "root", "epochs", "batches" or "steps".
+        ordinal: which loop it is within the current iteration of its parent, from 0.
+        position: the current iteration, from 0; -1 before the first.
+        finished: it has ended, by exhaustion or `break`; `position` is then its last iteration.
+        compact: it ended so long ago that a replacement does not enter it again; only the fields above are
+        kept.
+        calls: the replayable calls committed in this iteration.
+        children: the loops that ended in this iteration. One that has not ended is the next frame of the
+        stack.
+        outside: the collectives issued outside replayable functions. The first `setup` of them belong to the
+            creation of the iterator and are kept over all iterations.
+        rng_create: random state before the iterator was created.
+        rng_start: random state before this iteration's item was fetched.
+        rng_end: random state after the iterator was exhausted; None if the loop was left by `break`.
+        source_create, source_start: what else the source of the items needs, at the same two moments.
+    """
+
+    kind: str
+    ordinal: int = 0
+    position: int = -1
+    finished: bool = False
+    compact: bool = False
+    calls: list[Call] = []
+    children: list[Frame] = []
+    outside: list[Outside] = []
+    setup: int = 0
+    rng_create: RngState | None = None
+    rng_start: RngState | None = None
+    rng_end: RngState | None = None
+    source_create: tuple[bytes, ...] = ()
+    source_start: tuple[bytes, ...] = ()
+    kept: int = 0
+    dropped: int = 0
+
+    def commit(self, value: bytes | None, rng: RngState | None) -> None:
+        """Note a committed call; let go of what is beyond the limits."""
+        if value is not None and len(value) > KEPT_BYTES:
+            value = None
+        self.calls.append(Call(value, rng))
+        self.kept += len(value or b"")
+        while self.kept > KEPT_BYTES:
+            oldest = self.calls[self.dropped]
+            self.kept -= len(oldest.value or b"")
+            self.calls[self.dropped] = Call(None, oldest.rng)
+            self.dropped += 1
+        if len(self.calls) > KEPT_RNG:
+            self.calls[-KEPT_RNG - 1] = Call(self.calls[-KEPT_RNG - 1].value)
+
+    def advance(self, outside_from: int) -> None:
+        """Go to the next iteration; `outside` keeps what belongs to the iterator and to this item's fetch."""
+        self.position += 1
+        if self.position == 0:
+            self.setup = outside_from
+        self.outside = self.outside[: self.setup] + self.outside[outside_from:]
+        self.calls, self.children, self.kept, self.dropped = [], [], 0, 0
+
+    def ended(self, child: Frame) -> None:
+        """Keep a loop that ended in this iteration; make the one that is now too old compact."""
+        self.children.append(child)
+        if len(self.children) > KEPT_LOOPS:
+            old = self.children[-KEPT_LOOPS - 1]
+            self.children[-KEPT_LOOPS - 1] = Frame(
+                old.kind, old.ordinal, old.position, finished=True, compact=True
+            )
+
+
+class Cursor(msgspec.Struct, array_like=True):
+    """The stack of frames of one rank, the root first. Two ranks that did the same have equal cursors."""
+
+    version: int
+    stack: list[Frame]
+
+    @classmethod
+    def new(cls) -> Cursor:
+        """The cursor of a rank that has done nothing yet."""
+        return cls(VERSION, [Frame("root", position=0)])
+
+    @property
+    def top(self) -> Frame:
+        """The frame that calls and collectives are noted in: the innermost loop, or the root."""
+        return self.stack[-1]
+
+    def encode(self) -> bytes:
+        """As bytes for the slot; some microseconds, as nothing is compressed."""
+        return _ENCODER.encode(self)
+
+    @classmethod
+    def decode(cls, blob: bytes) -> Cursor:
+        """Read what `encode` wrote; ProtocolError if it is damaged or of another version."""
+        try:
+            version = _VERSION.decode(blob)[0]
+            if version != VERSION:
+                raise ProtocolError(
+                    f"The cursor has version {version}, this library reads {VERSION}: use one."
+                )
+            cursor = _DECODER.decode(blob)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(
+                f"The cursor in the slot cannot be read ({error}); the rank starts anew."
+            ) from error
+        if not cursor.stack or cursor.stack[0].kind != "root":
+            raise ProtocolError("The cursor in the slot has no root frame; the rank starts anew.")
+        return cursor
+
+    def enter(self, kind: str, rng: RngState | None = None, source: tuple[bytes, ...] = ()) -> Frame:
+        """A loop is entered, before its iterator is created."""
+        frame = Frame(kind, ordinal=len(self.top.children), rng_create=rng, source_create=source)
+        self.stack.append(frame)
+        return frame
+
+    def start(
+        self,
+        frame: Frame,
+        rng: RngState | None = None,
+        source: tuple[bytes, ...] = (),
+        outside_from: int | None = None,
+    ) -> None:
+        """An item was fetched, the next iteration of `frame` starts; loops left open inside it are dropped.
+
+        Args:
+            frame: what `enter` returned.
+            rng: the random state before the fetch.
+            source: the state of the source before the fetch.
+            outside_from: how many collectives `frame.outside` had before the fetch; None: as many as now.
+        """
+        self._forget_inside(frame)
+        frame.advance(len(frame.outside) if outside_from is None else outside_from)
+        frame.rng_start, frame.source_start = rng, source
+
+    def commit(self, value: bytes | None = None, rng: RngState | None = None) -> None:
+        """A replayable call was committed in the innermost loop. A value that is None or over 1 MiB is
+        missing."""
+        self.top.commit(value, rng)
+
+    def issued(self, group: str, op: str, output: bytes | None) -> None:
+        """A collective was done outside replayable functions. An output of None was not kept."""
+        self.top.outside.append(Outside(group, op, output))
+
+    def leave(self, frame: Frame, rng: RngState | None = None) -> None:
+        """A loop has ended; loops left open inside it end too. Does nothing if it has been left already."""
+        if not any(one is frame for one in self.stack):
+            return
+        while True:
+            left = self.stack.pop()
+            left.finished = True
+            self.top.ended(left)
+            if left is frame:
+                break
+        frame.rng_end = rng
+
+    def _forget_inside(self, frame: Frame) -> None:
+        for depth, one in enumerate(self.stack):
+            if one is frame:
+                del self.stack[depth + 1 :]
+                return
+        raise ConfigError(
+            f"A loop of Run ({frame.kind}) goes on after the loop around it did, as in zip(run.batches(a), "
+            "run.batches(b)); write run.batches(zip(a, b)) instead, so that a replacement can resume it."
+        )
+
+
+def describe(frames: list[Frame]) -> str:
+    """In words, the innermost first: "iteration 5 of batches (loop 0) in iteration 1 of epochs (loop 0)"."""
+    loops = [f"iteration {one.position} of {one.kind} (loop {one.ordinal})" for one in reversed(frames[1:])]
+    return " in ".join(loops) if loops else "the script outside all loops"
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(Cursor)
+_VERSION = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw])

@@ -1,0 +1,132 @@
+"""The loops of a Run: plain loops without a session; with one, loops that note where they are and resume
+there.
+
+A loop notes each iteration in the session's cursor after its item was fetched and before it is yielded, and
+has the cursor saved then. In a replacement it asks the record where to resume: it makes its iterator under
+the random state that the lost rank made it with, stands it before the recorded item without loading what was
+consumed, puts back the random state of that moment and fetches the item again.
+
+All of it runs on the main thread. Leaving a loop is noted but not saved: a rank that dies of an exception is
+replaced where the exception was raised, and not behind the loops that it unwound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+from checkpointless_elastic.data.cursor import Cursor, Frame
+from checkpointless_elastic.data.resume import Resume
+from checkpointless_elastic.data.skipping import too_short
+from checkpointless_elastic.data.source import Numbers, Source, source_of
+from checkpointless_elastic.errors import ScriptMismatchError
+from checkpointless_elastic.worker import rng
+
+__all__ = ["LoopHost", "batches", "epochs", "steps"]
+
+T = TypeVar("T")
+
+
+class LoopHost(Protocol):
+    """What the loops need of the session."""
+
+    @property
+    def cursor(self) -> Cursor:
+        """Where this rank is. In a replacement, from `before_first_use` on, that of the rank it replaces."""
+
+    @property
+    def resume(self) -> Resume | None:
+        """The walk over the record in a replacement that has not joined; None otherwise."""
+
+    def before_first_use(self) -> None:
+        """A loop is about to be entered. A replacement blocks here until its state is there."""
+
+    def iteration_started(self) -> None:
+        """An item was fetched and noted, and is about to be yielded (again, in a replacement)."""
+
+    def save(self) -> None:
+        """Persist the cursor to the slot."""
+
+
+def epochs(n: int, host: LoopHost | None = None) -> Iterator[int]:
+    """Yield 0 to n - 1, one for each pass over the data."""
+    return _plain(range(n)) if host is None else _loop("epochs", Numbers(n), host)
+
+
+def steps(n: int, host: LoopHost | None = None) -> Iterator[int]:
+    """Yield 0 to n - 1, one for each step."""
+    return _plain(range(n)) if host is None else _loop("steps", Numbers(n), host)
+
+
+def batches(loader: Iterable[T], host: LoopHost | None = None) -> Iterator[T]:
+    """Yield the items of one pass over `loader`; `data/source.py` says what resumes exactly."""
+    return _plain(loader) if host is None else _loop("batches", source_of(loader), host)
+
+
+def _plain(items: Iterable[T]) -> Iterator[T]:
+    """As with a session, nothing happens before the first item is asked for."""
+    yield from items
+
+
+def _loop(kind: str, source: Source[T], host: LoopHost) -> Iterator[T]:
+    host.before_first_use()
+    record = None if host.resume is None else host.resume.next_loop(kind)
+    frame = record or host.cursor.enter(kind, rng.capture(), source.state())
+    end: rng.RngState | None = None
+    try:
+        if record is None:
+            source.open()
+        else:
+            yield from _recorded(record, source, host)
+            if record.finished:
+                return
+        yield from _live(frame, source, host)
+        end = rng.capture()
+    finally:
+        _leave(frame, end, host)
+
+
+def _recorded(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
+    """Yield the recorded iteration once more, or nothing if there was none, then put its random state
+    back."""
+    if frame.compact:
+        return
+    if frame.rng_create is not None:
+        rng.restore(frame.rng_create)
+    if frame.position < 0 and not frame.finished:
+        source.open()
+    elif frame.position >= 0:
+        source.reopen(frame)
+        if frame.rng_start is not None:
+            rng.restore(frame.rng_start)
+        try:
+            item = [source.fetch()]
+        except StopIteration as error:
+            raise ScriptMismatchError(too_short(frame.position, frame.position + 1)) from error
+        host.iteration_started()
+        yield item.pop()  # no reference stays here: the body may want the memory back
+    if frame.rng_end is not None:
+        rng.restore(frame.rng_end)
+
+
+def _live(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
+    while True:
+        resume = host.resume
+        outside = len(frame.outside) if resume is None else resume.outside_done(frame)
+        before = rng.capture(), source.state(), outside
+        try:
+            item = [source.fetch()]
+        except StopIteration:
+            return
+        if host.resume is not None:
+            host.resume.going_on(frame)
+        host.cursor.start(frame, *before)
+        host.iteration_started()
+        host.save()
+        yield item.pop()
+
+
+def _leave(frame: Frame, end: rng.RngState | None, host: LoopHost) -> None:
+    if host.resume is not None:
+        host.resume.leaving(frame)
+    if not frame.finished:
+        host.cursor.leave(frame, end)

@@ -1,0 +1,1 @@
+"""Inside a training process: bootstrap, channel to the agent, Run, gate, RNG."""
