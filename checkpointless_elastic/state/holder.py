@@ -1,0 +1,111 @@
+"""The seam between an inventory and the kinds of objects that hold state: modules, optimizers, scalers, others.
+
+A holder knows one object that the user named. It never runs the object's training code, and draws no random numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.state.pieces import PieceInfo, describe, make_tensor
+
+__all__ = ["Found", "Holder", "Maker", "ParamNames"]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A tensor that a holder found in its object."""
+
+    key: str
+    role: str
+    tensor: torch.Tensor
+
+
+@dataclass
+class ParamNames:
+    """Names of the parameters: those of the modules, and of an optimizer where no module has them."""
+
+    _keys: dict[int, str] = field(default_factory=dict)
+    _params: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, key: str, param: torch.Tensor) -> None:
+        """Name a parameter, unless it has a name (tied weights keep their first)."""
+        if id(param) not in self._keys:
+            self._keys[id(param)] = key
+            self._params[key] = param
+
+    def key(self, param: torch.Tensor) -> str | None:
+        """The parameter's name, or None."""
+        return self._keys.get(id(param))
+
+    def param(self, key: str, whose: str) -> torch.Tensor:
+        """The parameter of that name, or StateMismatchError."""
+        if key not in self._params:
+            raise StateMismatchError(f"{whose} of the survivors has parameter {key}, which this rank does not have.")
+        return self._params[key]
+
+    def items(self) -> list[tuple[str, torch.Tensor]]:
+        """All names and parameters, in the order in which they were found."""
+        return list(self._params.items())
+
+
+class Maker:
+    """Gives a replacement the tensors that a manifest asks for: the existing one if it fits, else a new one."""
+
+    def __init__(self, pieces: tuple[PieceInfo, ...]) -> None:
+        self._wanted = {info.key: info for info in pieces}
+
+    def wanted(self, key: str) -> PieceInfo | None:
+        """The description of a piece, or None if the survivors do not have it."""
+        return self._wanted.get(key)
+
+    def tensor(self, key: str, existing: torch.Tensor | None, near: torch.Tensor | None) -> torch.Tensor:
+        """The tensor for `key`; a new one is on the CPU or on the device of `near`, as the survivors' is."""
+        info = self._wanted.get(key)
+        if info is None:
+            raise StateMismatchError(f"The survivors' manifest mentions {key} but does not describe it.")
+        if existing is not None and describe(key, info.role, existing) == info:
+            return existing
+        if near is not None and near.device.type == info.device:
+            return make_tensor(info, near.device)
+        return make_tensor(info, torch.device(info.device))
+
+
+class Holder(ABC):
+    """One object named in `Run(...)`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Found]:
+        """All tensors but gradients, live, in an order that is the same on all ranks."""
+
+    @abstractmethod
+    def containers(self) -> Iterator[dict[Any, Any]]:
+        """Dicts whose direct values a snapshot watches by identity and puts back."""
+
+    @abstractmethod
+    def plain(self) -> Any:
+        """State that is not a piece, made of what torch.load(weights_only=True) reads."""
+
+    @abstractmethod
+    def adopt(self, plain: Any, maker: Maker) -> None:
+        """Create and remove tensors so that they are those of the rank that `plain` and the maker come from."""
+
+    @abstractmethod
+    def load(self, plain: Any, live: Mapping[str, torch.Tensor]) -> None:
+        """Take over `plain`; the tensors are filled. No live tensor is replaced if the object allows it."""
+
+    def note(self) -> Any:
+        """State that `containers` does not show, copied, for `put_back`."""
+        return None
+
+    def put_back(self, noted: Any) -> None:  # noqa: B027
+        """Undo what happened to that state since `note`."""

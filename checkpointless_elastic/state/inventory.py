@@ -1,0 +1,217 @@
+"""All state of a Run's objects: its pieces, what a replacement must know of them, and how it takes them over.
+
+On a replacement the order of calls is `adopt(manifest)`, fill the tensors of `pieces()`, `load_meta(manifest)`. Nothing
+here blocks or talks to a peer; all calls belong to the main thread, while no step runs.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from checkpointless_elastic.errors import ConfigError, StateMismatchError
+from checkpointless_elastic.state.grad_scaler import ScalerHolder
+from checkpointless_elastic.state.holder import Found, Holder, Maker, ParamNames
+from checkpointless_elastic.state.modules import ModuleHolder
+from checkpointless_elastic.state.objects import ObjectHolder, TensorHolder
+from checkpointless_elastic.state.optimizers import OptimizerHolder
+from checkpointless_elastic.state.pieces import GRADIENT, Manifest, Piece, PieceInfo, describe, make_tensor
+
+__all__ = ["Inventory", "Scan"]
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """What one look at the objects found.
+
+    Attributes:
+        pieces: all pieces but gradients.
+        params: name and tensor of each parameter, tied ones once.
+        containers: the dicts that the tensors stand in, see `Holder.containers`.
+    """
+
+    pieces: tuple[Piece, ...]
+    params: tuple[tuple[str, torch.Tensor], ...]
+    containers: tuple[dict[Any, Any], ...]
+
+
+class Inventory:
+    """The state of the objects named in `Run(...)`.
+
+    Lists, tuples and dicts of objects are allowed. Raises ConfigError for an object that shows no state, and
+    StateMismatchError for state that cannot travel.
+    """
+
+    def __init__(self, objects: Mapping[str, Any]) -> None:
+        self._objects = dict(objects)
+        self.holders: list[Holder] = []
+        self._names = ParamNames()
+        self.scan()
+        self.check()
+
+    def scan(self) -> Scan:
+        """Look at all objects again. Costs some µs per tensor; `pieces` and `manifest` do it on their own."""
+        self._names = ParamNames()
+        self.holders = list(_holders(self._objects, self._names))
+        pieces: list[Piece] = []
+        seen: set[object] = set()
+        for holder in self.holders:
+            for found in holder.tensors():
+                _add(pieces, seen, found)
+        containers = tuple(content for holder in self.holders for content in holder.containers())
+        _check_unique(pieces)
+        return Scan(tuple(pieces), tuple(self._names.items()), containers)
+
+    def pieces(self) -> list[Piece]:
+        """All live tensors, gradients last; same keys and order on all ranks that are at the same step."""
+        found = self.scan()
+        pieces = list(found.pieces)
+        seen: set[object] = {_memory(piece.tensor, piece.info.nbytes) for piece in pieces}
+        for key, param in found.params:
+            if param.grad is not None:
+                _add(pieces, seen, Found(f"{key}:grad", GRADIENT, param.grad))
+        return pieces
+
+    def manifest(self) -> Manifest:
+        """The description of this rank's state, for a replacement."""
+        pieces = self.pieces()
+        return Manifest(tuple(piece.info for piece in pieces), _dump({h.name: h.plain() for h in self.holders}))
+
+    def check(self) -> None:
+        """Raise StateMismatchError if an object's state could not be read by a replacement.
+
+        To be called again after the first step, when optimizers have made their state.
+        """
+        for holder in self.holders:
+            try:
+                _load(_dump(holder.plain()))
+            except Exception as error:
+                raise StateMismatchError(
+                    f"The state of {holder.name!r} holds something that torch.load(weights_only=True) does not read: "
+                    f"make it plain, or allow it with torch.serialization.add_safe_globals. ({error})"
+                ) from error
+
+    def adopt(self, manifest: Manifest) -> None:
+        """Create what is missing and remove what the survivors do not have; new tensors have undefined content.
+
+        Afterwards `pieces()` is what the manifest describes, else StateMismatchError names the first difference.
+        """
+        plain = _load(manifest.meta)
+        self.scan()
+        names = [holder.name for holder in self.holders]
+        if names != list(plain):
+            raise StateMismatchError(f"Run(...) names {names} here and {list(plain)} on the survivors.")
+        maker = Maker(manifest.pieces)
+        for holder in self.holders:
+            holder.adopt(plain[holder.name], maker)
+        for key, param in self.scan().params:
+            _adopt_gradient(param, maker.wanted(f"{key}:grad"))
+        _compare([piece.info for piece in self.pieces()], manifest.pieces)
+
+    def load_meta(self, manifest: Manifest) -> None:
+        """Take over what is not a tensor; to be called once the tensors are filled."""
+        plain = _load(manifest.meta)
+        live = {piece.key: piece.tensor for piece in self.pieces()}
+        for holder in self.holders:
+            holder.load(plain[holder.name], live)
+
+
+def _holders(objects: Mapping[str, Any], names: ParamNames) -> Iterator[Holder]:
+    """One holder per object, modules first, since they name the parameters."""
+    flat = [pair for name, value in objects.items() for pair in _flatten(name, value)]
+    for name, value in flat:
+        if isinstance(value, nn.Module):
+            yield ModuleHolder(name, value, names)
+    for name, value in flat:
+        if isinstance(value, Optimizer):
+            yield OptimizerHolder(name, value, names)
+        elif isinstance(value, GradScaler):
+            yield ScalerHolder(name, value)
+        elif isinstance(value, torch.Tensor):
+            yield TensorHolder(name, value)
+        elif not isinstance(value, nn.Module):
+            yield _other(name, value)
+
+
+def _other(name: str, value: Any) -> Holder:
+    if not callable(getattr(value, "state_dict", None)) or not callable(getattr(value, "load_state_dict", None)):
+        raise ConfigError(
+            f"Run({name}=...) got a {type(value).__name__}, which has no state_dict() and load_state_dict(): "
+            "give it both, or leave it out."
+        )
+    return ObjectHolder(name, value)
+
+
+def _flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Objects in lists, tuples and dicts, with their names; None is skipped."""
+    if isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _flatten(f"{name}.{index}", item)
+    elif type(value) is dict:
+        for key, item in value.items():
+            yield from _flatten(f"{name}.{key}", item)
+    elif value is not None:
+        yield name, value
+
+
+def _memory(tensor: torch.Tensor, nbytes: int) -> object:
+    """Equal for two tensors that are the same memory read in the same way (tied weights, views of one another)."""
+    if nbytes == 0:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _add(pieces: list[Piece], seen: set[object], found: Found) -> None:
+    info = describe(found.key, found.role, found.tensor)
+    memory = _memory(found.tensor, info.nbytes)
+    if memory not in seen:
+        seen.add(memory)
+        pieces.append(Piece(info, found.tensor))
+
+
+def _check_unique(pieces: list[Piece]) -> None:
+    keys: set[str] = set()
+    for piece in pieces:
+        if piece.key in keys:
+            raise StateMismatchError(f"Two pieces of state have the name {piece.key}: rename one of the Run's objects.")
+        keys.add(piece.key)
+
+
+def _adopt_gradient(param: torch.Tensor, info: PieceInfo | None) -> None:
+    if info is None:
+        param.grad = None
+    elif param.grad is None or describe(info.key, GRADIENT, param.grad) != info:
+        param.grad = make_tensor(info, param.device)
+
+
+def _compare(mine: list[PieceInfo], theirs: tuple[PieceInfo, ...]) -> None:
+    for index in range(max(len(mine), len(theirs))):
+        left = mine[index] if index < len(mine) else None
+        right = theirs[index] if index < len(theirs) else None
+        if left != right:
+            raise StateMismatchError(
+                f"State differs from the survivors' at piece {index}: {_words(left)} here, {_words(right)} there."
+            )
+
+
+def _words(info: PieceInfo | None) -> str:
+    if info is None:
+        return "nothing"
+    return f"{info.key} ({info.role}, {info.dtype} {list(info.shape)} strides {list(info.stride)} on {info.device})"
+
+
+def _dump(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _load(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")

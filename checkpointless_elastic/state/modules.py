@@ -1,0 +1,113 @@
+"""State of torch.nn modules: parameters, buffers (non-persistent ones too), extra state and flags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.state.holder import Found, Holder, Maker, ParamNames
+from checkpointless_elastic.state.pieces import BUFFER, PARAMETER
+from checkpointless_elastic.state.tree import copy_plain, same
+
+__all__ = ["ModuleHolder"]
+
+
+class ModuleHolder(Holder):
+    """A module, wrapped by DDP or torch.compile or not. Tied weights are found once.
+
+    The flags `training` and `requires_grad` are state too: a replacement enters a step without running what came
+    before it, so `model.eval()` or a layer frozen after the first epoch would be missed.
+    """
+
+    def __init__(self, name: str, module: nn.Module, names: ParamNames) -> None:
+        super().__init__(name)
+        self._module = module
+        self._names = names
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._flat: list[nn.Module] = []
+        self._extra: list[tuple[str, nn.Module]] = []
+        self._params: list[torch.Tensor] = []
+
+    def tensors(self) -> Iterator[Found]:
+        self._walk()
+        for path, module in self._modules:
+            for key, param in module._parameters.items():
+                if param is not None:
+                    yield Found(f"{path}.{key}", PARAMETER, param)
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    yield Found(f"{path}.{key}", BUFFER, buffer)
+
+    def _walk(self) -> None:
+        """Find the modules again, name the parameters."""
+        named = list(self._module.named_modules())
+        self._modules = [(f"{self.name}.{path}" if path else self.name, module) for path, module in named]
+        self._flat = [module for _, module in self._modules]
+        self._extra = [(path, module) for path, module in self._modules if _has_extra_state(module)]
+        found = {}
+        for path, module in self._modules:
+            for key, param in module._parameters.items():
+                if param is not None:
+                    self._names.add(f"{path}.{key}", param)
+                    found[id(param)] = param
+        self._params = list(found.values())
+
+    def containers(self) -> Iterator[dict[Any, Any]]:
+        for module in self._flat:
+            for content in (module._parameters, module._buffers, module._modules):
+                if content:
+                    yield cast(dict[Any, Any], content)
+
+    def plain(self) -> Any:
+        return {
+            "training": bytes(map(attrgetter("training"), self._flat)),
+            "requires_grad": bytes(map(attrgetter("requires_grad"), self._params)),
+            "extra": {path: _extra_state(module) for path, module in self._extra},
+        }
+
+    def adopt(self, plain: Any, maker: Maker) -> None:
+        """Modules are built by the script: a difference is found by the inventory's comparison."""
+
+    def load(self, plain: Any, live: Mapping[str, torch.Tensor]) -> None:
+        if len(plain["training"]) != len(self._flat) or len(plain["requires_grad"]) != len(self._params):
+            raise StateMismatchError(f"{self.name} has another number of modules or parameters than on the survivors.")
+        self._set_flags(plain["training"], plain["requires_grad"])
+        for path, module in self._extra:
+            if path in plain["extra"]:
+                module.set_extra_state(plain["extra"][path])
+
+    def _set_flags(self, training: bytes, requires_grad: bytes) -> None:
+        for module, flag in zip(self._flat, training):
+            if module.training != bool(flag):
+                module.training = bool(flag)
+        for param, flag in zip(self._params, requires_grad):
+            if param.requires_grad != bool(flag):
+                param.requires_grad_(bool(flag))
+
+    def note(self) -> Any:
+        flags = bytes(map(attrgetter("training"), self._flat)), bytes(map(attrgetter("requires_grad"), self._params))
+        return flags, [copy_plain(_extra_state(module), _clone_all) for _, module in self._extra]
+
+    def put_back(self, noted: Any) -> None:
+        flags, extra = noted
+        self._set_flags(*flags)
+        for (_, module), value in zip(self._extra, extra):
+            if not same(_extra_state(module), value):
+                module.set_extra_state(value)
+
+
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def _extra_state(module: nn.Module) -> Any:
+    return module.get_extra_state()
+
+
+def _clone_all(_tensor: torch.Tensor) -> bool:
+    return False

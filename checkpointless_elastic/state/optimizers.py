@@ -1,0 +1,123 @@
+"""State of torch.optim optimizers: what they keep per parameter, and the hyperparameters of their groups.
+
+A parameter is named by its module, so that a replacement finds state by name whatever the order of the groups, and can
+rebuild groups that the survivors added later (add_param_group). `Optimizer.load_state_dict` is not used: it copies
+every tensor and runs the user's hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.state.holder import Found, Holder, Maker, ParamNames
+from checkpointless_elastic.state.pieces import OPTIMIZER, PARAMETER
+from checkpointless_elastic.state.tree import pack, tensors_of, unpack
+
+__all__ = ["OptimizerHolder"]
+
+
+class OptimizerHolder(Holder):
+    """One optimizer. Its state may appear later (first step) or change its structure (LBFGS)."""
+
+    def __init__(self, name: str, optimizer: Optimizer, names: ParamNames) -> None:
+        super().__init__(name)
+        self._optimizer = optimizer
+        self._names = names
+
+    def tensors(self) -> Iterator[Found]:
+        for number, group in enumerate(self._optimizer.param_groups):
+            for index, param in enumerate(group["params"]):
+                if self._names.key(param) is None:
+                    self._names.add(f"{self.name}.group{number}.params.{index}", param)
+                    yield Found(f"{self.name}.group{number}.params.{index}", PARAMETER, param)
+            for path, tensor in tensors_of(_hyper(group), f"{self.name}.group{number}"):
+                yield Found(path, OPTIMIZER, tensor)
+        for path, _, value in self._states():
+            for key, tensor in tensors_of(value, path):
+                yield Found(key, OPTIMIZER, tensor)
+
+    def _states(self) -> Iterator[tuple[str, Any, Any]]:
+        """Path, key in `optimizer.state` and value, in the order of the groups."""
+        state = self._optimizer.state
+        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        for param in params:
+            if param in state:
+                yield f"{self.name}.state.{self._names.key(param)}", param, state[param]
+        known = {id(param) for param in params}
+        for key in sorted((key for key in state if id(key) not in known), key=str):
+            if isinstance(key, torch.Tensor):
+                raise StateMismatchError(f"{self.name} keeps state for a tensor that is in none of its groups.")
+            yield f"{self.name}.state.{key}", key, state[key]
+
+    def containers(self) -> Iterator[dict[Any, Any]]:
+        yield self._optimizer.state
+        yield from (value for value in self._optimizer.state.values() if isinstance(value, dict))
+        yield from self._optimizer.param_groups
+
+    def plain(self) -> Any:
+        groups = [
+            ([self._names.key(param) for param in group["params"]], pack(_hyper(group), f"{self.name}.group{n}", _all))
+            for n, group in enumerate(self._optimizer.param_groups)
+        ]
+        states = [
+            (self._names.key(key) if isinstance(key, torch.Tensor) else None, key, pack(value, path, _all))
+            for path, key, value in self._states()
+        ]
+        return {
+            "groups": groups,
+            "states": [(name, key if name is None else None, node) for name, key, node in states],
+        }
+
+    def adopt(self, plain: Any, maker: Maker) -> None:
+        live = {found.key: found.tensor for found in self.tensors()}
+        self._adopt_groups(plain["groups"], live, maker)
+        self._adopt_states(plain["states"], live, maker)
+
+    def _adopt_groups(self, groups: Any, live: Mapping[str, torch.Tensor], maker: Maker) -> None:
+        mine = self._optimizer.param_groups
+        while len(mine) < len(groups):
+            mine.append({})
+        del mine[len(groups) :]
+        for group, (keys, node) in zip(mine, groups):
+            params = [self._names.param(key, self.name) for key in keys]
+            near = params[0] if params else None
+            hyper = unpack(node, lambda path, near=near: maker.tensor(path, live.get(path), near))  # type: ignore[misc]
+            held = group.get("params", [])
+            keep = len(held) == len(params) and all(map(_is, held, params))
+            group.clear()
+            group.update(params=held if keep else params, **hyper)
+
+    def _adopt_states(self, states: Any, live: Mapping[str, torch.Tensor], maker: Maker) -> None:
+        state = self._optimizer.state
+        before = dict(state)
+        state.clear()
+        for name, plain_key, node in states:
+            param = None if name is None else self._names.param(name, self.name)
+            value = unpack(node, lambda path, near=param: maker.tensor(path, live.get(path), near))  # type: ignore[misc]
+            key = plain_key if param is None else param
+            held = before.get(key)
+            if isinstance(held, dict) and isinstance(value, dict):
+                held.clear()
+                held.update(value)
+                value = held
+            state[key] = value
+
+    def load(self, plain: Any, live: Mapping[str, torch.Tensor]) -> None:
+        """Nothing is left to do: `adopt` has set all values that are not tensors."""
+
+
+def _hyper(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _all(_path: str, _tensor: torch.Tensor) -> bool:
+    return True
+
+
+def _is(left: object, right: object) -> bool:
+    return left is right
