@@ -78,7 +78,7 @@ def _numpy_state() -> bytes:
     module = sys.modules.get("numpy.random")
     if module is None or not hasattr(module, "get_state"):  # absent, or half imported
         return b""
-    # 30 of the 45 microseconds of capture(): NumPy copies word by word, and its Gauss cache is found nowhere else.
+    # 30 of the 45 microseconds of capture(): NumPy copies word by word, and has no other way to its Gauss cache.
     state = module.get_state()
     if not isinstance(state, tuple):  # numpy.random.set_bit_generator put another kind in place
         raise StateMismatchError(
