@@ -1,0 +1,275 @@
+"""The fork server: a small single-threaded process that has torch loaded and forks the workers.
+
+It is started with a fresh interpreter and one end of a socket pair. It answers `SpawnRequest` with `Spawned`, and tells
+of each child's end with `Exited`. When the agent's end closes, whatever the reason, it kills all that it forked,
+removes the run directory and exits; when it is killed itself, the kernel kills its children (PR_SET_PDEATHSIG). So
+nothing outlives the agent.
+
+The child leaves the server's stack altogether and runs the script from `main`, so that the interpreter's own shutdown
+(threads, atexit, flushing) follows as it does under `python script.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import selectors
+import shutil
+import signal
+import socket
+import sys
+
+import msgspec
+
+from checkpointless_elastic.agent import preload
+from checkpointless_elastic.protocol.messages import Frames
+
+__all__ = [
+    "Dropped",
+    "Exited",
+    "FromServer",
+    "Loading",
+    "Ready",
+    "Retire",
+    "SpawnRequest",
+    "Spawned",
+    "command",
+    "frame",
+    "main",
+]
+
+_DEFERRED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Retire(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The server is not needed any more, while its agent lives on: exit and leave the run directory alone."""
+
+
+class SpawnRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """One worker to fork.
+
+    Attributes:
+        mode: "script" or "module" run `argv[0]` in the fork; "exec" replaces it by the program `argv[0]`.
+        argv: the target and its arguments.
+        env: the whole environment.
+        stdout: log file, empty to inherit the agent's stream.
+        append: whether log files are continued (a replacement) or begun.
+        unbuffered: `python -u`.
+        cpus: CPUs that the worker is bound to, empty for all.
+    """
+
+    id: int
+    mode: str
+    argv: list[str]
+    env: dict[str, str]
+    stdout: str = ""
+    stderr: str = ""
+    append: bool = False
+    unbuffered: bool = True
+    cpus: list[int] = []
+
+
+class Loading(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The server begins to import this module; if it dies before the next message, the module is to blame."""
+
+    module: str
+
+
+class Dropped(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """After this module the process must not be forked. The server exits."""
+
+    module: str
+    reason: str
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """All modules are loaded; requests are served from now on."""
+
+
+class Spawned(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A request's child has this process id. Sent before the child does anything."""
+
+    id: int
+    pid: int
+
+
+class Exited(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A child has ended: exit code, or the negative number of the signal."""
+
+    pid: int
+    status: int
+
+
+ToServer = SpawnRequest | Retire
+FromServer = Loading | Dropped | Ready | Spawned | Exited
+_requests: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    """The message with its 4-byte length in front."""
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(4, "little") + body
+
+
+def command(fd: int, run_dir: str, modules: list[str]) -> list[str]:
+    """Command line that starts a server on descriptor `fd`.
+
+    The import path of the server is that of a script (no current directory), plus this package's own place in case it
+    is not installed. `-u` makes the standard streams of all workers unbuffered, as torchrun does.
+    """
+    program = (
+        "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append(sys.argv[1]);"
+        "from checkpointless_elastic.agent.forkserver import main; main()"
+    )
+    home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return [sys.executable, "-u", "-c", program, home, str(fd), run_dir, *modules]
+
+
+class _Server:
+    """State of the server process."""
+
+    def __init__(self, connection: socket.socket, run_dir: str) -> None:
+        self._connection = connection
+        self._run_dir = run_dir
+        self._frames = Frames()
+        self._queue: list[SpawnRequest] = []
+        self._children: set[int] = set()
+        self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.signal(signal.SIGCHLD, _ignore)
+        signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
+
+    def load(self, modules: list[str]) -> None:
+        """Import the modules; exits the process at the first that makes forking unsafe."""
+        for module in modules:
+            self._tell(Loading(module))
+            reason = preload.load(module)
+            if reason:
+                self._tell(Dropped(module, reason))
+                sys.exit(0)
+        gc.collect()
+        gc.freeze()  # keeps the collector from writing to pages that all workers share
+        self._tell(Ready())
+
+    def serve(self) -> SpawnRequest:
+        """Fork and reap for as long as the agent lives. Returns only in a child, with what it shall run."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._connection, selectors.EVENT_READ)
+            selector.register(self._wakeup[0], selectors.EVENT_READ)
+            while True:
+                ready = {key.fd for key, _ in selector.select()}
+                if self._wakeup[0] in ready:
+                    self._reap()
+                if self._connection.fileno() in ready and not self._read():
+                    self._end()
+                while self._queue:
+                    request = self._queue.pop(0)
+                    if self._fork(request):
+                        return request
+
+    def _read(self) -> bool:
+        try:
+            data = self._connection.recv(1 << 20)
+        except ConnectionError:
+            return False
+        for body in self._frames.feed(data):
+            request = _requests.decode(body)
+            if isinstance(request, Retire):
+                os._exit(0)
+            self._queue.append(request)
+        return bool(data)
+
+    def _fork(self, request: SpawnRequest) -> bool:
+        """True in the child. The child waits until `Spawned` is on its way, so that nothing of it comes earlier."""
+        gate_read, gate_write = os.pipe()
+        server = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            os.close(gate_write)
+            self._leave(server)
+            os.read(gate_read, 1)
+            os.close(gate_read)
+            return True
+        os.close(gate_read)
+        self._children.add(pid)
+        self._tell(Spawned(request.id, pid))
+        os.close(gate_write)
+        return False
+
+    def _leave(self, server: int) -> None:
+        """In a new child: be a process of its own, that dies with the server."""
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:
+            os._exit(1)
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        self._connection.close()
+        for fd in self._wakeup:
+            os.close(fd)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _DEFERRED)
+
+    def _reap(self) -> None:
+        """Report children that have ended. What one leaves behind (loader processes) is killed with it unless it
+        ended well: such processes hold its sockets open, and its peers would wait for it."""
+        os.read(self._wakeup[0], 4096)
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            if ended.si_code != os.CLD_EXITED or ended.si_status != 0:
+                _kill_group(ended.si_pid)  # before the reaping, so that the number is still this child's
+            _, status = os.waitpid(ended.si_pid, 0)
+            if ended.si_pid in self._children:
+                self._children.remove(ended.si_pid)
+                self._tell(Exited(ended.si_pid, os.waitstatus_to_exitcode(status)))
+
+    def _tell(self, message: FromServer) -> None:
+        try:
+            self._connection.sendall(frame(message))
+        except ConnectionError:
+            self._end()
+
+    def _end(self) -> None:
+        """The agent is gone or has finished: leave nothing."""
+        for pid in self._children:
+            _kill_group(pid)
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+        os._exit(0)
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:  # not yet a group of its own, or nobody left in it
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+
+def _ignore(signum: int, stack: object) -> None:
+    """SIGCHLD needs a handler for the wake-up descriptor to be written."""
+
+
+def main() -> None:
+    """Entry of the server process; arguments: place of the package, descriptor, run directory, modules."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)  # meant for the agent and the workers
+    fd, run_dir, modules = int(sys.argv[2]), sys.argv[3], sys.argv[4:]
+    connection = socket.socket(fileno=fd)
+    connection.set_inheritable(False)
+    server = _Server(connection, run_dir)
+    server.load(modules)
+    request = server.serve()
+    del server
+    from checkpointless_elastic.worker import bootstrap
+
+    bootstrap.prepare(request.env, request.stdout, request.stderr, request.append, request.cpus)
+    if request.mode == "exec":
+        bootstrap.replace_process(request.argv)
+    sys.exit(bootstrap.run(request.mode, request.argv, request.unbuffered))

@@ -1,0 +1,79 @@
+"""What a fork server loads before it forks, and when that is safe.
+
+A process may be forked only while it has one thread and has not touched a GPU. Each module is therefore checked right
+after its import; the fork server gives up on the first that fails, and its agent starts another one without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+
+__all__ = ["BASE", "SUCCESSOR", "learned", "load", "third_party"]
+
+BASE = (
+    "torch",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "torch.utils.data",
+    "torch.distributed.elastic.multiprocessing.errors",
+    "checkpointless_elastic.worker.bootstrap",
+)
+"""What the first server loads: enough for any script that trains, and no more, since the job waits for it."""
+
+SUCCESSOR = (*BASE, "torch._dynamo", "checkpointless_elastic")
+"""What a successor loads in the background before the modules that the script was seen to import."""
+
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+def load(module: str) -> str:
+    """Import one module. Returns why this process must not be forked any more, or an empty string if it may."""
+    try:
+        importlib.import_module(module)
+    except BaseException as error:  # a module may do anything at import, also raise SystemExit
+        return f"its import failed with {type(error).__name__}: {error}"
+    return unsafe()
+
+
+def unsafe() -> str:
+    """Why this process must not be forked; empty if it may."""
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        return f"it leaves the process with {threads} threads"
+    if any(target.startswith("/dev/nvidia") for target in _open_files()):
+        return "it opens the GPU"
+    return ""
+
+
+def _open_files() -> Iterable[str]:
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            yield os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:  # the descriptor of the listing itself
+            continue
+
+
+def third_party(modules: Mapping[str, ModuleType] | None = None) -> list[str]:
+    """Names of the installed (not the user's own) modules among `modules`, by default all loaded ones, in load order.
+
+    For the worker's side: what it returns is worth loading in a successor of the fork server.
+    """
+    found = dict(sys.modules if modules is None else modules)
+    return [name for name, module in found.items() if _is_installed(name, module)]
+
+
+def _is_installed(name: str, module: ModuleType | None) -> bool:
+    path = getattr(module, "__file__", None)
+    spec = getattr(module, "__spec__", None)
+    if not isinstance(path, str) or getattr(spec, "name", None) != name:
+        return False  # an alias, __main__, or nothing that an import by this name would give
+    return any(part in _INSTALLED for part in path.split(os.sep))
+
+
+def learned(modules: Iterable[str]) -> list[str]:
+    """The list for a successor: its own, then `modules` in their order, without doubles."""
+    return list(dict.fromkeys([*SUCCESSOR, *modules]))

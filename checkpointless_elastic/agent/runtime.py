@@ -1,0 +1,212 @@
+"""The agent's event loop, and the seam between the process side (this package) and the control plane.
+
+One thread, no polling: the loop sleeps in epoll until a worker dies (pidfd), a fork server or a worker writes, or a
+timer is due. Callbacks must not block. An exception in a callback leaves `run` and ends the agent: nothing is
+swallowed here.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import selectors
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["ControlPlane", "EventLoop", "Timer", "Workforce", "make_run_dir", "remove_run_dir"]
+
+Callback = Callable[[], None]
+
+
+class Timer:
+    """Handle of one `call_later`; `cancel` may be called at any time, also after it fired."""
+
+    def __init__(self, when: float, callback: Callback) -> None:
+        self.when = when
+        self._callback: Callback | None = callback
+
+    def cancel(self) -> None:
+        """Make sure that the callback is not called from now on."""
+        self._callback = None
+
+    def fire(self) -> None:
+        """Call the callback, once."""
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback()
+
+    @property
+    def active(self) -> bool:
+        """Whether it has neither fired nor been cancelled."""
+        return self._callback is not None
+
+
+@dataclass(frozen=True)
+class _Watch:
+    read: Callback
+    write: Callback | None
+    first: bool
+
+
+class EventLoop:
+    """Descriptors and timers of the agent. Everything happens on the thread that calls `run`."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+
+    def watch(self, fd: int, read: Callback, write: Callback | None = None, *, first: bool = False) -> None:
+        """Call `read` whenever `fd` is readable (or closed by the peer), and `write` whenever it is writable.
+
+        A second call for the same descriptor replaces the first one. `first`: among descriptors that are ready at the
+        same time these are served before all others.
+        """
+        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if write else 0)
+        entry = _Watch(read, write, first)
+        if fd in self._selector.get_map():
+            self._selector.modify(fd, mask, entry)
+        else:
+            self._selector.register(fd, mask, entry)
+
+    def unwatch(self, fd: int) -> None:
+        """Forget `fd`; to be called before it is closed. Not an error if it is not watched."""
+        if fd in self._selector.get_map():
+            self._selector.unregister(fd)
+
+    def call_later(self, seconds: float, callback: Callback) -> Timer:
+        """Call `callback` once, `seconds` from now."""
+        timer = Timer(time.monotonic() + seconds, callback)
+        heapq.heappush(self._timers, (timer.when, next(self._order), timer))
+        return timer
+
+    def run(self, until: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Serve descriptors and timers until `until()` is true; false if `timeout` seconds passed before it was."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not until():
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            self._step(deadline)
+        return True
+
+    def close(self) -> None:
+        """Release the selector; watched descriptors stay open."""
+        self._selector.close()
+
+    def _step(self, deadline: float | None) -> None:
+        ready = self._selector.select(self._wait(deadline))
+        self._fire_timers()
+        for key, mask in sorted(ready, key=lambda item: not item[0].data.first):
+            self._serve(key, mask)
+
+    def _serve(self, key: selectors.SelectorKey, mask: int) -> None:
+        entry: _Watch = key.data
+        if mask & selectors.EVENT_WRITE and entry.write is not None and self._is_current(key):
+            entry.write()
+        if mask & selectors.EVENT_READ and self._is_current(key):
+            entry.read()
+
+    def _is_current(self, key: selectors.SelectorKey) -> bool:
+        """False when an earlier callback of the same round took this descriptor away (its number may be reused)."""
+        known = self._selector.get_map().get(key.fd)
+        return known is not None and known.data is key.data
+
+    def _wait(self, deadline: float | None) -> float | None:
+        while self._timers and not self._timers[0][2].active:
+            heapq.heappop(self._timers)
+        due = [self._timers[0][0]] if self._timers else []
+        if deadline is not None:
+            due.append(deadline)
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _fire_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2].fire()
+
+
+class Workforce(Protocol):
+    """What the control plane may do with this node's workers. Ranks are global. No call blocks.
+
+    Attributes:
+        ranks: this node's ranks.
+        run_dir: private directory (0700) of this run, in memory where possible; removed at the end.
+        restarts: how many times all workers have been restarted (the value of TORCHELASTIC_RESTART_COUNT).
+    """
+
+    ranks: list[int]
+    run_dir: str
+
+    @property
+    def restarts(self) -> int: ...
+
+    def replace(self, rank: int) -> None:
+        """Fork the next incarnation of a rank whose worker is gone; `started` follows."""
+
+    def restart_all(self, reason: str) -> bool:
+        """Stop all workers and fork all again with a new TORCHELASTIC_RESTART_COUNT and a new store.
+
+        False, with one sentence in the log, when no restart is left. After True nothing more is heard of the present
+        incarnations (no `lost`, no `exited`); the next calls are `started` for the new ones.
+        """
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL this rank's present worker and its children; `lost` and `exited` follow. No-op if it is gone."""
+
+    def succeed(self) -> None:
+        """The job is done."""
+
+    def fail(self, ranks: list[int]) -> None:
+        """The job has failed; the first of `ranks` is named as the root cause. The other workers are stopped."""
+
+    def learn(self, modules: list[str]) -> None:
+        """Start a successor of the fork server that has these third-party modules loaded too, in the background."""
+
+    def log_dir(self) -> str:
+        """Directory of this run's logs; empty if there is none."""
+
+
+class ControlPlane(Protocol):
+    """Decides what happens to the workers. All calls come from the event loop's thread.
+
+    Attributes:
+        generation: the generation in force; a worker that is forked now finds it in CHECKPOINTLESS_GENERATION.
+        serves_workers: whether workers are told (CHECKPOINTLESS_SOCKET and so on) to connect to `run_dir/agent.sock`.
+    """
+
+    serves_workers: bool
+
+    @property
+    def generation(self) -> int: ...
+
+    def attach(self, loop: EventLoop, workers: Workforce) -> None:
+        """Called once, before the first worker is started."""
+
+    def started(self, rank: int, incarnation: int, pid: int, token: str) -> None:
+        """A worker was forked. Comes before anything that this worker itself sends."""
+
+    def lost(self, rank: int, incarnation: int) -> None:
+        """The worker's process is gone (whatever the reason, also a normal exit); its status is not known yet."""
+
+    def exited(self, rank: int, incarnation: int, status: int) -> None:
+        """Always after `lost`: exit code, or the negative number of the signal that ended the worker."""
+
+    def stopped(self) -> None:
+        """All workers are gone and none will follow: close what is open."""
+
+
+def make_run_dir() -> str:
+    """A new private directory, on /dev/shm if that can be written; its name has the agent's process id."""
+    shm = "/dev/shm"
+    root = shm if os.path.isdir(shm) and os.access(shm, os.W_OK | os.X_OK) else None
+    return tempfile.mkdtemp(prefix=f"checkpointless-{os.getpid()}-", dir=root)
+
+
+def remove_run_dir(path: str) -> None:
+    """Remove it with all that is in it; a fork server may do the same at the same time."""
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,189 @@
+"""This node's workers as the control plane commands them, and the verdict that the agent waits for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from signal import SIGKILL, SIGTERM, Signals
+
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from checkpointless_elastic.agent.context import Child, ForkedContext
+from checkpointless_elastic.agent.runtime import ControlPlane, EventLoop
+from checkpointless_elastic.agent.servers import ForkServers
+
+__all__ = ["LocalWorkforce", "Verdict", "VerdictKind"]
+
+logger = logging.getLogger(__name__)
+
+
+class VerdictKind(Enum):
+    """How the present set of workers ends."""
+
+    RESTART = "restart"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The control plane's last word on the present set of workers.
+
+    Attributes:
+        ranks: with FAILED the ranks to name, the root cause first.
+    """
+
+    kind: VerdictKind
+    ranks: tuple[int, ...] = ()
+
+
+class LocalWorkforce:
+    """Implements `Workforce` for the control plane and `Witness` for the context.
+
+    Global rank = `base` + local rank. Orders that come after the verdict, or while the job is being stopped, change
+    nothing: a control plane may send them before it has heard of the end.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        servers: ForkServers,
+        control: ControlPlane,
+        run_dir: str,
+        max_restarts: int,
+        patience: float,
+    ) -> None:
+        self.run_dir = run_dir
+        self.ranks: list[int] = []
+        self.restarts = 0
+        self.verdict: Verdict | None = None
+        self.base = 0
+        self._loop = loop
+        self._servers = servers
+        self._control = control
+        self._max_restarts = max_restarts
+        self._patience = patience
+        self._context: ForkedContext | None = None
+        self._restarting = False
+
+    # ---- for the agent ------------------------------
+
+    def assign(self, context: ForkedContext, ranks: list[int]) -> None:
+        """A new set of workers is about to start."""
+        self._context, self.ranks, self.base = context, ranks, ranks[0]
+        self.verdict, self._restarting = None, False
+
+    def wait(self) -> Verdict:
+        """Serve everything until the control plane has decided how this set of workers ends."""
+        self._loop.run(lambda: self.verdict is not None)
+        assert self.verdict is not None
+        return self.verdict
+
+    def next_incarnations(self) -> dict[int, int]:
+        """By local rank, for a new set of workers."""
+        if self._context is None:
+            return {}
+        return {rank: child.incarnation + 1 for rank, child in self._context.children.items()}
+
+    def environment(self, child: Child) -> Mapping[str, str]:
+        """Variables through which a worker finds the control plane; none if that serves no workers."""
+        if not self._control.serves_workers:
+            return {}
+        return {
+            "CHECKPOINTLESS_SOCKET": f"{self.run_dir}/agent.sock",
+            "CHECKPOINTLESS_TOKEN": child.token,
+            "CHECKPOINTLESS_INCARNATION": str(child.incarnation),
+            "CHECKPOINTLESS_RUN_DIR": self.run_dir,
+            "CHECKPOINTLESS_GENERATION": str(self._control.generation),
+        }
+
+    def failures(self, ranks: tuple[int, ...]) -> dict[int, ProcessFailure]:
+        """By global rank, `ranks` first; the first of them is made the earliest, so that it is the root cause."""
+        context = self._present()
+        failed = [rank for rank in self.ranks if context.children[rank - self.base].status and rank not in ranks]
+        found = {rank: context.failure(context.children[rank - self.base]) for rank in (*ranks, *failed)}
+        if ranks:
+            found[ranks[0]].timestamp = min(failure.timestamp for failure in found.values())
+        return found
+
+    # ---- Witness ------------------------------
+
+    def started(self, child: Child) -> None:
+        """Passed on with the global rank."""
+        if not self._restarting:
+            self._control.started(self.base + child.local_rank, child.incarnation, child.pid, child.token)
+
+    def lost(self, child: Child) -> None:
+        """Passed on, unless all are being stopped anyway."""
+        if not self._restarting:
+            self._control.lost(self.base + child.local_rank, child.incarnation)
+
+    def exited(self, child: Child, status: int) -> None:
+        """Passed on; while all are being stopped, the last one makes the restart due."""
+        if not self._restarting:
+            self._control.exited(self.base + child.local_rank, child.incarnation, status)
+        elif self._present().all_ended():
+            self.verdict = Verdict(VerdictKind.RESTART)
+
+    # ---- Workforce ------------------------------
+
+    def replace(self, rank: int) -> None:
+        """See Workforce."""
+        if not self._decided():
+            self._present().replace(rank - self.base)
+
+    def kill(self, rank: int) -> None:
+        """See Workforce."""
+        self._signal(self._present().children[rank - self.base], SIGKILL)
+
+    def restart_all(self, reason: str) -> bool:
+        """See Workforce."""
+        if self._decided():
+            return True
+        if self.restarts >= self._max_restarts:
+            logger.error("No restart is left (--max-restarts is %s) and one is needed: %s.", self._max_restarts, reason)
+            return False
+        self.restarts += 1
+        logger.warning("All workers are restarted (%s of %s): %s.", self.restarts, self._max_restarts, reason)
+        self._restarting = True
+        context = self._present()
+        if context.all_ended():
+            self.verdict = Verdict(VerdictKind.RESTART)
+            return True
+        self._signal_all(context, SIGTERM)
+        self._loop.call_later(self._patience, lambda: self._signal_all(context, SIGKILL))
+        return True
+
+    def succeed(self) -> None:
+        """See Workforce."""
+        if not self._decided():
+            self.verdict = Verdict(VerdictKind.SUCCEEDED)
+
+    def fail(self, ranks: list[int]) -> None:
+        """See Workforce."""
+        if not self._decided():
+            self.verdict = Verdict(VerdictKind.FAILED, tuple(ranks))
+
+    def learn(self, modules: list[str]) -> None:
+        """See Workforce."""
+        self._servers.learn(modules)
+
+    def log_dir(self) -> str:
+        """See Workforce."""
+        return self._present().run_log_dir()
+
+    def _decided(self) -> bool:
+        return self.verdict is not None or self._restarting
+
+    def _present(self) -> ForkedContext:
+        assert self._context is not None, "no worker has been started yet"
+        return self._context
+
+    def _signal(self, child: Child, number: Signals) -> None:
+        self._present().send_signal(child, number)
+
+    def _signal_all(self, context: ForkedContext, number: Signals) -> None:
+        for child in context.children.values():
+            context.send_signal(child, number)

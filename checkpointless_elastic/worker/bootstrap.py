@@ -1,0 +1,183 @@
+"""From a fresh fork to the user's first line, and from the script's end to the process' exit code.
+
+The script must find what `python -u script.py` or `python -u -m module` gives it: sys.argv, sys.path[0], a new
+`__main__`, the standard streams, and the same exit codes and messages when it ends. `runpy._run_module_as_main` is what
+`python -m` itself calls; read in Python 3.10 to 3.13, and `tests/agent/test_bootstrap.py` compares with real runs.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pkgutil
+import runpy
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from importlib.machinery import SourceFileLoader
+from types import CodeType, ModuleType, TracebackType
+from typing import NoReturn
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+__all__ = ["prepare", "replace_process", "run"]
+
+_CANNOT_START = 2
+_HERE = os.path.abspath(__file__)
+
+
+def prepare(env: Mapping[str, str], stdout: str, stderr: str, append: bool, cpus: list[int]) -> None:
+    """Make the fork a process with its own environment, log files, CPUs and random numbers."""
+    os.environ.clear()
+    os.environ.update(env)
+    _redirect(stdout, 1, append)
+    _redirect(stderr, 2, append)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()  # a fork would draw what its siblings draw; Python's own generator sees to that itself
+
+
+def _redirect(path: str, fd: int, append: bool) -> None:
+    if not path:
+        return
+    begin = 0 if append else os.O_TRUNC
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | begin, 0o666)
+    os.dup2(log, fd)
+    os.close(log)
+
+
+def replace_process(argv: list[str]) -> NoReturn:
+    """Become another program, found through PATH; exits with 127 if there is none, as a shell does."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)  # Python ignores them; a program expects them
+    try:
+        os.execvpe(argv[0], argv, os.environ)
+    except OSError as error:
+        print(f"Cannot run {argv[0]!r}: {error.strerror}.", file=sys.stderr)
+        sys.exit(127)
+
+
+def run(mode: str, argv: list[str], unbuffered: bool) -> int:
+    """Run the script or module and return the exit code; does not return when a signal is its proper end."""
+    if not unbuffered:
+        sys.stdout = sys.__stdout__ = _buffered(1, "backslashreplace" if sys.stdout.errors == "" else sys.stdout.errors)
+        sys.stderr = sys.__stderr__ = _buffered(2, "backslashreplace")
+    session = _connect()
+    error, code = _outcome(mode, argv)
+    if session is not None:
+        session.script_ended(error)
+    return code
+
+
+def _connect() -> object | None:
+    if "CHECKPOINTLESS_SOCKET" not in os.environ:
+        return None
+    from checkpointless_elastic.worker.session import connect_from_env
+
+    return connect_from_env()
+
+
+def _outcome(mode: str, argv: list[str]) -> tuple[BaseException | None, int]:
+    """What the script ended with and the exit code that follows from it."""
+    try:
+        _execute(mode, argv)
+    except SystemExit as error:
+        code = _exit_code(error)
+        return (error if code else None), code
+    except KeyboardInterrupt as error:
+        _show(error)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        return error, 130
+    except BaseException as error:
+        _record(error)
+        _show(error)
+        return error, 1
+    return None, 0
+
+
+def _execute(mode: str, argv: list[str]) -> None:
+    main = ModuleType("__main__")
+    sys.modules["__main__"] = main
+    sys.argv = list(argv)
+    if mode == "module":
+        _prepend(os.getcwd())
+        sys.argv[0] = "-m"  # what `python -m` shows while the module is being found
+        runpy._run_module_as_main(argv[0])  # type: ignore[attr-defined]
+    elif pkgutil.get_importer(argv[0]) is not None:  # a directory or an archive with a __main__.py
+        sys.path.insert(0, argv[0])
+        runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
+    else:
+        _prepend(os.path.dirname(os.path.realpath(argv[0])))
+        _execute_file(argv[0], main)
+
+
+def _prepend(directory: str) -> None:
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, directory)
+
+
+def _execute_file(path: str, main: ModuleType) -> None:
+    code = _code(path)
+    loader = SourceFileLoader("__main__", path)
+    main.__dict__.update(
+        __file__=path, __cached__=None, __loader__=loader, __spec__=None, __package__=None, __annotations__={}
+    )
+    exec(code, main.__dict__)
+
+
+def _code(path: str) -> CodeType:
+    try:
+        with io.open_code(os.path.abspath(path)) as file:
+            compiled: CodeType | None = pkgutil.read_code(file)
+        if compiled is not None:
+            return compiled
+        with io.open_code(os.path.abspath(path)) as file:
+            return compile(file.read(), path, "exec", dont_inherit=True)
+    except OSError as error:
+        print(f"{sys.executable}: can't open file {os.path.abspath(path)!r}: {error}", file=sys.stderr)
+        sys.exit(_CANNOT_START)
+
+
+def _exit_code(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def _record(error: BaseException) -> None:
+    """Write the error file that torchrun's summary is made from, unless the script's own `@record` has."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    if path and not (os.path.exists(path) and os.path.getsize(path)):
+        error.__traceback__ = _users_part(error.__traceback__)
+        get_error_handler().record_exception(error)
+
+
+def _show(error: BaseException) -> None:
+    """Print the traceback as the interpreter would, through the hook that the script may have set."""
+    trace = _users_part(error.__traceback__)
+    try:
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+    except Exception:
+        print("Error in sys.excepthook:", file=sys.stderr)
+        traceback.print_exc()
+
+
+def _users_part(trace: TracebackType | None) -> TracebackType | None:
+    """Without our own frames at the top; runpy's stay, as they do under `python -m`."""
+    while trace is not None and os.path.abspath(trace.tb_frame.f_code.co_filename) == _HERE:
+        trace = trace.tb_next
+    return trace
+
+
+def _buffered(fd: int, errors: str) -> io.TextIOWrapper:
+    """The stream that an interpreter without `-u` would have on this descriptor."""
+    raw = open(fd, "wb", closefd=False)
+    line_buffering = fd == 2 or os.isatty(fd)
+    return io.TextIOWrapper(raw, sys.stdout.encoding, errors, newline="\n", line_buffering=line_buffering)
