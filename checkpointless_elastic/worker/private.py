@@ -1,0 +1,73 @@
+"""What only one rank knows of its step: data position, random state, tensors that forward writes.
+
+It stands in the rank's slot, in memory of the agent's node, so that it outlives the worker. It is written at the start
+of each step, when the rank is ready, and between steps.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+
+import msgspec
+
+from checkpointless_elastic.data.cursor import Cursor
+from checkpointless_elastic.state.slot import Slot
+from checkpointless_elastic.worker.rng import RngState
+
+
+class At(str, enum.Enum):
+    """The moment that a PrivateState describes."""
+
+    BETWEEN = "between"  # step - 1 has returned, step has not begun
+    START = "start"  # step is being computed
+    READY = "ready"  # step is computed, its update is not applied
+
+
+class PrivateState(msgspec.Struct, frozen=True, array_like=True):
+    """One rank's own state.
+
+    Attributes:
+        step: steps committed before this moment.
+        at: the moment.
+        cursor: the encoded data.cursor.Cursor.
+        rng: at the start of the step; None between steps (the cursor has those).
+        tensors: raw bytes of tensors that forward writes, by key, at the start of the step.
+        ready_rng, ready_tensors: the same when the rank was ready.
+    """
+
+    step: int
+    at: At
+    cursor: bytes
+    rng: RngState | None = None
+    tensors: dict[str, bytes] = {}
+    ready_rng: RngState | None = None
+    ready_tensors: dict[str, bytes] = {}
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(PrivateState)
+
+
+def slot_path(run_dir: str, rank: int) -> str:
+    """Where a rank's slot is."""
+    return os.path.join(run_dir, f"slot-{rank}")
+
+
+def write_state(slot: Slot, state: PrivateState) -> None:
+    """Replace the private state in the slot, whole or not at all."""
+    slot.write(_encoder.encode(state))
+
+
+def read_state(slot: Slot) -> PrivateState | None:
+    """The private state in the slot; None if none was written. Raises msgspec.DecodeError if it is damaged."""
+    blob = slot.read()
+    return None if blob is None else _decoder.decode(blob)
+
+
+def in_loop(slot: Slot) -> bool:
+    """Does the slot show its rank inside a loop or a step? Then its end, with whatever exit code, is a loss."""
+    state = read_state(slot)
+    if state is None:
+        return False
+    return state.at is not At.BETWEEN or len(Cursor.decode(state.cursor).stack) > 1

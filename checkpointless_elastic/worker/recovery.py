@@ -1,0 +1,224 @@
+"""A worker's part in a recovery, on its main thread: publish or restore state, rebuild groups, resume.
+
+Every rank follows the decision of its generation: a rank that the decision names as pending restores, all others
+publish. Whenever a newer generation opens, what is under way is dropped and the newer decision is followed from its
+start; nothing here changes state that a second try would not overwrite.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from checkpointless_elastic.data.cursor import Cursor
+from checkpointless_elastic.data.resume import Join, Resume, Skip
+from checkpointless_elastic.errors import CheckpointlessError, StateMismatchError
+from checkpointless_elastic.groups import registry as groups
+from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore, Stage
+from checkpointless_elastic.protocol.messages import Resume as ResumeNow
+from checkpointless_elastic.state.segment import Segment
+from checkpointless_elastic.worker import rng
+from checkpointless_elastic.worker.exchange import Publication, publish, receive, shared
+from checkpointless_elastic.worker.private import At, PrivateState, read_state, write_state
+from checkpointless_elastic.worker.session import Session, Superseded
+from checkpointless_elastic.worker.values import decode_value, encode_value
+from checkpointless_elastic.worker.wire import RebuiltReport, RestoredReport
+
+if TYPE_CHECKING:
+    from checkpointless_elastic.worker.run import Run
+
+logger = logging.getLogger(__name__)
+
+STORE_TIMEOUT = timedelta(seconds=60)
+
+
+class Recovery:
+    """Belongs to the Run of this process.
+
+    Attributes:
+        last_value: encoded return value of the last committed call, for replacements that have not kept theirs.
+    """
+
+    def __init__(self, session: Session, run: Run) -> None:
+        self._session = session
+        self._run = run
+        self._decision: Decision | None = None
+        self._exchanged = -1
+        self._restored = RestoredReport(0, 0.0)
+        self._join_rng: rng.RngState | None = None
+        self._replica_value: bytes | None = None
+        self._segment: Segment | None = None
+        self._store: torch.distributed.Store | None = None
+        self._state: PrivateState | None = None
+        self.last_value: bytes | None = None
+
+    # ---- following a decision
+
+    def settle(self) -> None:
+        """Take part until the job runs again."""
+        session = self._session
+        while True:
+            try:
+                self._follow()
+                if session.resumed(self._exchanged):
+                    return
+            except (Superseded, groups.Superseded):
+                logger.debug("[rank %d] generation %d was superseded", session.rank, self._exchanged)
+            except CheckpointlessError as error:
+                session.unfit(str(error))
+
+    def _follow(self) -> None:
+        session = self._session
+        if self._decision is None or self._decision.generation < session.frozen:
+            self._decision = session.next_decision()
+        decision = self._decision
+        if self._exchanged != decision.generation:
+            self._exchange(decision)
+        generation = decision.generation
+        if session.rank in decision.pending:
+            session.report(Stage.RESTORED, generation, msgspec.msgpack.encode(self._restored))
+        session.next_message(Rebuild, generation)
+        report = session.registry.rebuild(self._job_store(), generation)
+        payload = RebuiltReport(len(report.rebuilt), len(report.kept), report.seconds)
+        session.report(Stage.REBUILT, generation, msgspec.msgpack.encode(payload))
+        session.next_message(ResumeNow, generation)
+        self._release_segment()
+
+    def _exchange(self, decision: Decision) -> None:
+        session = self._session
+        if session.rank in decision.pending:
+            session.report(Stage.ARRIVED, decision.generation)
+            published = session.next_message(Restore, decision.generation).publications
+            self._restore(decision, {rank: _decode(data) for rank, data in published.items()})
+        else:
+            self._release_segment()
+            publication, self._segment = publish(self._run, decision, session.rank, session.run_dir, self.last_value)
+            session.report(Stage.PUBLISHED, decision.generation, msgspec.msgpack.encode(publication))
+        self._exchanged = decision.generation
+
+    def _release_segment(self) -> None:
+        if self._segment is not None:
+            self._segment.close()
+            self._segment.path.unlink(missing_ok=True)
+            self._segment = None
+
+    def _job_store(self) -> torch.distributed.Store:
+        if self._store is None:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self._store = torch.distributed.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
+        return self._store
+
+    # ---- a replacement
+
+    def prepare(self) -> None:
+        """In a replacement, at its first loop or replayable call: blocks until its state is there."""
+        session = self._session
+        while session.shadow and session.resume is None:
+            try:
+                self._decision = session.next_decision()
+                self._exchange(self._decision)
+            except Superseded:
+                continue
+            except CheckpointlessError as error:
+                session.unfit(str(error))
+
+    def join(self) -> None:
+        """In a replacement, where the survivors wait: returns when it is a rank like all others."""
+        self.prepare()
+        self.settle()
+        if self._join_rng is not None:
+            rng.restore(self._join_rng)
+        self._join_rng = None
+        self._run.restore_private(self._private_tensors())
+
+    def enter_call(self) -> tuple[bool, Any]:
+        """A replayable call is asked for in shadow: (True, its value) if it is committed, else joins: (False, None)."""
+        self.prepare()
+        assert self._session.resume is not None
+        answer = self._session.resume.next_call()
+        if isinstance(answer, Join):
+            self.join()
+            return False, None
+        return True, self._skip(answer)
+
+    def _skip(self, answer: Skip) -> Any:
+        if answer.rng is not None:
+            rng.restore(answer.rng)
+        data = answer.value if answer.value is not None else self._replica_value
+        if data is None:
+            logger.warning("[rank %d] a committed call's return value was not kept: None", self._session.rank)
+            return None
+        return decode_value(data)
+
+    def _restore(self, decision: Decision, publications: dict[int, Publication]) -> None:
+        started = time.perf_counter()
+        leader = shared(publications)
+        moved = receive(self._run, decision, publications, self._session.run_dir)
+        self._run.adopt(leader)
+        self._replica_value = leader.last_value
+        if self._session.resume is None:
+            self._take_private(decision.step)
+        self._session.step = decision.step
+        self._restored = RestoredReport(moved, time.perf_counter() - started)
+
+    def _take_private(self, step: int) -> None:
+        """Adopt the lost rank's own state: its cursor, and the random state to join with."""
+        session = self._session
+        state = read_state(session.slot)
+        if state is None:
+            raise StateMismatchError(f"rank {session.rank} left no private state in its slot")
+        cursor = Cursor.decode(state.cursor)
+        if state.step == step - 1 and state.at is At.READY:
+            cursor.commit(None, state.ready_rng)
+        elif state.step != step:
+            raise StateMismatchError(
+                f"rank {session.rank} was lost at step {state.step} ({state.at.value}), the others go on at step {step}"
+            )
+        elif state.at is not At.BETWEEN:
+            self._join_rng = state.rng
+        self._state = state
+        session.cursor = cursor
+        session.resume = Resume(cursor)
+
+    def _private_tensors(self) -> dict[str, bytes]:
+        state, self._state = self._state, None
+        if state is None:
+            return {}
+        return state.ready_tensors if state.step < self._session.step else state.tensors
+
+    # ---- the slot
+
+    def save_between(self) -> None:
+        """Write the cursor, between steps."""
+        state = PrivateState(self._session.step, At.BETWEEN, self._session.cursor.encode(), None, self._run.private)
+        write_state(self._session.slot, state)
+
+    def save_start(self, state: rng.RngState) -> None:
+        """A step begins with this random state."""
+        cursor = self._session.cursor.encode()
+        self._state = PrivateState(self._session.step, At.START, cursor, state, self._run.private)
+        write_state(self._session.slot, self._state)
+
+    def save_ready(self) -> None:
+        """The step is computed: keep what a replacement needs if it is committed."""
+        start = self._state
+        assert start is not None
+        tensors = self._run.read_private()
+        ready = PrivateState(start.step, At.READY, start.cursor, start.rng, start.tensors, rng.capture(), tensors)
+        write_state(self._session.slot, ready)
+
+    def save_end(self, value: Any) -> None:
+        """The call has returned ``value``."""
+        self.last_value = encode_value(value)
+        self._session.cursor.commit(self.last_value, rng.capture())
+        self.save_between()
+
+
+def _decode(data: bytes) -> Publication:
+    return msgspec.msgpack.decode(data, type=Publication)

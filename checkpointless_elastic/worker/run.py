@@ -1,0 +1,253 @@
+"""Run: what a script says of itself: what must survive, what is done again when a peer is lost, where to resume."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpointless_elastic.data import loops
+from checkpointless_elastic.errors import ConfigError
+from checkpointless_elastic.groups import ddp
+from checkpointless_elastic.groups.registry import GroupSignature
+from checkpointless_elastic.state.inventory import Inventory
+from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
+from checkpointless_elastic.worker import gate, private_tensors, rng, session
+from checkpointless_elastic.worker.channel import AgentGone
+from checkpointless_elastic.worker.exchange import Shared
+from checkpointless_elastic.worker.recovery import Recovery
+
+__all__ = ["Run", "is_replacement"]
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_VOID = object()
+_run: Run | None = None
+
+
+def is_replacement() -> bool:
+    """True in a replacement before it has joined: a script can skip loading its checkpoint then."""
+    found = session.current()
+    return found is not None and found.shadow
+
+
+class Run:
+    """Protects the objects that it is given, by name: modules, optimizers, and anything with ``state_dict()``.
+
+    Lists, tuples and dicts of such objects may be given too. One Run per process. Without the checkpointless backend
+    the same script runs, unprotected. Raises ConfigError for an object that is none of these.
+
+    Attributes:
+        step: training steps (replayable calls with an optimizer step) that have returned.
+        attempt: which try of the present replayable call this is, from 1; 0 outside.
+    """
+
+    def __init__(self, **objects: Any) -> None:
+        global _run
+        if _run is not None:
+            raise ConfigError("This process has a Run already; name everything that must survive in one Run.")
+        if not objects:
+            raise ConfigError("Run() protects nothing: name what must survive, as in Run(model=model, optimizer=optimizer).")
+        self.step = 0
+        self.attempt = 0
+        self.inventory = Inventory(objects)
+        self.private: dict[str, bytes] = {}
+        self._snapshot = AttemptSnapshot(self.inventory)
+        self._gates: dict[str, int] = {}
+        self._guards: dict[str, ArgumentGuard] = {}
+        gate.install()
+        self._session = session.current()
+        self._recovery: Recovery | None = None
+        if self._session is not None:
+            self._recovery = Recovery(self._session, self)
+            self._session.protect(self._recovery)
+        _run = self
+
+    # ---- loops
+
+    def epochs(self, n: int) -> Iterator[int]:
+        """Yield 0 to n - 1; a replacement resumes in the epoch of the rank it replaces."""
+        return loops.epochs(n, self._session)
+
+    def steps(self, n: int) -> Iterator[int]:
+        """Yield 0 to n - 1; a replacement resumes at the step of the rank it replaces."""
+        return loops.steps(n, self._session)
+
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """One pass over ``loader``; a replacement resumes at the batch of the rank it replaces."""
+        return loops.batches(loader, self._session)
+
+    # ---- replayable functions
+
+    def replayable(self, function: F) -> F:
+        """Decorate a function that is done again when a peer is lost inside it.
+
+        It returns once it is committed on every rank: at its (last) ``optimizer.step()``, or at its end if it has none.
+        What it changes outside torch and the Run's objects must be safe to do twice.
+        """
+        name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if gate.active() is not None:
+                return function(*args, **kwargs)
+            if self._session is None or self._recovery is None:
+                return self._plain(function, args, kwargs)
+            return self._protected(self._session, self._recovery, name, function, args, kwargs)
+
+        return call  # type: ignore[return-value]
+
+    def _plain(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.attempt = 1
+        try:
+            with gate.Call(1, _nothing) as call:
+                value = function(*args, **kwargs)
+        finally:
+            self.attempt = 0
+        self.step += call.optimizer_steps > 0
+        return value
+
+    def _protected(
+        self, host: session.Session, recovery: Recovery, name: str, function: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if host.shadow:
+            skipped, value = recovery.enter_call()
+            if skipped:
+                return value
+        guard = self._guards.setdefault(name, ArgumentGuard())
+        guard.begin(args, kwargs)
+        try:
+            while True:
+                if host.is_frozen():
+                    recovery.settle()
+                self.attempt += 1
+                value = self._try(host, recovery, name, function, *guard.arguments())
+                if value is not _VOID:
+                    return value
+        finally:
+            self.attempt = 0
+            guard.end()
+
+    def _try(
+        self, host: session.Session, recovery: Recovery, name: str, function: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        start = rng.capture()
+        self._snapshot.begin()
+        self._refresh_private()
+        recovery.save_start(start)
+        call = gate.Call(self._gates.get(name, 1), functools.partial(self._commit, host, recovery))
+        host.in_call, host.committed, host.void_outputs = True, False, 0
+        try:
+            with call:
+                value = function(*args, **kwargs)
+                call.gate()
+        except gate.VoidAttempt:
+            return self._undo(host, start)
+        except AgentGone:
+            raise
+        except BaseException:
+            if host.committed or not (host.is_frozen() or host.wait_for_freeze()):
+                raise
+            host.left_early()
+            return self._undo(host, start)
+        finally:
+            host.in_call = False
+        return self._returned(host, recovery, name, call, value)
+
+    def _commit(self, host: session.Session, recovery: Recovery) -> None:
+        self._snapshot.gate()
+        recovery.save_ready()
+        if not host.vote():
+            raise gate.VoidAttempt
+        host.committed = True
+
+    def _undo(self, host: session.Session, start: rng.RngState) -> object:
+        if self._snapshot.unprepared:
+            host.unfit("forward changed a tensor for the first time in a void step, and no copy of it was kept")
+        self._snapshot.restore()
+        rng.restore(start)
+        return _VOID
+
+    def _returned(
+        self, host: session.Session, recovery: Recovery, name: str, call: gate.Call, value: Any
+    ) -> Any:
+        if host.void_outputs and call.optimizer_steps > self._gates.get(name, 1):
+            host.unfit(f"{name} used collectives between two optimizer steps after its gate; split it in two functions")
+        first = not self._gates
+        self._gates[name] = max(call.optimizer_steps, self._gates.get(name, 1))
+        self.step += call.optimizer_steps > 0
+        self.private = self.read_private()
+        recovery.save_end(value)
+        if first:
+            host.learned(_third_party_modules())
+        return value
+
+    # ---- what recovery asks
+
+    def _refresh_private(self) -> None:
+        """Outside a step somebody may have written what forward writes; then it is read anew."""
+        self.private = self.read_private()
+
+    def read_private(self) -> dict[str, bytes]:
+        """Raw bytes of the pieces that forward writes, by key."""
+        return private_tensors.read(self._snapshot.written_before_gate())
+
+    def restore_private(self, tensors: dict[str, bytes]) -> None:
+        """Put a lost rank's own tensors back."""
+        private_tensors.write(self.inventory.pieces(), tensors)
+        self.private = dict(tensors)
+
+    def signature(self) -> list[GroupSignature]:
+        """The process groups of this rank."""
+        assert self._session is not None
+        return self._session.registry.signature()
+
+    def bucket_orders(self) -> list[bytes | None]:
+        """Bucket order of each DDP module; one that was left in mid-backward is made anew."""
+        return [ddp.settle_bucket_order(module) for module in self._ddp_modules()]
+
+    def shared(self, buckets: list[bytes | None], last_value: bytes | None) -> Shared:
+        """What is the same on all survivors."""
+        written = [piece.key for piece in self._snapshot.written_before_gate()]
+        return Shared(
+            self.inventory.manifest(), self.step, last_value, dict(self._gates), written, buckets, self.signature()
+        )
+
+    def adopt(self, common: Shared) -> None:
+        """In a replacement: take over what is the same on all ranks."""
+        self.step = common.steps
+        self._gates = dict(common.gates)
+        self._snapshot.learn(common.written)
+        for module, order in zip(self._ddp_modules(), common.buckets, strict=True):
+            if order is not None:
+                ddp.adopt_bucket_order(module, order)
+
+    def _ddp_modules(self) -> list[DistributedDataParallel]:
+        found: dict[int, DistributedDataParallel] = {}
+        for root in self.inventory.modules():
+            for module in root.modules():
+                if isinstance(module, DistributedDataParallel):
+                    found[id(module)] = module
+        return list(found.values())
+
+
+def _nothing() -> None:
+    """The gate of an unprotected call."""
+
+
+def _third_party_modules() -> list[str]:
+    """Top-level modules from site-packages that this process has imported."""
+    roots = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+    names = {name.partition(".")[0] for name in list(sys.modules)}
+    found = []
+    for name in sorted(names):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if isinstance(file, str) and file.startswith(roots) and name != "torch":
+            found.append(name)
+    return found
+

@@ -1,0 +1,335 @@
+"""This worker's membership of the job: what it knows of generations and steps, and its talk with the agent.
+
+Two threads. The *main thread* computes, votes at the gate and takes part in recoveries, at points where nothing of a
+step is under way (sync points): the end of a void attempt, the start of a replayable call, a collective outside of
+them, the end of the script. The *listener* takes a Freeze at any moment: under the lock it notes the generation, so
+that no vote can commit any more, answers where this rank stands, and aborts the affected groups.
+
+One Session per process; `current()` gives it, None when this process does not run under the agent.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import traceback
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from checkpointless_elastic.data.cursor import Cursor
+from checkpointless_elastic.errors import RankLostError, ScriptMismatchError
+from checkpointless_elastic.groups.host import LoggedCollective, Situation
+from checkpointless_elastic.groups.registry import Registry
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    Decision,
+    Failed,
+    Freeze,
+    Frozen,
+    Learned,
+    Left,
+    Mismatch,
+    Phase,
+    Protected,
+    Release,
+    Report,
+    Stage,
+    ToWorker,
+)
+from checkpointless_elastic.state.slot import Slot
+from checkpointless_elastic.worker.channel import Channel
+from checkpointless_elastic.worker.private import slot_path
+
+if TYPE_CHECKING:
+    from checkpointless_elastic.data.resume import Resume
+    from checkpointless_elastic.worker.recovery import Recovery
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 0.5
+"""How long a collective that failed waits for the agent to name a lost rank. The kernel closes a dead process's
+sockets a moment before it reports the death."""
+MAX_LOG_ENTRIES = 20_000
+
+M = TypeVar("M", bound=ToWorker)
+
+_session: Session | None = None
+
+
+def current() -> Session | None:
+    """The session of this process; None outside of the agent's workers."""
+    return _session
+
+
+def connect_from_env() -> Session | None:
+    """Connect to the agent that the environment names, before the user's script runs. None if it names none."""
+    global _session
+    path = os.environ.get("CHECKPOINTLESS_SOCKET")
+    if not path or _session is not None:
+        return _session
+    rank = int(os.environ["RANK"])
+    incarnation = int(os.environ["CHECKPOINTLESS_INCARNATION"])
+    channel = Channel(path, rank, incarnation, os.environ["CHECKPOINTLESS_TOKEN"])
+    _session = Session(channel, rank, os.environ["CHECKPOINTLESS_RUN_DIR"])
+    _session.registry.install()
+    channel.listen(_session.take)
+    return _session
+
+
+class Superseded(Exception):
+    """A newer generation was opened while a recovery went on: start over with its decision."""
+
+
+class Session:
+    """See the module. Implements the hosts that process groups and loops ask.
+
+    Attributes:
+        generation: of the membership this rank last ran in; -1 in a replacement that has not joined.
+        frozen: the newest generation that a Freeze named; the rank is frozen while it is above ``generation``.
+        step: committed steps.
+        shadow: this is a replacement that has not joined.
+        cursor, resume: see data.loops.LoopHost.
+    """
+
+    def __init__(self, channel: Channel, rank: int, run_dir: str) -> None:
+        self.rank = rank
+        self.run_dir = run_dir
+        self.channel = channel
+        self.shadow = channel.welcome.shadow
+        self.frozen = channel.welcome.generation
+        self.generation = -1 if self.shadow else channel.welcome.generation
+        self.step = 0
+        self.phase = Phase.COMPUTING
+        self.in_call = False
+        self.committed = False
+        self.void_outputs = 0
+        self.slot = Slot.open(slot_path(run_dir, rank))
+        self.cursor = Cursor.new()
+        self.resume: Resume | None = None
+        self.recovery: Recovery | None = None
+        self.lock = threading.Lock()
+        self.freeze_seen = threading.Event()
+        self.registry = Registry(self, shadow=self.shadow)
+        self._log = _read_log(self.slot) if self.shadow else {}
+        self._logged = 0
+        self._stashed: Decision | None = None
+        if self.shadow:
+            self.freeze_seen.set()
+
+    # ---- listener thread
+
+    def take(self, message: ToWorker) -> None:
+        """A control message has come."""
+        if not isinstance(message, Freeze):
+            return
+        with self.lock:
+            self.frozen = max(self.frozen, message.generation)
+            whole, protected = not self.shadow, self.recovery is not None
+            answer = Frozen(message.generation, self.step, self.phase, whole, protected)
+        self.channel.control.send(answer)
+        self.freeze_seen.set()
+        self.registry.abort(frozenset(message.lost) | frozenset(message.left))
+
+    # ---- main thread: the vote
+
+    def vote(self) -> bool:
+        """Say that this step is computed and wait for the verdict: True when it is committed, False when void."""
+        with self.lock:
+            if self.frozen > self.generation:
+                return False  # our answer to Freeze was "computing", so nobody can have committed this step
+            self.phase = Phase.READY
+        self.channel.vote.send(Report(Stage.READY, self.generation, self.step))
+        while True:
+            message = self.channel.vote.receive()
+            if isinstance(message, Commit) and self._committed_by(message):
+                return True
+            if isinstance(message, Decision) and message.generation >= self.frozen:
+                self._stashed = message
+                return self._advance(message.step)
+
+    def _committed_by(self, message: Commit) -> bool:
+        with self.lock:
+            if (message.generation, message.step) != (self.generation, self.step) or self.frozen > self.generation:
+                return False  # frozen first: the decision will say the same
+            self.step += 1
+            self.phase = Phase.COMPUTING
+            return True
+
+    def _advance(self, target: int) -> bool:
+        with self.lock:
+            forward = target > self.step
+            self.step = target
+            self.phase = Phase.COMPUTING
+            return forward
+
+    # ---- main thread: recovery
+
+    def settle(self) -> None:
+        """Take part in the recovery that is under way; returns when the job runs again. A sync point."""
+        if self.recovery is None:
+            self.await_end()
+        self.recovery.settle()  # type: ignore[union-attr]
+
+    def await_end(self) -> None:
+        """Without a Run nothing can be recovered here: the agent ends this worker and runs the script again."""
+        while True:
+            self.channel.vote.receive()
+
+    def next_decision(self) -> Decision:
+        """The decision of the newest generation; blocks."""
+        while True:
+            message = self._stashed or self.channel.vote.receive()
+            self._stashed = None
+            if isinstance(message, Decision) and message.generation >= self.frozen:
+                return message
+
+    def next_message(self, kind: type[M], generation: int) -> M:
+        """The next message of this kind and generation; blocks. Raises Superseded when a newer decision comes."""
+        while True:
+            message = self.channel.vote.receive()
+            if isinstance(message, Decision) and message.generation > generation:
+                self._stashed = message
+                raise Superseded
+            if isinstance(message, kind) and message.generation == generation:  # type: ignore[attr-defined]
+                return message
+
+    def report(self, stage: Stage, generation: int, payload: bytes = b"") -> None:
+        """Tell the agent that this rank has reached a stage."""
+        self.channel.vote.send(Report(stage, generation, self.step, payload))
+
+    def resumed(self, generation: int) -> bool:
+        """The job runs again in this generation. False when a newer Freeze has come already."""
+        with self.lock:
+            self.generation = generation
+            self.shadow = False
+            self.resume = None
+            if self.frozen > generation:
+                return False
+            self.freeze_seen.clear()
+            return True
+
+    def left_early(self) -> None:
+        """This rank left its void attempt through an exception: groups it shares with survivors are affected too."""
+        self.channel.control.send(Left(self.frozen))
+
+    def unfit(self, reason: str) -> None:
+        """This rank cannot recover live: rung 3. Does not return, the agent ends this worker."""
+        logger.error("[generation %d, rank %d, step %d] %s", self.frozen, self.rank, self.step, reason)
+        self.channel.control.send(Mismatch(reason))
+        self.await_end()
+
+    # ---- groups.host.Host
+
+    def situation(self) -> Situation:
+        """How a collective that cannot run for real is answered now."""
+        if self.in_call:
+            return Situation.COMMITTED if self.committed else Situation.ATTEMPT
+        return Situation.STARTUP if self.step == 0 else Situation.OUTSIDE
+
+    def is_frozen(self) -> bool:
+        """Is a freeze in force?"""
+        return self.frozen > self.generation
+
+    def wait_for_freeze(self) -> bool:
+        """A collective failed: wait up to GRACE_S for the agent to name a lost rank; True if it did."""
+        return self.freeze_seen.wait(GRACE_S) and self.is_frozen()
+
+    def recover_outside(self) -> None:
+        """A collective outside replayable functions needs a lost rank: recover, then it is repeated."""
+        self.settle()
+
+    def record(self, entry: LoggedCollective) -> None:
+        """Keep the output of a collective outside replayable functions for this rank's replacement."""
+        if len(self.cursor.stack) > 1:
+            output = None if entry.outputs is None else msgspec.msgpack.encode(entry.outputs)
+            self.cursor.issued(entry.group, entry.op, output)
+            self.save()
+        elif self._logged < MAX_LOG_ENTRIES:
+            self._logged += 1
+            self.slot.append(msgspec.msgpack.encode((entry.group, entry.op, entry.outputs)))
+
+    def replay(self, group: str, op: str) -> LoggedCollective | None:
+        """In shadow: what the lost rank got from the same collective, None if it must be answered locally."""
+        if self.resume is not None and len(self.cursor.stack) > 1:
+            found = self.resume.next_outside(group, op)
+            if found is None:
+                return None
+            kept = found.output
+            return LoggedCollective(group, op, None if kept is None else _decode_outputs(kept))
+        queue = self._log.get(group)
+        return queue.pop(0) if queue else None
+
+    def void_after_commit(self, count: int) -> None:
+        """Outputs of collectives after the gate that were filled with NaN."""
+        self.void_outputs += count
+
+    # ---- data.loops.LoopHost
+
+    def before_first_use(self) -> None:
+        """A loop is entered. A replacement blocks until its state is there."""
+        if self.recovery is not None:
+            self.recovery.prepare()
+
+    def iteration_started(self) -> None:
+        """A batch was fetched."""
+
+    def save(self) -> None:
+        """Write the cursor to the slot."""
+        if self.recovery is not None and not self.shadow:
+            self.recovery.save_between()
+
+    # ---- the script's life
+
+    def protect(self, recovery: Recovery) -> None:
+        """The script has made a Run."""
+        self.recovery = recovery
+        self.channel.control.send(Protected())
+
+    def learned(self, modules: list[str]) -> None:
+        """Third-party modules that the script imported."""
+        self.channel.control.send(Learned(modules))
+
+    def script_ended(self, error: BaseException | None) -> None:
+        """The script's top level has ended, before the interpreter shuts down. Blocks until all ranks have finished."""
+        good = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
+        if good and self.recovery is not None:
+            self._finish()
+        elif not good:
+            self._fail(error)
+        self.channel.close()
+
+    def _finish(self) -> None:
+        assert self.recovery is not None
+        if self.shadow:
+            self.recovery.join()
+        while True:
+            if self.is_frozen():
+                self.settle()
+            self.report(Stage.FINISHED, self.generation)
+            try:
+                self.next_message(Release, self.generation)
+                return
+            except Superseded:
+                continue
+
+    def _fail(self, error: BaseException | None) -> None:
+        if isinstance(error, ScriptMismatchError):
+            self.unfit(str(error))
+        if error is None or isinstance(error, (SystemExit, RankLostError)):
+            return
+        lines = traceback.format_exception_only(type(error), error)
+        self.channel.control.send(Failed(self.step, lines[-1].strip()))
+
+
+def _decode_outputs(kept: bytes) -> tuple[bytes, ...]:
+    return msgspec.msgpack.decode(kept, type=tuple[bytes, ...])
+
+
+def _read_log(slot: Slot) -> dict[str, list[LoggedCollective]]:
+    log: dict[str, list[LoggedCollective]] = {}
+    for entry in slot.entries():
+        group, op, outputs = msgspec.msgpack.decode(entry, type=tuple[str, str, tuple[bytes, ...] | None])
+        log.setdefault(group, []).append(LoggedCollective(group, op, outputs))
+    return log
