@@ -1,4 +1,5 @@
-"""Starts a training script under our launcher or plain torchrun, in a folder of its own, and ends all it started."""
+"""Starts a training script under our launcher or plain torchrun, in a folder of its own, and ends all it
+started."""
 
 from __future__ import annotations
 
@@ -58,8 +59,9 @@ class Plan:
         ]
 
     def variables(self) -> dict[str, str]:
-        """The job's environment. TORCH_DISABLE_SHARE_RDZV_TCP_STORE lets plain torchrun on gloo come back from a
-        worker's death at all (pytorch 135712, 167288): as shipped, restarted workers find stale addresses."""
+        """The job's environment. TORCH_DISABLE_SHARE_RDZV_TCP_STORE lets plain torchrun on gloo come back
+        from a worker's death at all (pytorch 135712, 167288): as shipped, restarted workers find stale
+        addresses."""
         ours = {
             "BENCH_DIR": str(self.folder),
             "BENCH_STEPS": str(self.steps),
@@ -80,7 +82,10 @@ class Job:
         self.plan = plan
         self._log = None if plan.show else (plan.folder / "torchrun.log").open("w")
         self._process = subprocess.Popen(
-            plan.command(), env=plan.variables(), stdout=self._log, stderr=subprocess.STDOUT if self._log else None
+            plan.command(),
+            env=plan.variables(),
+            stdout=self._log,
+            stderr=subprocess.STDOUT if self._log else None,
         )
 
     def __enter__(self) -> Job:
@@ -122,7 +127,9 @@ class Job:
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired as error:
-            raise JobFailedError(f"{self.plan.script.name} did not end within {timeout:g} s. {self.tail()}") from error
+            raise JobFailedError(
+                f"{self.plan.script.name} did not end within {timeout:g} s. {self.tail()}"
+            ) from error
 
     def finish(self, timeout: float = 300) -> None:
         """Waits for the end and raises when the job failed."""
@@ -143,7 +150,9 @@ class Job:
             if not self.running():
                 raise JobFailedError(f"{self.plan.script.name} ended too early. {self.tail()}")
             if time.monotonic() > end:
-                raise JobFailedError(f"{self.plan.script.name} made no progress for {timeout:g} s. {self.tail()}")
+                raise JobFailedError(
+                    f"{self.plan.script.name} made no progress for {timeout:g} s. {self.tail()}"
+                )
             time.sleep(pause)
 
 

@@ -24,7 +24,8 @@ class Recovery:
         phases: seconds by phase, in order.
         seconds: from the loss to the first committed step.
         bytes_moved: state that was copied.
-        time: unix time at which the record was written.
+        pids: process of each rank afterwards.
+        time: unix time of the loss.
     """
 
     generation: int
@@ -37,12 +38,8 @@ class Recovery:
     phases: dict[str, float]
     seconds: float
     bytes_moved: int
+    pids: dict[int, int]
     time: float
-
-    @property
-    def lost_at(self) -> float:
-        """Unix time of the loss."""
-        return self.time - self.seconds
 
 
 def read_recoveries(path: Path) -> list[Recovery]:
@@ -73,8 +70,9 @@ def timeline(recovery: Recovery, width: int = 40) -> str:
 
 
 def _record(raw: dict[str, object]) -> Recovery:
-    phases, lost = raw.get("phases") or {}, raw.get("lost_ranks") or ()
+    phases, lost, pids = raw.get("phases") or {}, raw.get("lost_ranks") or (), raw.get("pids") or {}
     assert isinstance(phases, dict)
+    assert isinstance(pids, dict)
     assert isinstance(lost, (list, tuple))
     return Recovery(
         generation=int(str(raw["generation"])),
@@ -87,5 +85,6 @@ def _record(raw: dict[str, object]) -> Recovery:
         phases={str(name): float(seconds) for name, seconds in phases.items()},
         seconds=float(str(raw.get("total_seconds", 0.0))),
         bytes_moved=int(str(raw.get("bytes_moved", 0))),
+        pids={int(rank): int(pid) for rank, pid in pids.items()},
         time=float(str(raw.get("time", 0.0))),
     )

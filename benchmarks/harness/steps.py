@@ -67,9 +67,8 @@ def progress(folder: Path, ranks: int) -> int:
 def interruption(logs: Logs, fault_ns: int) -> Interruption | None:
     """Judges one fault; None when the ranks never committed a common step after it.
 
-    A lost rank counts as back when it commits a step like any other, so the end is the first step that all ranks
-    committed after the fault, at the moment when the last of them did.
-    """
+    A lost rank counts as back when it commits a step like any other, so the end is the first step that all
+    ranks committed after the fault, at the moment when the last of them did."""
     after = {rank: _first_times(commits, fault_ns) for rank, commits in logs.items()}
     common = set.intersection(*(set(times) for times in after.values()))
     if not common:

@@ -9,7 +9,8 @@ import torch
 
 
 def differences(left: object, right: object, where: str = "state") -> Iterator[str]:
-    """One sentence for each place where two nested states differ; tensors by their bytes, so NaN equals NaN."""
+    """One sentence for each place where two nested states differ; tensors by their bytes, so NaN equals
+    NaN."""
     if type(left) is not type(right):
         yield f"{where}: {type(left).__name__} against {type(right).__name__}"
     elif isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):

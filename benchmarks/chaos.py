@@ -1,0 +1,231 @@
+"""Strikes one job with many faults of random kinds at random moments, and compares it with a run without
+faults.
+
+Ranks die by SIGKILL, segmentation fault, os._exit, exception and a kill with full memory; one of them, rank
+0, several, all but one, the same again, or the replacement of a lost rank before it has joined; while data is
+loaded, in forward, in backward, between ready and commit, inside optimizer.step(), after the gate, in
+evaluation, in checkpoint saving, in the last step, after the loop, and by wall clock from outside. The seed
+draws the schedule. Parameters, optimizer state, scheduler and all random number generators are compared bit
+for bit at the end. Exit code 0 only if every fault was survived and the comparison holds. A --script of yours
+is struck by wall clock only, and judged by its files:"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import harness
+from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan, ignore_gone
+from harness.machine import provenance
+from harness.recoveries import Recovery, read_recoveries
+from harness.report import write_json
+from harness.schedule import schedule, steps_needed
+from harness.steps import Logs, interruption, last_line, progress, read_logs
+from harness.weights import folder_differences
+from jobs.faults import CLOCK, KINDS, Fault, claim, marker, write_schedule
+
+DEFAULT_SCRIPT = Path(__file__).parent / "jobs" / "chaos_job.py"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one fault did.
+
+    Attributes:
+        fault: as it was scheduled.
+        rung: how the library answered; None when no record names it.
+        seconds: from the fault to the first step committed by all ranks; None when that was not seen.
+        struck: whether it came to pass.
+    """
+
+    fault: Fault
+    rung: int | None
+    seconds: float | None
+    struck: bool
+
+    def entry(self) -> dict[str, object]:
+        fault = self.fault
+        return {
+            "kind": fault.kind,
+            "moment": fault.moment,
+            "rung": self.rung,
+            "seconds": self.seconds,
+            "target": fault.target,
+            "ranks": list(fault.ranks),
+            "step": fault.step,
+            "struck": self.struck,
+        }
+
+    def __str__(self) -> str:
+        fault = self.fault
+        place = f"ranks {fault.ranks} ({fault.target}), {fault.moment}, step {fault.step}"
+        rung = f"rung {self.rung}" if self.rung else "no record"
+        seconds = f"{self.seconds:.3f} s" if self.seconds is not None else "no step after it"
+        return f"{fault.number:3} {fault.kind:<13} {place:<62} {rung}, {seconds if self.struck else 'not struck'}"
+
+
+class Clock(threading.Thread):
+    """Strikes from outside, one fault after the other, as soon as the job has come to their step."""
+
+    def __init__(self, job: Job, faults: Sequence[Fault]) -> None:
+        super().__init__(daemon=True)
+        self._job = job
+        self._faults = [fault for fault in faults if fault.moment == CLOCK]
+
+    def run(self) -> None:
+        folder, ranks = self._job.plan.folder, self._job.plan.ranks
+        for fault in self._faults:
+            try:
+                self._job.until(lambda step=fault.step: progress(folder, ranks) >= step, timeout=600)
+            except JobFailedError:
+                return  # the main thread sees the same and reports it
+            time.sleep(fault.delay)
+            for rank in fault.ranks:
+                self._strike(fault, rank)
+
+    def _strike(self, fault: Fault, rank: int) -> None:
+        folder = self._job.plan.folder
+        pid = newest_process(folder, rank)
+        with ignore_gone():
+            os.kill(pid, signal.SIGSEGV if fault.kind == "SIGSEGV" else signal.SIGKILL)
+            claim(marker(folder, fault.number, rank))
+
+
+def newest_process(folder: Path, rank: int) -> int:
+    """The rank's process: as it says itself at its start, else as its last line says."""
+    announced = folder / f"pid-{rank}"
+    if announced.exists():
+        return int(announced.read_text())
+    commit = last_line(folder / f"steps-{rank}.log")
+    if commit is None:
+        raise JobFailedError(f"Rank {rank} wrote neither pid-{rank} nor steps-{rank}.log in {folder}.")
+    return commit.pid
+
+
+def struck_at(folder: Path, fault: Fault) -> list[int]:
+    """When the fault struck each of its ranks so far, in nanoseconds."""
+    paths = [marker(folder, fault.number, rank) for rank in fault.ranks]
+    return [int(text) for path in paths if path.exists() and (text := path.read_text())]
+
+
+def run_struck(plan: Plan, faults: Sequence[Fault], timeout: float) -> int:
+    """The job with faults; prints each one as it strikes. Returns the exit code."""
+    write_schedule(plan.folder, faults)
+    end, waiting = time.monotonic() + timeout, list(faults)
+    with Job(plan) as job:
+        Clock(job, faults).start()
+        while job.running() and time.monotonic() < end:
+            for fault in [fault for fault in waiting if struck_at(plan.folder, fault)]:
+                waiting.remove(fault)
+                done = len(faults) - len(waiting)
+                where = f"ranks {', '.join(map(str, fault.ranks))} ({fault.target}), {fault.moment}"
+                print(f"{done}/{len(faults)} {fault.kind} of {where}, step {fault.step}", flush=True)
+            time.sleep(0.05)
+        code = job.code(timeout=1)
+        if code:
+            print(job.tail(), file=sys.stderr)
+        return code
+
+
+def outcome(fault: Fault, folder: Path, logs: Logs, recoveries: Sequence[Recovery]) -> Outcome:
+    times = struck_at(folder, fault)
+    if not times:
+        return Outcome(fault, None, None, struck=False)
+    cost = interruption(logs, max(times))
+    seconds = cost.seconds + (max(times) - min(times)) / 1e9 if cost else None
+    rungs = [
+        recovery.rung
+        for recovery in recoveries
+        if set(fault.ranks) & set(recovery.lost_ranks)
+        and recovery.time - 1 <= max(times) / 1e9 <= recovery.time + recovery.seconds + 1
+    ]
+    return Outcome(fault, max(rungs, default=None), seconds, struck=True)
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """Both runs and their comparison, as the report."""
+    steps = options.steps or steps_needed(options.faults)
+    own = options.script != DEFAULT_SCRIPT
+    faults = schedule(options.faults, options.seed, options.ranks, steps, options.kinds, clock_only=own)
+    calm = Plan(TORCHRUN, options.script, folder / "calm", options.ranks, steps)
+    struck = Plan(OURS, options.script, folder / "struck", options.ranks, steps, max_restarts=options.faults)
+    print(
+        f"seed {options.seed}: {len(faults)} faults in {steps} steps; first a run without faults ...",
+        flush=True,
+    )
+    with Job(calm) as job:
+        job.finish()
+    code = run_struck(struck, faults, options.timeout)
+    logs, recoveries = (
+        read_logs(struck.folder, options.ranks),
+        read_recoveries(struck.folder / "recoveries.jsonl"),
+    )
+    outcomes = [outcome(fault, struck.folder, logs, recoveries) for fault in faults]
+    found = folder_differences(calm.folder, struck.folder, options.ranks)
+    for difference in found[:5]:
+        print(difference, file=sys.stderr)
+    survived = sum(o.struck and (code == 0 or o.seconds is not None) for o in outcomes)
+    return {
+        "faults": sum(o.struck for o in outcomes),
+        "survived": survived,
+        "equal": not found,
+        "longest_interruption_s": max((o.seconds for o in outcomes if o.seconds is not None), default=None),
+        "seed": options.seed,
+        "fault_list": [o.entry() for o in outcomes],
+        "faults_asked_for": options.faults,
+        "exit_code": code,
+        "rungs": dict(Counter(str(o.rung) for o in outcomes if o.struck)),
+        "lines": [str(o) for o in outcomes],
+        **provenance(),
+    }
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    contract = (harness.__doc__ or "").split("\n\n", 1)[1]
+    parser = argparse.ArgumentParser(
+        prog="scripts/chaos",
+        description=f"{__doc__}\n{contract}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--faults", type=int, default=50, help="how many (default 50)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the schedule (default 0)")
+    parser.add_argument("--ranks", type=int, default=4, help="workers (default 4)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="only these kinds")
+    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--script", type=Path, default=DEFAULT_SCRIPT, help="another training script")
+    parser.add_argument("--steps", type=int, help="BENCH_STEPS (default: what the faults need)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for the struck run (default 600)")
+    parser.add_argument("--keep", type=Path, help="keep the jobs' folders here")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        report = measure(options, options.keep or Path(folder))
+    lines = report.pop("lines")
+    assert isinstance(lines, list)
+    print("\n".join(["", *lines, ""]))
+    print(f"{report['survived']} of {report['faults']} faults survived, rungs {report['rungs']}")
+    print(f"longest interruption {report['longest_interruption_s']} s")
+    print("equal" if report["equal"] else "not equal")
+    write_json(options.json, report)
+    good = (
+        report["equal"]
+        and report["survived"] == report["faults"] == options.faults
+        and not report["exit_code"]
+    )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

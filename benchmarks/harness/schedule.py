@@ -1,0 +1,95 @@
+"""Draws a schedule of faults from a seed: every kind, moment and choice of ranks in turn, in random order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from jobs.faults import CLOCK, KINDS, READY, Fault
+
+MOMENTS = (
+    CLOCK,
+    "data",
+    "forward",
+    "backward",
+    READY,
+    "update",
+    "after gate",
+    "evaluation",
+    "saving",
+)
+TARGETS = ("one rank", "one rank", "rank 0", "several", "all but one", "same again", "replacement")
+SPACING = 3  # steps between two faults
+TAIL = 20  # steps at the end without new faults but for those of the end itself
+REPLACEMENT_MOMENTS = ("start", "built")
+
+
+def steps_needed(faults: int, per_epoch: int = 10) -> int:
+    """Steps of a job that has room for so many faults: whole epochs."""
+    return -(-(faults * SPACING + TAIL) // per_epoch) * per_epoch
+
+
+def schedule(
+    count: int, seed: int, ranks: int, steps: int, kinds: Sequence[str] = KINDS, clock_only: bool = False
+) -> list[Fault]:
+    """The faults of one job, ordered by step. The last two strike in the last step and after the loop."""
+    source = random.Random(seed)
+    kind_of, moment_of, target_of = (_turns(source, names) for names in (kinds, MOMENTS, TARGETS))
+    ends = 0 if clock_only else min(2, count)
+    faults: list[Fault] = []
+    step = 0 if not clock_only else 2
+    while len(faults) < count - ends:
+        moment = CLOCK if clock_only else next(moment_of)
+        faults += _faults(source, len(faults), kind_of, moment, next(target_of), step, ranks, faults)
+        step += SPACING + source.choice((-1, 0, 0, 1))
+    faults = faults[: count - ends]
+    for moment, at in (("forward", steps - 1), ("after the loop", steps))[:ends]:
+        kind = next(kind_of)
+        faults.append(Fault(len(faults), kind, moment, at, (source.randrange(ranks),)))
+    return faults
+
+
+def _faults(
+    source: random.Random,
+    number: int,
+    kinds: Iterator[str],
+    moment: str,
+    target: str,
+    step: int,
+    ranks: int,
+    before: Sequence[Fault],
+) -> list[Fault]:
+    """One fault, or two where the second strikes the replacement that the first one causes."""
+    chosen = _ranks(source, target, ranks, before)
+    delay = source.uniform(0, 0.1) if moment == CLOCK else 0.003
+    first = Fault(number, _kind(kinds, moment), moment, step, chosen, target, delay)
+    if target != "replacement":
+        return [first]
+    where = source.choice(REPLACEMENT_MOMENTS)
+    return [first, Fault(number + 1, next(kinds), where, 0, chosen, target, after=number)]
+
+
+def _ranks(source: random.Random, target: str, ranks: int, before: Sequence[Fault]) -> tuple[int, ...]:
+    if target == "rank 0":
+        return (0,)
+    if target == "several":
+        return tuple(sorted(source.sample(range(ranks), source.randint(min(2, ranks - 1), ranks - 1))))
+    if target == "all but one":
+        return tuple(sorted(source.sample(range(ranks), ranks - 1)))
+    if target == "same again" and before:
+        return before[-1].ranks
+    return (source.randrange(ranks),)
+
+
+def _kind(kinds: Iterator[str], moment: str) -> str:
+    """From outside there are only signals, and an exception cannot be raised while the gate is waited for."""
+    kind = next(kinds)
+    if moment == CLOCK:
+        return "SIGSEGV" if kind == "SIGSEGV" else "SIGKILL"
+    return "SIGKILL" if moment == READY and kind == "exception" else kind
+
+
+def _turns(source: random.Random, names: Sequence[str]) -> Iterator[str]:
+    """All names in random order, again and again."""
+    while True:
+        yield from source.sample(list(names), len(names))

@@ -1,0 +1,131 @@
+"""Faults that strike a training job from inside, each once, as a schedule file says.
+
+The schedule is faults.json in BENCH_DIR. Before a rank dies it leaves a marker, faults/<number>-<rank>, made
+with O_EXCL, so that neither the replay of a step nor the replacement of the rank strikes again. The marker's
+content is the time, in nanoseconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+KINDS = ("SIGKILL", "SIGSEGV", "exit", "exception", "out-of-memory")
+CLOCK = "clock"  # struck from outside
+READY = "ready"  # between ready and commit
+
+
+class InjectedError(RuntimeError):
+    """The exception that stands for a bug or a failing device in one rank."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        number: its place in the schedule.
+        kind: how the ranks die, one of KINDS.
+        moment: where in the script; CLOCK: at a time instead.
+        step: it strikes at this step or, where the moment does not occur in it, the next time that it does.
+        ranks: who dies.
+        target: why these ranks, in a word.
+        delay: seconds after the step was reached (CLOCK) or after the gate was entered (READY).
+        after: number of the fault whose replacement it strikes, or -1.
+    """
+
+    number: int
+    kind: str
+    moment: str
+    step: int
+    ranks: tuple[int, ...]
+    target: str = "one rank"
+    delay: float = 0.0
+    after: int = -1
+
+
+def write_schedule(folder: Path, faults: Sequence[Fault]) -> None:
+    (folder / "faults").mkdir(parents=True, exist_ok=True)
+    (folder / "faults.json").write_text(json.dumps([asdict(fault) for fault in faults]))
+
+
+def read_schedule(folder: Path) -> list[Fault]:
+    path = folder / "faults.json"
+    if not path.exists():
+        return []
+    return [Fault(**{**raw, "ranks": tuple(raw["ranks"])}) for raw in json.loads(path.read_text())]
+
+
+def marker(folder: Path, fault: int, rank: int | str) -> Path:
+    return folder / "faults" / f"{fault}-{rank}"
+
+
+def claim(path: Path) -> bool:
+    """Makes the marker; False when it was there. The content follows in the same breath."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        return False
+    os.write(descriptor, str(time.time_ns()).encode())
+    os.close(descriptor)
+    return True
+
+
+class Faults:
+    """The faults that this rank has to suffer; at() is called at each named moment of the script."""
+
+    def __init__(self, folder: Path, rank: int, ranks: int) -> None:
+        self._folder = folder
+        self._rank = rank
+        schedule = [fault for fault in read_schedule(folder) if fault.moment != CLOCK]
+        self._mine = [fault for fault in schedule if rank in fault.ranks]
+        self._late = [f for f in schedule if f.moment == READY and rank == waited_for(f, ranks)]
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def at(self, moment: str, step: int) -> None:
+        """Dies here if a fault is due; otherwise returns at once."""
+        for fault in self._mine:
+            if fault.moment == moment and step >= fault.step and self._is_possible(fault):
+                if claim(marker(self._folder, fault.number, self._rank)):
+                    strike(fault)
+
+    def before_gate(self, step: int) -> None:
+        """As at(READY), for the ranks that die while they wait, and holds up the rank that they wait for."""
+        for fault in self._late:
+            if step >= fault.step and claim(marker(self._folder, fault.number, "late")):
+                time.sleep(fault.delay + 0.01)
+        self.at(READY, step)
+
+    def _is_possible(self, fault: Fault) -> bool:
+        return fault.after < 0 or marker(self._folder, fault.after, self._rank).exists()
+
+
+def waited_for(fault: Fault, ranks: int) -> int:
+    """The rank whose ready comes late when others die between ready and commit; -1: nobody is left to wait
+    for."""
+    return next((rank for rank in range(ranks) if rank not in fault.ranks), -1)
+
+
+def strike(fault: Fault) -> None:
+    """Ends this process, or raises, as the fault's kind says."""
+    if fault.moment == READY:
+        threading.Timer(fault.delay, die, (fault.kind,)).start()
+    elif fault.kind == "exception":
+        raise InjectedError(f"fault {fault.number} of the schedule")
+    else:
+        die(fault.kind)
+
+
+def die(kind: str) -> None:
+    if kind == "exit":
+        os._exit(17)
+    if kind == "out-of-memory":
+        hoard = bytearray(1 << 26)  # the kernel's killer comes with the memory still full
+        hoard[::4096] = b"x" * len(hoard[::4096])
+    os.kill(os.getpid(), signal.SIGSEGV if kind == "SIGSEGV" else signal.SIGKILL)

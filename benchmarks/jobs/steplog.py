@@ -1,0 +1,36 @@
+"""Writes the files by which a training script is judged; see benchmarks/harness/__init__.py for the
+contract."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(os.environ.get("BENCH_DIR", "."))
+STEPS = int(os.environ.get("BENCH_STEPS", "100"))
+CHECKPOINT_EVERY = int(os.environ.get("BENCH_CHECKPOINT_EVERY", "0"))
+
+
+class StepLog:
+    """Appends one line per committed step of this rank."""
+
+    def __init__(self, rank: int) -> None:
+        self._file = (FOLDER / f"steps-{rank}.log").open("a")
+
+    def committed(self, step: int) -> None:
+        self._file.write(f"{time.time_ns()} {step} {os.getpid()}\n")
+        self._file.flush()
+
+
+def write_final(rank: int, state: object) -> None:
+    """Writes final-<rank>.pt in one piece, so that a rank killed here leaves no half of a file."""
+    save_whole(state, FOLDER / f"final-{rank}.pt")
+
+
+def save_whole(state: object, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
