@@ -34,7 +34,8 @@ def schedule(
 ) -> list[Fault]:
     """The faults of one job, ordered by step. The last two strike in the last step and after the loop."""
     source = random.Random(seed)
-    kind_of, moment_of, target_of = (_turns(source, names) for names in (kinds, MOMENTS, TARGETS))
+    targets = TARGETS[:-1] if clock_only else TARGETS
+    kind_of, moment_of, target_of = (_turns(source, names) for names in (kinds, MOMENTS, targets))
     ends = 0 if clock_only else min(2, count)
     faults: list[Fault] = []
     step = 0 if not clock_only else 2

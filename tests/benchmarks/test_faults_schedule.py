@@ -1,0 +1,80 @@
+"""Schedules of faults, and the markers that let each fault strike once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness.schedule import schedule, steps_needed
+from jobs.faults import CLOCK, KINDS, READY, Fault, Faults, InjectedError, read_schedule, write_schedule
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_seed_gives_as_many_faults_as_asked_for_within_the_job(seed: int) -> None:
+    steps = steps_needed(50)
+    faults = schedule(50, seed, 4, steps)
+    assert [fault.number for fault in faults] == list(range(50))
+    assert all(0 < len(fault.ranks) < 4 for fault in faults)
+    assert all(fault.step < steps - 10 for fault in faults[:-2])
+    assert [fault.moment for fault in faults[-2:]] == ["forward", "after the loop"]
+
+
+def test_a_schedule_of_fifty_has_every_kind_moment_and_choice_of_ranks() -> None:
+    faults = schedule(50, 1, 4, steps_needed(50))
+    assert {fault.kind for fault in faults} == set(KINDS)
+    assert {CLOCK, READY, "data", "forward", "backward", "update", "after gate", "evaluation", "saving"} <= {
+        fault.moment for fault in faults
+    }
+    assert {"rank 0", "several", "all but one", "same again", "replacement"} <= {f.target for f in faults}
+
+
+def test_the_same_seed_gives_the_same_schedule() -> None:
+    assert schedule(30, 5, 4, 200) == schedule(30, 5, 4, 200) != schedule(30, 6, 4, 200)
+
+
+def test_a_script_that_is_not_ours_is_struck_by_the_clock_only() -> None:
+    assert {fault.moment for fault in schedule(10, 0, 4, 100, clock_only=True)} == {CLOCK}
+
+
+def test_a_schedule_comes_back_from_its_file(tmp_path: Path) -> None:
+    faults = schedule(10, 0, 4, 100)
+    write_schedule(tmp_path, faults)
+    assert read_schedule(tmp_path) == faults
+
+
+def test_a_fault_strikes_its_rank_once_at_its_moment(tmp_path: Path) -> None:
+    write_schedule(tmp_path, [Fault(0, "exception", "forward", 3, (1,))])
+    Faults(tmp_path, 0, 2).at("forward", 3)
+    mine = Faults(tmp_path, 1, 2)
+    mine.at("forward", 2)
+    mine.at("backward", 3)
+    with pytest.raises(InjectedError):
+        mine.at("forward", 4)
+    mine.at("forward", 4)
+
+
+def test_a_fault_of_a_replacement_waits_for_the_fault_that_causes_it(tmp_path: Path) -> None:
+    chain = [Fault(0, "exception", "forward", 0, (0,)), Fault(1, "exception", "start", 0, (0,), after=0)]
+    write_schedule(tmp_path, chain)
+    mine = Faults(tmp_path, 0, 2)
+    mine.at("start", 0)
+    with pytest.raises(InjectedError, match="fault 0"):
+        mine.at("forward", 0)
+    with pytest.raises(InjectedError, match="fault 1"):
+        mine.at("start", 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("SIGKILL", -9), ("SIGSEGV", -11), ("exit", 17), ("out-of-memory", -9), ("exception", 1)],
+)
+def test_a_process_dies_as_the_kind_says(tmp_path: Path, kind: str, code: int) -> None:
+    write_schedule(tmp_path, [Fault(0, kind, "forward", 0, (0,))])
+    body = "from pathlib import Path; from jobs.faults import Faults; "
+    body += f"Faults(Path({str(tmp_path)!r}), 0, 2).at('forward', 0)"
+    done = subprocess.run([sys.executable, "-c", body], cwd=BENCHMARKS, capture_output=True, check=False)
+    assert done.returncode == code
