@@ -8,6 +8,7 @@ import sys
 
 import msgspec
 import numpy as np
+import numpy.random
 import pytest
 import torch
 
