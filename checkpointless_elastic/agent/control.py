@@ -10,11 +10,10 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Union
 
 from checkpointless_elastic.agent.links import Links
 from checkpointless_elastic.agent.recoveries import Recoveries
-from checkpointless_elastic.agent.runtime import ControlPlane, EventLoop, Workforce
+from checkpointless_elastic.agent.runtime import EventLoop, Workforce
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol.coordinator import Coordinator, State
@@ -73,17 +72,19 @@ def describe(status: int) -> str:
         return f"was killed by signal {-status}"
 
 
-class AgentControl(ControlPlane):
-    """See the module. ``settings``: of the job."""
+class AgentControl:
+    """See the module; implements runtime.ControlPlane. ``settings``: of the job."""
+
+    serves_workers = True
 
     def __init__(self, settings: Config) -> None:
         self._settings = settings
         self._incarnations: dict[int, int] = {}
         self._tokens: dict[int, str] = {}
         self._pids: dict[int, int] = {}
-        self._failed: dict[int, str] = {}
-        self._gone: dict[int, int] = {}
         self._learned = False
+        self._fresh = True
+        self.generation = 0
         self._handlers: dict[type[Action], Callable[..., None]] = {
             Broadcast: self._broadcast,
             Replace: self._replace,
@@ -100,14 +101,15 @@ class AgentControl(ControlPlane):
         self._workers = workers
         self._links = Links(os.path.join(workers.run_dir, "agent.sock"), loop, self._accept, self._take)
         self._recoveries = Recoveries(self._settings.events, workers.log_dir, self._pids)
-        self._begin(0)
 
-    def _begin(self, generation: int) -> None:
+    def _begin(self) -> None:
+        """A new set of workers starts: nothing of the one before it counts."""
+        self._fresh = False
         ranks = frozenset(self._workers.ranks)
-        self._coordinator = Coordinator(ranks, self._settings.max_faults_per_step, generation)
-        self._node = Node(ranks, generation)
-        self._gone = {}
-        self._failed = {}
+        self._coordinator = Coordinator(ranks, self._settings.max_faults_per_step, self.generation)
+        self._node = Node(ranks, self.generation)
+        self._gone: dict[int, int] = {}
+        self._failed: dict[int, str] = {}
         self._replaced: set[int] = set()
         for rank in ranks:
             Slot.create(slot_path(self._workers.run_dir, rank))
@@ -115,6 +117,8 @@ class AgentControl(ControlPlane):
     # ---- what the agent tells
 
     def started(self, rank: int, incarnation: int, pid: int, token: str) -> None:
+        if self._fresh:
+            self._begin()
         self._incarnations[rank] = incarnation
         self._tokens[rank] = token
         self._pids[rank] = pid
@@ -198,7 +202,7 @@ class AgentControl(ControlPlane):
             self._failed[rank] = message.error
         elif isinstance(message, Learned) and not self._learned:
             self._learned = True
-            self._workers.learned(message.modules)
+            self._workers.learn(message.modules)
 
     # ---- what the coordinator decides
 
@@ -213,7 +217,7 @@ class AgentControl(ControlPlane):
 
     def _broadcast(self, action: Broadcast) -> None:
         message = action.message
-        ranks: Union[list[int], dict[int, int]] = self._incarnations
+        ranks: list[int] | dict[int, int] = self._incarnations
         if isinstance(message, Decision):
             self._node.decided(message)
         if isinstance(message, Restore):
@@ -232,6 +236,7 @@ class AgentControl(ControlPlane):
         self._workers.replace(action.rank)
 
     def _opened(self, action: Opened) -> None:
+        self.generation = action.generation
         self._node.opened(action.generation, action.lost)
         self._recoveries.opened(action.generation, action.lost, action.cause, time.monotonic())
 
@@ -249,9 +254,9 @@ class AgentControl(ControlPlane):
         culprits = [rank for rank, status in self._gone.items() if status] or sorted(self._coordinator.lost)
         self._coordinator.state = State.ENDED
         self._recoveries.restarting(action.rung, action.reason, generation, time.monotonic())
-        if self._workers.restart_all(f"rung {action.rung}: {action.reason}"):
-            self._begin(generation)
-        else:
+        self.generation = generation
+        self._fresh = True
+        if not self._workers.restart_all(f"rung {action.rung}: {action.reason}"):
             self._recoveries.close()
             self._workers.fail(culprits)
 

@@ -107,9 +107,10 @@ class Learned(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The connection is accepted; generation in force."""
+    """The connection is accepted. ``shadow``: this worker is a replacement and contacts no peer until it joins."""
 
     generation: int
+    shadow: bool
 
 
 class Refused(Message, frozen=True):
@@ -163,6 +164,8 @@ class Resume(Message, frozen=True):
 
 class Release(Message, frozen=True):
     """Every rank has finished its script: exit."""
+
+    generation: int
 
 
 FromWorker = Union[Hello, Protected, Report, Frozen, Left, Failed, Mismatch, Learned]

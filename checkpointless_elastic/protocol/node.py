@@ -49,7 +49,9 @@ class Node:
         if answer.generation != self.generation:
             return None
         self._frozen[rank] = answer
-        return AllFrozen(self.generation, dict(self._frozen)) if self.ranks - self._pending <= self._frozen.keys() else None
+        if not self.ranks - self._pending <= self._frozen.keys():
+            return None
+        return AllFrozen(self.generation, dict(self._frozen))
 
     def _expected(self, stage: Stage) -> frozenset[int]:
         if stage is Stage.PUBLISHED:

@@ -17,9 +17,12 @@ import traceback
 from collections.abc import Mapping
 from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+if TYPE_CHECKING:
+    from checkpointless_elastic.worker.session import Session
 
 __all__ = ["prepare", "replace_process", "run"]
 
@@ -63,8 +66,7 @@ def replace_process(argv: list[str]) -> NoReturn:
 def run(mode: str, argv: list[str], unbuffered: bool) -> int:
     """Run the script or module and return the exit code; does not return when a signal is its proper end."""
     if not unbuffered:
-        sys.stdout = sys.__stdout__ = _buffered(1, "backslashreplace" if sys.stdout.errors == "" else sys.stdout.errors)
-        sys.stderr = sys.__stderr__ = _buffered(2, "backslashreplace")
+        sys.stdout, sys.stderr = _buffered(1, sys.stdout), _buffered(2, sys.stderr)
     session = _connect()
     error, code = _outcome(mode, argv)
     if session is not None:
@@ -72,7 +74,7 @@ def run(mode: str, argv: list[str], unbuffered: bool) -> int:
     return code
 
 
-def _connect() -> object | None:
+def _connect() -> Session | None:
     if "CHECKPOINTLESS_SOCKET" not in os.environ:
         return None
     from checkpointless_elastic.worker.session import connect_from_env
@@ -176,8 +178,8 @@ def _users_part(trace: TracebackType | None) -> TracebackType | None:
     return trace
 
 
-def _buffered(fd: int, errors: str) -> io.TextIOWrapper:
+def _buffered(fd: int, present: TextIO) -> io.TextIOWrapper:
     """The stream that an interpreter without `-u` would have on this descriptor."""
     raw = open(fd, "wb", closefd=False)
     line_buffering = fd == 2 or os.isatty(fd)
-    return io.TextIOWrapper(raw, sys.stdout.encoding, errors, newline="\n", line_buffering=line_buffering)
+    return io.TextIOWrapper(raw, present.encoding, present.errors, newline="\n", line_buffering=line_buffering)

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from checkpointless_elastic.data.cursor import Cursor
 from checkpointless_elastic.data.resume import Join, Resume, Skip
@@ -54,7 +54,7 @@ class Recovery:
         self._join_rng: rng.RngState | None = None
         self._replica_value: bytes | None = None
         self._segment: Segment | None = None
-        self._store: torch.distributed.Store | None = None
+        self._store: Store | None = None
         self._state: PrivateState | None = None
         self.last_value: bytes | None = None
 
@@ -108,10 +108,10 @@ class Recovery:
             self._segment.path.unlink(missing_ok=True)
             self._segment = None
 
-    def _job_store(self) -> torch.distributed.Store:
+    def _job_store(self) -> Store:
         if self._store is None:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self._store = torch.distributed.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
+            self._store = TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
         return self._store
 
     # ---- a replacement

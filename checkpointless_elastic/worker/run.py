@@ -15,6 +15,7 @@ from checkpointless_elastic.errors import ConfigError
 from checkpointless_elastic.groups import ddp
 from checkpointless_elastic.groups.registry import GroupSignature
 from checkpointless_elastic.state.inventory import Inventory
+from checkpointless_elastic.state.modules import ModuleHolder
 from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
 from checkpointless_elastic.worker import gate, private_tensors, rng, session
 from checkpointless_elastic.worker.channel import AgentGone
@@ -229,8 +230,8 @@ class Run:
 
     def _ddp_modules(self) -> list[DistributedDataParallel]:
         found: dict[int, DistributedDataParallel] = {}
-        for root in self.inventory.modules():
-            for module in root.modules():
+        for holder in self.inventory.holders:
+            for module in holder.module.modules() if isinstance(holder, ModuleHolder) else ():
                 if isinstance(module, DistributedDataParallel):
                     found[id(module)] = module
         return list(found.values())

@@ -33,11 +33,14 @@ from checkpointless_elastic.protocol.messages import (
     Mismatch,
     Phase,
     Protected,
+    Rebuild,
     Release,
     Report,
+    Restore,
     Stage,
     ToWorker,
 )
+from checkpointless_elastic.protocol.messages import Resume as Resumed
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.channel import Channel
 from checkpointless_elastic.worker.private import slot_path
@@ -53,7 +56,7 @@ GRACE_S = 0.5
 sockets a moment before it reports the death."""
 MAX_LOG_ENTRIES = 20_000
 
-M = TypeVar("M", bound=ToWorker)
+M = TypeVar("M", Restore, Rebuild, Resumed, Release)
 
 _session: Session | None = None
 
@@ -129,8 +132,8 @@ class Session:
             whole, protected = not self.shadow, self.recovery is not None
             answer = Frozen(message.generation, self.step, self.phase, whole, protected)
         self.channel.control.send(answer)
-        self.freeze_seen.set()
         self.registry.abort(frozenset(message.lost) | frozenset(message.left))
+        self.freeze_seen.set()
 
     # ---- main thread: the vote
 
@@ -192,7 +195,7 @@ class Session:
             if isinstance(message, Decision) and message.generation > generation:
                 self._stashed = message
                 raise Superseded
-            if isinstance(message, kind) and message.generation == generation:  # type: ignore[attr-defined]
+            if isinstance(message, kind) and message.generation == generation:
                 return message
 
     def report(self, stage: Stage, generation: int, payload: bytes = b"") -> None:

@@ -1,0 +1,216 @@
+"""The protocol under random schedules: losses, delays and any order of delivery between channels, in one process.
+
+Workers are modelled as the session behaves: a listener that answers Freeze, and a main thread that votes and recovers.
+A worker's weights are the list of the steps it applied, so that a step lost, doubled or out of order shows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+
+from checkpointless_elastic.protocol.coordinator import Coordinator, State
+from checkpointless_elastic.protocol.events import Action, Broadcast, LeftEarly, Lost, Opened, Replace, Restart, Stop
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    Decision,
+    Freeze,
+    Frozen,
+    Left,
+    Message,
+    Phase,
+    Rebuild,
+    Release,
+    Report,
+    Restore,
+    Resume,
+    Stage,
+)
+from checkpointless_elastic.protocol.node import Node
+
+STEPS = 12
+
+
+class Worker:
+    """One incarnation of one rank."""
+
+    def __init__(self, rank: int, generation: int, shadow: bool) -> None:
+        self.rank, self.shadow = rank, shadow
+        self.generation = -1 if shadow else generation
+        self.frozen = generation
+        self.weights: list[int] = []
+        self.phase = Phase.COMPUTING
+        self.control: deque[Message] = deque()
+        self.votes: deque[Message] = deque()
+        self.out: dict[str, deque[Message]] = {"control": deque(), "vote": deque()}
+        self.decision: Decision | None = None
+        self.waiting: type | None = Decision if shadow else None
+        self.done = False
+
+    @property
+    def step(self) -> int:
+        return len(self.weights)
+
+    def listen(self) -> None:
+        message = self.control.popleft()
+        assert isinstance(message, Freeze)
+        self.frozen = max(self.frozen, message.generation)
+        self.out["control"].append(Frozen(message.generation, self.step, self.phase, not self.shadow, True))
+
+    def compute(self, leaves: bool) -> None:
+        """The main thread, when it waits for nothing, comes to its gate or its end."""
+        if self.frozen > self.generation:
+            if leaves:
+                self.out["control"].append(Left(self.frozen))
+            self.waiting = Decision
+        elif self.step == STEPS:
+            self._report(Stage.FINISHED, self.generation)
+            self.waiting = Release
+        else:
+            self.phase = Phase.READY
+            self._report(Stage.READY, self.generation)
+            self.waiting = Commit
+
+    def receive(self) -> None:
+        message = self.votes.popleft()
+        if isinstance(message, Decision):
+            if message.generation >= self.frozen:
+                self._follow(message)
+        elif isinstance(message, Commit) and self.waiting is Commit:
+            if (message.generation, message.step) == (self.generation, self.step) and self.frozen == self.generation:
+                self._apply()
+        elif self.decision is not None and message.generation == self.decision.generation:  # type: ignore[attr-defined]
+            self._recover(message, self.decision.generation)
+        elif isinstance(message, Release) and self.waiting is Release and message.generation == self.generation:
+            self.done = True
+
+    def _apply(self) -> None:
+        self.weights.append(self.step)
+        self.phase, self.waiting = Phase.COMPUTING, None
+
+    def _follow(self, decision: Decision) -> None:
+        self.decision = decision
+        if self.rank in decision.pending:
+            self._report(Stage.ARRIVED, decision.generation)
+            self.waiting = Restore
+            return
+        if decision.step == self.step + 1:
+            assert self.phase is Phase.READY, "only a rank that was ready may roll forward"
+            self._apply()
+        assert decision.step == self.step
+        self.phase = Phase.COMPUTING
+        self._report(Stage.PUBLISHED, decision.generation, bytes(self.weights))
+        self.waiting = Rebuild
+
+    def _recover(self, message: Message, generation: int) -> None:
+        if isinstance(message, Restore) and self.waiting is Restore:
+            assert self.decision is not None
+            copies = {bytes(weights) for weights in message.publications.values()}
+            assert len(copies) == 1, "sources differ"
+            self.weights = list(copies.pop())
+            assert self.step == self.decision.step
+            self._report(Stage.RESTORED, generation)
+            self.waiting = Rebuild
+        elif isinstance(message, Rebuild) and self.waiting is Rebuild:
+            self._report(Stage.REBUILT, generation)
+            self.waiting = Resume
+        elif isinstance(message, Resume) and self.waiting is Resume:
+            self.generation, self.shadow, self.decision = generation, False, None
+            self.waiting = Decision if self.frozen > generation else None
+
+    def _report(self, stage: Stage, generation: int, payload: bytes = b"") -> None:
+        self.out["vote"].append(Report(stage, generation, self.step, payload))
+
+
+class World:
+    """Agent, coordinator and workers, moved on one random action at a time."""
+
+    def __init__(self, ranks: int, seed: int, losses: int) -> None:
+        self.random = random.Random(seed)
+        self.coordinator = Coordinator(frozenset(range(ranks)), max_faults_per_step=10_000)
+        self.node = Node(frozenset(range(ranks)), 0)
+        self.workers = {rank: Worker(rank, 0, False) for rank in range(ranks)}
+        self.losses = losses
+        self.committed: list[int] = []
+        self.ended: Action | None = None
+        for rank in range(ranks):
+            self.coordinator.protect(rank)
+
+    def run(self) -> None:
+        for _ in range(200_000):
+            if self.ended is not None or all(worker.done for worker in self.workers.values()):
+                return
+            moves = list(self._moves())
+            assert moves, f"nothing can happen any more in state {self.coordinator.state}"
+            self.random.choice(moves)()
+        raise AssertionError("the schedule does not end")
+
+    def _moves(self):  # type: ignore[no-untyped-def]
+        for worker in self.workers.values():
+            if worker.control:
+                yield worker.listen
+            if worker.votes and worker.waiting is not None:
+                yield worker.receive
+            if worker.waiting is None and not worker.done:
+                yield lambda worker=worker: worker.compute(self.random.random() < 0.3)
+            for channel, queue in worker.out.items():
+                if queue:
+                    yield lambda worker=worker, channel=channel: self._take(worker.rank, worker.out[channel].popleft())
+        alive = [worker.rank for worker in self.workers.values() if not worker.done]
+        whole = [rank for rank in self.coordinator.whole if rank in alive]
+        if self.losses and self.coordinator.step > 0 and len(whole) > 1 and self.random.random() < 0.05:
+            yield lambda: self._lose(self.random.choice(alive if len(whole) > 1 else whole))
+
+    def _lose(self, rank: int) -> None:
+        if self.coordinator.whole == {rank}:
+            return
+        self.losses -= 1
+        self._do(self.coordinator.handle(Lost(rank, "was lost")))
+
+    def _take(self, rank: int, message: Message) -> None:
+        if isinstance(message, Report):
+            tally = self.node.report(rank, message)
+            if tally is not None:
+                self._do(self.coordinator.handle(tally))
+        elif isinstance(message, Frozen):
+            answers = self.node.frozen(rank, message)
+            if answers is not None:
+                self._do(self.coordinator.handle(answers))
+        elif isinstance(message, Left):
+            self._do(self.coordinator.handle(LeftEarly(rank, message.generation)))
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Replace):
+                self.workers[action.rank] = Worker(action.rank, self.coordinator.generation, True)
+            elif isinstance(action, Opened):
+                self.node.opened(action.generation, action.lost)
+            elif isinstance(action, (Restart, Stop)):
+                self.ended = action
+            elif isinstance(action, Broadcast):
+                self._send(action.message)
+
+    def _send(self, message: Message) -> None:
+        if isinstance(message, Decision):
+            self.node.decided(message)
+        if isinstance(message, Commit):
+            assert message.step == len(self.committed), "steps are committed once, in order"
+            self.committed.append(message.step)
+        for rank, worker in self.workers.items():
+            if isinstance(message, Freeze):
+                worker.control.append(message)
+            elif not isinstance(message, Restore) or rank in self.coordinator.pending:
+                worker.votes.append(message)
+
+
+@pytest.mark.parametrize("first_seed", range(0, 2000, 250))
+def test_any_schedule_of_losses_ends_with_every_step_applied_once_on_every_rank(first_seed: int) -> None:
+    for seed in range(first_seed, first_seed + 250):
+        world = World(ranks=2 + seed % 4, seed=seed, losses=seed % 7)
+        world.run()
+        assert world.ended is None, f"seed {seed}: {world.ended}"
+        assert world.coordinator.state is State.ENDED, f"seed {seed}"
+        for worker in world.workers.values():
+            assert worker.weights == list(range(STEPS)), f"seed {seed}, rank {worker.rank}"
