@@ -100,35 +100,44 @@ def interval(ratios: Sequence[float], rounds: int = 2000) -> tuple[float, float]
 
 
 def compare_jobs(options: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """Runs both jobs in turns and returns the part of the report on whole steps."""
-    variables = {"BENCH_BATCH": str(options.batch)}
-    plans = {
-        backend: Plan(
-            backend=backend,
-            script=options.script,
-            folder=folder / backend,
-            ranks=options.ranks,
-            steps=10**6,
-            environment=variables,
+    """Runs pairs of jobs in turns and returns the part of the report on whole steps."""
+    ratios: list[float] = []
+    steps: dict[str, list[float]] = {OURS: [], TORCHRUN: []}
+    for number in range(options.instances):
+        plans = {backend: step_plan(options, backend, folder / f"{backend}-{number}") for backend in steps}
+        turns = run_in_turns(plans, options)
+        more, medians = pair_ratios({backend: plan.folder for backend, plan in plans.items()}, turns)
+        ratios += more
+        for backend, seconds in medians.items():
+            steps[backend].append(seconds)
+        print(
+            f"pair of jobs {number + 1}: {(median(more) - 1) * 100:+.2f} % in {len(more)} pairs of turns",
+            flush=True,
         )
-        for backend in (OURS, TORCHRUN)
+    low, high = interval(ratios)
+    return {
+        "overhead_percent": (median(ratios) - 1) * 100,
+        "overhead_interval_percent": [(low - 1) * 100, (high - 1) * 100],
+        "pairs": len(ratios),
+        "step_ms": {"protected": median(steps[OURS]) * 1e3, "plain": median(steps[TORCHRUN]) * 1e3},
     }
+
+
+def step_plan(options: argparse.Namespace, backend: str, folder: Path) -> Plan:
+    variables = {"BENCH_BATCH": str(options.batch)}
+    return Plan(backend, options.script, folder, options.ranks, steps=10**6, environment=variables)
+
+
+def run_in_turns(plans: dict[str, Plan], options: argparse.Namespace) -> list[Turn]:
+    """Starts both jobs, one after the other, and lets them take turns for their share of the time."""
     with Job(plans[OURS]) as ours:
         warm_up(ours)
         send(ours, signal.SIGSTOP)
         with Job(plans[TORCHRUN]) as plain:
             warm_up(plain)
             send(plain, signal.SIGSTOP)
-            turns = take_turns({OURS: ours, TORCHRUN: plain}, options.seconds, options.turn)
-    folders = {backend: plan.folder for backend, plan in plans.items()}
-    ratios, steps = pair_ratios(folders, turns)
-    low, high = interval(ratios)
-    return {
-        "overhead_percent": (median(ratios) - 1) * 100,
-        "overhead_interval_percent": [(low - 1) * 100, (high - 1) * 100],
-        "pairs": len(ratios),
-        "step_ms": {"protected": steps[OURS] * 1e3, "plain": steps[TORCHRUN] * 1e3},
-    }
+            jobs = {OURS: ours, TORCHRUN: plain}
+            return take_turns(jobs, options.seconds / options.instances, options.turn)
 
 
 def warm_up(job: Job) -> None:
@@ -183,6 +192,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--script", type=Path, default=JOBS / "ddp.py", help="another training script")
     parser.add_argument("--seconds", type=float, default=140, help="time for the turns (default 140)")
+    parser.add_argument("--instances", type=int, default=4, help="pairs of jobs to start (default 4)")
     parser.add_argument("--turn", type=float, default=1.2, help="seconds of one turn (default 1.2)")
     parser.add_argument("--batch", type=int, default=48, help="BENCH_BATCH, sizes the step (default 48)")
     return parser.parse_args(arguments)

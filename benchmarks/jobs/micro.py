@@ -1,0 +1,96 @@
+"""Times the gate and one small collective, protected and native calls in turns, inside the same processes.
+
+Writes micro-<rank>.json: medians over many pairs of blocks, in microseconds per call.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from steplog import FOLDER
+from torch import nn
+
+import checkpointless_elastic as ce
+
+CALLS, PAIRS = 20, 150
+
+
+def native_group() -> dist.ProcessGroup:
+    """A gloo group as torch makes it, beside the elastic one of this process."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    server = dist.TCPStore("localhost", 0, size, rank == 0, wait_for_workers=False) if rank == 0 else None
+    ports = [server.port if server else 0]
+    dist.broadcast_object_list(ports)
+    store = server or dist.TCPStore("localhost", int(ports[0]), size, False)
+    group = dist.ProcessGroup(store, rank, size)
+    backend = dist.ProcessGroupGloo(dist.PrefixStore("native", store), rank, size, timedelta(seconds=60))
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    return group
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Microseconds per call in one block."""
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - start) / CALLS * 1e6
+
+
+def in_turns(first: Callable[[], float], second: Callable[[], float]) -> tuple[float, float]:
+    """Median of the first, and median of what the second takes more, over pairs in the order ABBA."""
+    firsts: list[float] = []
+    more: list[float] = []
+    for pair in range(PAIRS):
+        if pair % 2:
+            slow, fast = second(), first()
+        else:
+            fast, slow = first(), second()
+        firsts.append(fast)
+        more.append(slow - fast)
+    return median(firsts), median(more)
+
+
+def small() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.weight.grad = torch.ones_like(model.weight)
+    return model, optimizer
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    native = native_group()
+    torch.manual_seed(0)
+    model, optimizer = small()
+    _, other = small()
+    run = ce.Run(model=model, optimizer=optimizer)
+    number = torch.zeros(1)
+
+    @run.replayable
+    def protected_step() -> None:
+        optimizer.step()
+
+    @run.replayable
+    def block(group: dist.ProcessGroup | None) -> float:
+        """Inside a replayable function, as a training step calls its collectives."""
+        return timed(lambda: dist.all_reduce(number, group=group))
+
+    for _ in range(3):
+        protected_step()
+        other.step()
+    step_us, gate_us = in_turns(lambda: timed(other.step), lambda: timed(protected_step))
+    native_us, added_us = in_turns(lambda: block(native), lambda: block(None))
+    found = {"gate_us": gate_us, "plain_step_us": step_us, "native_us": native_us, "added_us": added_us}
+    (FOLDER / f"micro-{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
