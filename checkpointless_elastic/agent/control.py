@@ -48,6 +48,7 @@ from checkpointless_elastic.protocol.messages import (
     Mismatch,
     Protected,
     Refused,
+    Replicas,
     Report,
     Restore,
     Welcome,
@@ -200,6 +201,10 @@ class AgentControl:
             self._handle(Unfit(rank, message.reason))
         elif isinstance(message, Failed):
             self._failed[rank] = message.error
+        elif isinstance(message, Replicas):
+            differ = self._coordinator.compare(rank, message.digests)
+            if differ:
+                logger.warning("A lost rank cannot be recovered live: %s. Leave it out of Run, or make it equal.", differ)
         elif isinstance(message, Learned) and not self._learned:
             self._learned = True
             self._workers.learn(message.modules)

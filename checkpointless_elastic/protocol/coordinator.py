@@ -80,6 +80,8 @@ class Coordinator:
         self._faults_since_commit = 0
         self._errors: dict[int, tuple[int, str]] = {}
         self._unprotected: set[int] = set(ranks)
+        self._digests: dict[int, dict[str, int]] = {}
+        self.distrust = ""  # why live recovery would not give the right state; empty: it would
         self._frozen: dict[int, Frozen] = {}
         self._reports: dict[Stage, dict[int, bytes]] = {}
 
@@ -90,7 +92,20 @@ class Coordinator:
     @property
     def protected(self) -> bool:
         """Can a loss be answered by rung 1, as far as is known now?"""
-        return self.step > 0 and not self._unprotected
+        return self.step > 0 and not self._unprotected and not self.distrust
+
+    def compare(self, rank: int, digests: dict[str, int]) -> str:
+        """Take the digests of a rank's pieces; a sentence when all are in and replicas differ, else ''."""
+        self._digests[rank] = digests
+        if self._digests.keys() != self.ranks:
+            return ""
+        lowest = min(self.ranks)
+        for other in sorted(self.ranks):
+            for key in sorted(self._digests[lowest].keys() | self._digests[other].keys()):
+                if self._digests[lowest].get(key) != self._digests[other].get(key):
+                    self.distrust = f"{key} differs between ranks {lowest} and {other}, so they are no replicas"
+                    return self.distrust
+        return ""
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event. Raises ProtocolError if the event is not allowed in this state."""
@@ -158,6 +173,8 @@ class Coordinator:
         return replaced + self._open(event.cause)
 
     def _why_not_live(self, event: Lost) -> str:
+        if self.distrust:
+            return f"rank {event.rank} {event.cause}, and {self.distrust}"
         if self._unprotected:
             rank = min(self._unprotected)
             return f"rank {event.rank} {event.cause}, and the script of rank {rank} has made no Run"
@@ -168,7 +185,7 @@ class Coordinator:
         failure = (self.step, event.error)
         if event.error and self._errors.get(event.rank) == failure:
             reason = f"rank {event.rank} failed twice at step {self.step} with the same error: {event.error}"
-            return Stop(reason, (event.rank,))
+            return Restart(3, reason) if event.rank in self.pending else Stop(reason, (event.rank,))
         if event.error:
             self._errors[event.rank] = failure
         if self._faults_since_commit > self._max_faults:

@@ -97,6 +97,12 @@ class Mismatch(Message, frozen=True):
     reason: str
 
 
+class Replicas(Message, frozen=True):
+    """After the first step: key and digest of each piece that this rank holds to be a replica of its peers'."""
+
+    digests: dict[str, int]
+
+
 class Learned(Message, frozen=True):
     """Third-party modules that the script imported: worth loading in the fork server."""
 
@@ -168,7 +174,7 @@ class Release(Message, frozen=True):
     generation: int
 
 
-FromWorker = Union[Hello, Protected, Report, Frozen, Left, Failed, Mismatch, Learned]
+FromWorker = Union[Hello, Protected, Report, Frozen, Left, Failed, Mismatch, Learned, Replicas]
 ToWorker = Union[Welcome, Refused, Commit, Freeze, Decision, Restore, Rebuild, Resume, Release]
 
 _encoder = msgspec.msgpack.Encoder()

@@ -14,6 +14,7 @@ from checkpointless_elastic.data import loops
 from checkpointless_elastic.errors import ConfigError
 from checkpointless_elastic.groups import ddp
 from checkpointless_elastic.groups.registry import GroupSignature
+from checkpointless_elastic.state.digest import digest
 from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.modules import ModuleHolder
 from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
@@ -186,6 +187,7 @@ class Run:
         recovery.save_end(value)
         if first:
             host.learned(_third_party_modules())
+            host.replicas(self._digests())
         return value
 
     # ---- what recovery asks
@@ -202,6 +204,9 @@ class Run:
         """Put a lost rank's own tensors back."""
         private_tensors.write(self.inventory.pieces(), tensors)
         self.private = dict(tensors)
+
+    def _digests(self) -> dict[str, int]:
+        return {p.key: digest(p.tensor) for p in self.inventory.pieces() if p.key not in self.private}
 
     def signature(self) -> list[GroupSignature]:
         """The process groups of this rank."""

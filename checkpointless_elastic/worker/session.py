@@ -35,6 +35,7 @@ from checkpointless_elastic.protocol.messages import (
     Protected,
     Rebuild,
     Release,
+    Replicas,
     Report,
     Restore,
     Stage,
@@ -293,6 +294,10 @@ class Session:
     def learned(self, modules: list[str]) -> None:
         """Third-party modules that the script imported."""
         self.channel.control.send(Learned(modules))
+
+    def replicas(self, digests: dict[str, int]) -> None:
+        """Key and digest of each piece, after the first step: the agent compares them between ranks."""
+        self.channel.control.send(Replicas(digests))
 
     def script_ended(self, error: BaseException | None) -> None:
         """The script's top level has ended, before the interpreter shuts down. Blocks until all ranks have finished."""

@@ -1,0 +1,200 @@
+"""The coordinator's decisions, one story per test."""
+
+from __future__ import annotations
+
+import pytest
+
+from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.coordinator import Coordinator, State
+from checkpointless_elastic.protocol.events import (
+    Action,
+    AllFrozen,
+    Broadcast,
+    Event,
+    ExitedEarly,
+    Lost,
+    Overdue,
+    Replace,
+    Restart,
+    Stop,
+    Succeed,
+    Tally,
+    Unfit,
+)
+from checkpointless_elastic.protocol.messages import Commit, Decision, Frozen, Message, Phase, Resume, Stage
+
+
+def running(ranks: int = 3, steps: int = 5) -> Coordinator:
+    coordinator = Coordinator(frozenset(range(ranks)), max_faults_per_step=3)
+    for rank in range(ranks):
+        coordinator.protect(rank)
+    for step in range(steps):
+        coordinator.handle(ready(coordinator, step))
+    return coordinator
+
+
+def ready(coordinator: Coordinator, step: int, ranks: list[int] | None = None) -> Tally:
+    some = sorted(coordinator.ranks) if ranks is None else ranks
+    return Tally(Stage.READY, coordinator.generation, step, dict.fromkeys(some, b""))
+
+
+def messages(actions: list[Action]) -> list[Message]:
+    return [action.message for action in actions if isinstance(action, Broadcast)]
+
+
+def only(actions: list[Action], kind: type[Action]) -> list[Action]:
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def frozen(coordinator: Coordinator, **places: tuple[int, Phase]) -> Event:
+    reports = {
+        int(name[1:]): Frozen(coordinator.generation, step, phase, True, True) for name, (step, phase) in places.items()
+    }
+    return AllFrozen(coordinator.generation, reports)
+
+
+def test_a_step_is_committed_when_every_rank_is_ready_and_not_before() -> None:
+    coordinator = running(steps=0)
+    assert messages(coordinator.handle(ready(coordinator, 0, [0, 1]))) == []
+    assert messages(coordinator.handle(ready(coordinator, 0, [2]))) == [Commit(0, 0)]
+    assert coordinator.step == 1
+
+
+def test_a_lost_rank_is_replaced_at_once_and_the_step_is_void() -> None:
+    coordinator = running()
+    assert only(coordinator.handle(Lost(1, "was lost")), Replace) == [Replace(1)]
+    actions = coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING), r2=(5, Phase.READY)))
+    assert messages(actions) == [Decision(1, 5, [0, 2], [1])]
+
+
+def test_a_committed_step_rolls_forward_on_a_rank_that_had_not_heard_of_it() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    actions = coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING), r2=(4, Phase.READY)))
+    assert messages(actions) == [Decision(1, 5, [0, 2], [1])]
+
+
+def test_a_rank_that_was_not_ready_for_a_committed_step_ends_live_recovery() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    actions = coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING), r2=(4, Phase.COMPUTING)))
+    assert "rank 2 is at step 4" in only(actions, Restart)[0].reason  # type: ignore[attr-defined]
+
+
+def test_a_whole_recovery_ends_in_running_with_the_replacement_as_a_source_of_the_next() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING), r2=(5, Phase.COMPUTING)))
+    coordinator.handle(Tally(Stage.PUBLISHED, 1, 5, {0: b"a", 2: b"b"}))
+    coordinator.handle(Tally(Stage.ARRIVED, 1, 0, {1: b""}))
+    coordinator.handle(Tally(Stage.RESTORED, 1, 5, {1: b""}))
+    actions = coordinator.handle(Tally(Stage.REBUILT, 1, 5, {0: b"", 1: b"", 2: b""}))
+    assert messages(actions) == [Resume(1)]
+    assert coordinator.state is State.RUNNING
+    assert coordinator.whole == {0, 1, 2}
+
+
+def test_reports_of_an_older_generation_change_nothing() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    assert coordinator.handle(Tally(Stage.READY, 0, 5, {0: b"", 1: b"", 2: b""})) == []
+    assert coordinator.step == 5
+
+
+def test_a_loss_before_the_first_step_runs_the_script_again() -> None:
+    coordinator = running(steps=0)
+    (action,) = coordinator.handle(Lost(1, "was killed by SIGKILL"))
+    assert action == Restart(3, "rank 1 was killed by SIGKILL before the first step was committed")
+
+
+def test_a_script_without_a_run_is_run_again() -> None:
+    coordinator = Coordinator(frozenset({0, 1}), max_faults_per_step=3)
+    (action,) = coordinator.handle(Lost(1, "exited with code 1"))
+    assert isinstance(action, Restart) and "made no Run" in action.reason
+
+
+def test_the_loss_of_all_ranks_runs_the_script_again() -> None:
+    coordinator = running(ranks=2)
+    coordinator.handle(Lost(0, "was lost"))
+    (action,) = coordinator.handle(Lost(1, "was lost"))
+    assert isinstance(action, Restart) and "no rank that holds the state" in action.reason
+
+
+def test_the_same_error_twice_at_one_step_stops_the_job() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "failed", "ValueError: bad"))
+    recover(coordinator, {0, 2}, {1})
+    (action,) = coordinator.handle(Lost(1, "failed", "ValueError: bad"))
+    assert isinstance(action, Stop) and "ValueError: bad" in action.reason
+
+
+def test_the_same_error_at_another_step_is_a_fault_like_any_other() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "failed", "ValueError: bad"))
+    recover(coordinator, {0, 2}, {1})
+    coordinator.handle(ready(coordinator, 5))
+    assert only(coordinator.handle(Lost(1, "failed", "ValueError: bad")), Replace)
+
+
+def test_faults_without_a_committed_step_between_them_are_bounded() -> None:
+    coordinator = running()
+    actions = [coordinator.handle(Lost(1, "was lost")) for _ in range(4)]
+    assert [bool(only(some, Stop)) for some in actions] == [False, False, False, True]
+
+
+def test_a_rank_that_does_not_answer_a_freeze_in_time_is_named() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING)))
+    (action,) = coordinator.handle(Overdue(1, "freezing"))
+    assert isinstance(action, Restart) and action.rung == 4 and "ranks [2]" in action.reason
+
+
+def test_a_deadline_of_a_state_that_was_left_changes_nothing() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    assert coordinator.handle(Overdue(0, "freezing")) == []
+
+
+def test_a_rank_that_is_unfit_ends_live_recovery_with_its_reason() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    (action,) = coordinator.handle(Unfit(1, "the scripts part"))
+    assert action == Restart(3, "rank 1 cannot recover live: the scripts part")
+
+
+def test_replicas_that_differ_are_never_used() -> None:
+    coordinator = running()
+    assert coordinator.compare(0, {"w": 1, "b": 2}) == ""
+    assert coordinator.compare(1, {"w": 1, "b": 2}) == ""
+    assert "b differs between ranks 0 and 2" in coordinator.compare(2, {"w": 1, "b": 3})
+    (action,) = coordinator.handle(Lost(1, "was lost"))
+    assert isinstance(action, Restart) and "b differs" in action.reason
+
+
+def test_a_rank_that_ended_well_is_replaced_with_a_lost_one() -> None:
+    coordinator = running()
+    coordinator.handle(ExitedEarly(0))
+    assert only(coordinator.handle(Lost(1, "was lost")), Replace) == [Replace(0), Replace(1)]
+
+
+def test_the_job_succeeds_when_all_ranks_have_finished_or_ended_well() -> None:
+    coordinator = running()
+    coordinator.handle(ExitedEarly(0))
+    assert only(coordinator.handle(Tally(Stage.FINISHED, 0, 5, {1: b"", 2: b""})), Succeed)
+
+
+def test_ranks_that_are_ready_for_another_step_are_an_error_that_names_both() -> None:
+    coordinator = running()
+    with pytest.raises(ProtocolError, match="ready for step 7, not 5"):
+        coordinator.handle(ready(coordinator, 7))
+
+
+def recover(coordinator: Coordinator, whole: set[int], pending: set[int]) -> None:
+    generation, step = coordinator.generation, coordinator.step
+    reports = {rank: Frozen(generation, step, Phase.COMPUTING, True, True) for rank in whole}
+    coordinator.handle(AllFrozen(generation, reports))
+    coordinator.handle(Tally(Stage.PUBLISHED, generation, step, dict.fromkeys(whole, b"")))
+    coordinator.handle(Tally(Stage.ARRIVED, generation, step, dict.fromkeys(pending, b"")))
+    coordinator.handle(Tally(Stage.RESTORED, generation, step, dict.fromkeys(pending, b"")))
+    coordinator.handle(Tally(Stage.REBUILT, generation, step, dict.fromkeys(coordinator.ranks, b"")))
