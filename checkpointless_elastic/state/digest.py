@@ -66,7 +66,7 @@ def _mix(value: int) -> int:
 def _sums(words: torch.Tensor) -> list[int]:
     """The weighted sum of each block, as unsigned numbers."""
     weights = _weights(str(words.device))
-    parts = words.split(_BLOCK)
+    parts = torch.split(words, _BLOCK)
     if words.device.type == "cpu":
         sums = [int(torch.dot(part, weights[: part.numel()])) for part in parts]
     else:

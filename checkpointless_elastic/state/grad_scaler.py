@@ -37,6 +37,7 @@ class ScalerHolder(Holder):
     def __init__(self, name: str, scaler: GradScaler) -> None:
         super().__init__(name)
         self._scaler = scaler
+        self._seen: dict[str, torch.Tensor | None] = {}
         if not scaler.is_enabled():
             return
         missing = [key for key in (*_TENSORS, *_PLAIN, "_per_optimizer_states") if not hasattr(scaler, key)]
@@ -46,14 +47,16 @@ class ScalerHolder(Holder):
             )
 
     def tensors(self) -> Iterator[Found]:
-        for key in _TENSORS:
-            tensor = getattr(self._scaler, key, None)
+        self._seen = {key: getattr(self._scaler, key, None) for key in _TENSORS}
+        for key, tensor in self._seen.items():
             if tensor is not None:
                 yield Found(f"{self.name}.{key}", OBJECT, tensor)
 
     def containers(self) -> Iterator[dict[Any, Any]]:
-        """Its tensors appear in its attributes, with the first `scale()`."""
-        yield self._scaler.__dict__
+        return iter(())
+
+    def stale(self) -> bool:
+        return any(getattr(self._scaler, key, None) is not held for key, held in self._seen.items())
 
     def plain(self) -> Any:
         present = [key for key in _TENSORS if getattr(self._scaler, key, None) is not None]
@@ -73,14 +76,23 @@ class ScalerHolder(Holder):
             setattr(self._scaler, key, value)
 
     def note(self) -> Any:
+        """The tensors of today (made in this attempt: they go again) and what was unscaled."""
         states = getattr(self._scaler, "_per_optimizer_states", {})
-        return [
+        held = {
+            key: getattr(self._scaler, key, None)
+            for key in (*_TENSORS, *_PLAIN)
+            if hasattr(self._scaler, key)
+        }
+        return held, [
             (key, {**state, "found_inf_per_device": dict(state["found_inf_per_device"])})
             for key, state in states.items()
         ]
 
     def put_back(self, noted: Any) -> None:
+        held, unscaled = noted
+        for key, value in held.items():
+            setattr(self._scaler, key, value)
         states = getattr(self._scaler, "_per_optimizer_states", None)
         if states is not None:
             states.clear()
-            states.update(noted)
+            states.update(unscaled)

@@ -47,7 +47,9 @@ class ParamNames:
     def param(self, key: str, whose: str) -> torch.Tensor:
         """The parameter of that name, or StateMismatchError."""
         if key not in self._params:
-            raise StateMismatchError(f"{whose} of the survivors has parameter {key}, which this rank does not have.")
+            raise StateMismatchError(
+                f"{whose} of the survivors has parameter {key}, which this rank does not have."
+            )
         return self._params[key]
 
     def items(self) -> list[tuple[str, torch.Tensor]]:
@@ -102,6 +104,10 @@ class Holder(ABC):
     @abstractmethod
     def load(self, plain: Any, live: Mapping[str, torch.Tensor]) -> None:
         """Take over `plain`; the tensors are filled. No live tensor is replaced if the object allows it."""
+
+    def stale(self) -> bool:
+        """Whether `tensors` would find others than last time, where `containers` does not show it. Cheap."""
+        return False
 
     def note(self) -> Any:
         """State that `containers` does not show, copied, for `put_back`."""

@@ -82,7 +82,9 @@ class Inventory:
     def manifest(self) -> Manifest:
         """The description of this rank's state, for a replacement."""
         pieces = self.pieces()
-        return Manifest(tuple(piece.info for piece in pieces), _dump({h.name: h.plain() for h in self.holders}))
+        return Manifest(
+            tuple(piece.info for piece in pieces), _dump({h.name: h.plain() for h in self.holders})
+        )
 
     def check(self) -> None:
         """Raise StateMismatchError if an object's state could not be read by a replacement.
@@ -141,7 +143,9 @@ def _holders(objects: Mapping[str, Any], names: ParamNames) -> Iterator[Holder]:
 
 
 def _other(name: str, value: Any) -> Holder:
-    if not callable(getattr(value, "state_dict", None)) or not callable(getattr(value, "load_state_dict", None)):
+    if not callable(getattr(value, "state_dict", None)) or not callable(
+        getattr(value, "load_state_dict", None)
+    ):
         raise ConfigError(
             f"Run({name}=...) got a {type(value).__name__}, which has no state_dict() and load_state_dict(): "
             "give it both, or leave it out."
@@ -180,7 +184,9 @@ def _check_unique(pieces: list[Piece]) -> None:
     keys: set[str] = set()
     for piece in pieces:
         if piece.key in keys:
-            raise StateMismatchError(f"Two pieces of state have the name {piece.key}: rename one of the Run's objects.")
+            raise StateMismatchError(
+                f"Two pieces of state have the name {piece.key}: rename one of the Run's objects."
+            )
         keys.add(piece.key)
 
 

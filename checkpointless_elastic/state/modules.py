@@ -26,7 +26,7 @@ class ModuleHolder(Holder):
 
     def __init__(self, name: str, module: nn.Module, names: ParamNames) -> None:
         super().__init__(name)
-        self._module = module
+        self.module = module
         self._names = names
         self._modules: list[tuple[str, nn.Module]] = []
         self._flat: list[nn.Module] = []
@@ -45,7 +45,7 @@ class ModuleHolder(Holder):
 
     def _walk(self) -> None:
         """Find the modules again, name the parameters."""
-        named = list(self._module.named_modules())
+        named = list(self.module.named_modules())
         self._modules = [(f"{self.name}.{path}" if path else self.name, module) for path, module in named]
         self._flat = [module for _, module in self._modules]
         self._extra = [(path, module) for path, module in self._modules if _has_extra_state(module)]
@@ -75,28 +75,33 @@ class ModuleHolder(Holder):
 
     def load(self, plain: Any, live: Mapping[str, torch.Tensor]) -> None:
         if len(plain["training"]) != len(self._flat) or len(plain["requires_grad"]) != len(self._params):
-            raise StateMismatchError(f"{self.name} has another number of modules or parameters than on the survivors.")
+            raise StateMismatchError(
+                f"{self.name} has another number of modules or parameters than on the survivors."
+            )
         self._set_flags(plain["training"], plain["requires_grad"])
         for path, module in self._extra:
             if path in plain["extra"]:
                 module.set_extra_state(plain["extra"][path])
 
     def _set_flags(self, training: bytes, requires_grad: bytes) -> None:
-        for module, flag in zip(self._flat, training):
+        for module, flag in zip(self._flat, training, strict=True):
             if module.training != bool(flag):
                 module.training = bool(flag)
-        for param, flag in zip(self._params, requires_grad):
+        for param, flag in zip(self._params, requires_grad, strict=True):
             if param.requires_grad != bool(flag):
                 param.requires_grad_(bool(flag))
 
     def note(self) -> Any:
-        flags = bytes(map(attrgetter("training"), self._flat)), bytes(map(attrgetter("requires_grad"), self._params))
+        flags = (
+            bytes(map(attrgetter("training"), self._flat)),
+            bytes(map(attrgetter("requires_grad"), self._params)),
+        )
         return flags, [copy_plain(_extra_state(module), _clone_all) for _, module in self._extra]
 
     def put_back(self, noted: Any) -> None:
         flags, extra = noted
         self._set_flags(*flags)
-        for (_, module), value in zip(self._extra, extra):
+        for (_, module), value in zip(self._extra, extra, strict=True):
             if not same(_extra_state(module), value):
                 module.set_extra_state(value)
 

@@ -25,9 +25,11 @@ class ObjectHolder(Holder):
         super().__init__(name)
         self._target = target
         self._live: dict[str, torch.Tensor] = {}
+        self._shown = 0
 
     def tensors(self) -> Iterator[Found]:
         first = dict(tensors_of(self._target.state_dict(), self.name))
+        self._shown = len(first)
         if first:
             second = dict(tensors_of(self._target.state_dict(), self.name))
             first = {key: tensor for key, tensor in first.items() if _same_memory(tensor, second.get(key))}
@@ -51,10 +53,18 @@ class ObjectHolder(Holder):
         if asked == list(live) and all(maker.tensor(key, live[key], None) is live[key] for key in asked):
             return
         near = next(iter(live.values()), None)
-        self._target.load_state_dict(unpack(plain, lambda key: maker.tensor(key, live.get(key), near).zero_()))
+        self._target.load_state_dict(
+            unpack(plain, lambda key: maker.tensor(key, live.get(key), near).zero_())
+        )
 
     def load(self, plain: Any, live: Mapping[str, torch.Tensor]) -> None:
         self._target.load_state_dict(unpack(plain, lambda key: live[key]))
+
+    def stale(self) -> bool:
+        found = dict(tensors_of(self._target.state_dict(), self.name))
+        return self._shown != len(found) or any(
+            not _same_memory(t, found.get(key)) for key, t in self._live.items()
+        )
 
     def note(self) -> Any:
         return copy_plain(self._target.state_dict(), self._keep)

@@ -28,8 +28,10 @@ class OptimizerHolder(Holder):
         super().__init__(name)
         self._optimizer = optimizer
         self._names = names
+        self._seen: list[Any] = []
 
     def tensors(self) -> Iterator[Found]:
+        self._seen = self._watched()
         for number, group in enumerate(self._optimizer.param_groups):
             for index, param in enumerate(group["params"]):
                 if self._names.key(param) is None:
@@ -51,17 +53,44 @@ class OptimizerHolder(Holder):
         known = {id(param) for param in params}
         for key in sorted((key for key in state if id(key) not in known), key=str):
             if isinstance(key, torch.Tensor):
-                raise StateMismatchError(f"{self.name} keeps state for a tensor that is in none of its groups.")
+                raise StateMismatchError(
+                    f"{self.name} keeps state for a tensor that is in none of its groups."
+                )
             yield f"{self.name}.state.{key}", key, state[key]
 
     def containers(self) -> Iterator[dict[Any, Any]]:
         yield self._optimizer.state
         yield from (value for value in self._optimizer.state.values() if isinstance(value, dict))
-        yield from self._optimizer.param_groups
+
+    def stale(self) -> bool:
+        return not all(map(_is, self._watched(), self._seen)) or len(self._seen) != len(self._watched())
+
+    def _watched(self) -> list[Any]:
+        """What the groups hold that can be a piece: parameters, and hyperparameters that are tensors."""
+        groups = self._optimizer.param_groups
+        params = [param for group in groups for param in group["params"]]
+        return params + [v for group in groups for v in group.values() if isinstance(v, torch.Tensor)]
+
+    def note(self) -> Any:
+        """The groups' hyperparameters; tensors among them are pieces and come back on their own."""
+        groups = self._optimizer.param_groups
+        return list(groups), [{**group, "params": list(group["params"])} for group in groups]
+
+    def put_back(self, noted: Any) -> None:
+        groups, contents = noted
+        self._optimizer.param_groups[:] = groups
+        for group, content in zip(groups, contents, strict=True):
+            group["params"][:] = content["params"]
+            group.update((key, value) for key, value in content.items() if key != "params")
+            for key in set(group) - set(content):
+                del group[key]
 
     def plain(self) -> Any:
         groups = [
-            ([self._names.key(param) for param in group["params"]], pack(_hyper(group), f"{self.name}.group{n}", _all))
+            (
+                [self._names.key(param) for param in group["params"]],
+                pack(_hyper(group), f"{self.name}.group{n}", _all),
+            )
             for n, group in enumerate(self._optimizer.param_groups)
         ]
         states = [
@@ -83,7 +112,7 @@ class OptimizerHolder(Holder):
         while len(mine) < len(groups):
             mine.append({})
         del mine[len(groups) :]
-        for group, (keys, node) in zip(mine, groups):
+        for group, (keys, node) in zip(mine, groups, strict=True):
             params = [self._names.param(key, self.name) for key in keys]
             near = params[0] if params else None
             hyper = unpack(node, lambda path, near=near: maker.tensor(path, live.get(path), near))  # type: ignore[misc]

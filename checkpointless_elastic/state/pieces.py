@@ -15,7 +15,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from checkpointless_elastic.errors import StateMismatchError
 
-__all__ = ["Manifest", "Piece", "PieceInfo", "byte_view", "carrier", "describe", "make_tensor", "normal_strides"]
+__all__ = [
+    "Manifest",
+    "Piece",
+    "PieceInfo",
+    "byte_view",
+    "carrier",
+    "describe",
+    "make_tensor",
+    "normal_strides",
+]
 
 PARAMETER = "parameter"
 BUFFER = "buffer"
@@ -86,7 +95,8 @@ def normal_strides(tensor: torch.Tensor) -> tuple[int, ...]:
 def _memory_order(tensor: torch.Tensor) -> list[int]:
     """Dimensions, slowest first. Those of size 1 have no order of their own and stand where they are."""
     big = [dim for dim in range(tensor.dim()) if tensor.size(dim) != 1]
-    in_order = iter(sorted(big, key=lambda dim: -tensor.stride(dim)))
+    strides = tensor.stride()
+    in_order = iter(sorted(big, key=lambda dim: -strides[dim]))
     return [dim if tensor.size(dim) == 1 else next(in_order) for dim in range(tensor.dim())]
 
 
@@ -111,7 +121,9 @@ def describe(key: str, role: str, tensor: torch.Tensor) -> PieceInfo:
     """The description of a tensor, or StateMismatchError if tensors of its kind cannot be brought back."""
     why = _why_not(tensor)
     if why:
-        raise StateMismatchError(f"{key} cannot be protected: it is {why}; leave it out of Run(...) or make it plain.")
+        raise StateMismatchError(
+            f"{key} cannot be protected: it is {why}; leave it out of Run(...) or make it plain."
+        )
     cells = carrier(tensor).numel()
     return PieceInfo(
         key,
@@ -128,7 +140,7 @@ def _why_not(tensor: torch.Tensor) -> str:
     """The reason why a tensor has no plain bytes, empty if it has."""
     if is_traceable_wrapper_subclass(tensor):
         return f"a tensor subclass ({type(tensor).__name__})"
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(tensor):
         return "a lazy parameter without a shape (run one forward first)"
     if tensor.layout != torch.strided:
         return f"of layout {tensor.layout}"

@@ -62,7 +62,9 @@ class _Access:
         if data is not None:
             return cls(piece.tensor, data, True)
         cells = carrier(piece.tensor)
-        held = cells.contiguous() if content else torch.empty_like(cells, memory_format=torch.contiguous_format)
+        held = (
+            cells.contiguous() if content else torch.empty_like(cells, memory_format=torch.contiguous_format)
+        )
         return cls(piece.tensor, held.view(-1).view(torch.uint8), False)
 
     def write_back(self) -> None:
@@ -135,7 +137,9 @@ class Receiver:
 
     def _receive_chunk(self, chunk: Chunk, source: int, promised: ChunkDigest | None) -> None:
         if promised is None or promised.length != chunk.length:
-            raise StateMismatchError(f"Rank {source} did not publish {self._names(chunk)} (offset {chunk.offset}).")
+            raise StateMismatchError(
+                f"Rank {source} did not publish {self._names(chunk)} (offset {chunk.offset})."
+            )
         sent = self._segment.bytes[chunk.offset : chunk.offset + chunk.length]
         if len(chunk.ranges) == 1:
             arrived = self._data(chunk, 0)
@@ -168,10 +172,14 @@ class Receiver:
 
     def _names(self, chunk: Chunk) -> str:
         keys = [self._pieces[part.piece].key for part in chunk.ranges]
-        return keys[0] if len(keys) == 1 else f"{keys[0]} or one of the {len(keys) - 1} pieces up to {keys[-1]}"
+        return (
+            keys[0] if len(keys) == 1 else f"{keys[0]} or one of the {len(keys) - 1} pieces up to {keys[-1]}"
+        )
 
 
-def restore(pieces: Sequence[Piece], plan: Plan, segment: Segment, digests: Sequence[ChunkDigest]) -> TransferReport:
+def restore(
+    pieces: Sequence[Piece], plan: Plan, segment: Segment, digests: Sequence[ChunkDigest]
+) -> TransferReport:
     """Fill the live tensors in place from a segment that all sources have published."""
     receiver = Receiver(pieces, plan, segment)
     for source in plan.stripes:

@@ -1,8 +1,8 @@
 """Nested state (dicts, lists, tuples) taken apart into tensors and a skeleton that torch.load(weights_only=True) reads.
 
 A skeleton is made of tagged pairs, so that nothing in it has to be guessed when it is put together again:
-("t", path) a tensor that travels as a piece, ("d", [(key, node), ...]) a dict, ("l", [node, ...]) a list, ("u", [...]) a
-tuple, ("v", value) anything else.
+("t", path) a tensor that travels as a piece, ("d", [(key, node), ...]) a dict, ("o", ...) an OrderedDict,
+("l", [node, ...]) a list, ("u", [...]) a tuple, ("v", value) anything else.
 """
 
 from __future__ import annotations
