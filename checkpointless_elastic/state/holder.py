@@ -106,7 +106,10 @@ class Holder(ABC):
         """Take over `plain`; the tensors are filled. No live tensor is replaced if the object allows it."""
 
     def stale(self) -> bool:
-        """Whether `tensors` would find others than last time, where `containers` does not show it. Cheap."""
+        """Whether `tensors` would find others than last time, where `containers` does not show it.
+
+        Cheap; called right after `note`.
+        """
         return False
 
     def note(self) -> Any:

@@ -26,6 +26,7 @@ class ObjectHolder(Holder):
         self._target = target
         self._live: dict[str, torch.Tensor] = {}
         self._shown = 0
+        self._noted = (0, 0)
 
     def tensors(self) -> Iterator[Found]:
         first = dict(tensors_of(self._target.state_dict(), self.name))
@@ -61,16 +62,17 @@ class ObjectHolder(Holder):
         self._target.load_state_dict(unpack(plain, lambda key: live[key]))
 
     def stale(self) -> bool:
-        found = dict(tensors_of(self._target.state_dict(), self.name))
-        return self._shown != len(found) or any(
-            not _same_memory(t, found.get(key)) for key, t in self._live.items()
-        )
+        return self._noted != (len(self._live), self._shown)
 
     def note(self) -> Any:
+        self._noted = (0, 0)
         return copy_plain(self._target.state_dict(), self._keep)
 
     def _keep(self, tensor: torch.Tensor) -> bool:
-        return any(_same_memory(tensor, piece) for piece in self._live.values())
+        """Whether a tensor in the state_dict() is a live piece; counts, so that `stale` sees others appear."""
+        kept = any(_same_memory(tensor, piece) for piece in self._live.values())
+        self._noted = (self._noted[0] + kept, self._noted[1] + 1)
+        return kept
 
     def put_back(self, noted: Any) -> None:
         """Blocks for one load_state_dict() if anything differs; the live tensors are back already."""

@@ -8,6 +8,7 @@ every tensor and runs the user's hooks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -63,13 +64,17 @@ class OptimizerHolder(Holder):
         yield from (value for value in self._optimizer.state.values() if isinstance(value, dict))
 
     def stale(self) -> bool:
-        return not all(map(_is, self._watched(), self._seen)) or len(self._seen) != len(self._watched())
+        now = self._watched()
+        return len(now) != len(self._seen) or not all(map(is_, now, self._seen))
 
     def _watched(self) -> list[Any]:
         """What the groups hold that can be a piece: parameters, and hyperparameters that are tensors."""
         groups = self._optimizer.param_groups
-        params = [param for group in groups for param in group["params"]]
-        return params + [v for group in groups for v in group.values() if isinstance(v, torch.Tensor)]
+        found: list[Any] = []
+        for group in groups:
+            found += group["params"]
+            found += [value for value in group.values() if isinstance(value, torch.Tensor)]
+        return found
 
     def note(self) -> Any:
         """The groups' hyperparameters; tensors among them are pieces and come back on their own."""
@@ -117,7 +122,7 @@ class OptimizerHolder(Holder):
             near = params[0] if params else None
             hyper = unpack(node, lambda path, near=near: maker.tensor(path, live.get(path), near))  # type: ignore[misc]
             held = group.get("params", [])
-            keep = len(held) == len(params) and all(map(_is, held, params))
+            keep = len(held) == len(params) and all(map(is_, held, params))
             group.clear()
             group.update(params=held if keep else params, **hyper)
 
@@ -146,7 +151,3 @@ def _hyper(group: dict[str, Any]) -> dict[str, Any]:
 
 def _all(_path: str, _tensor: torch.Tensor) -> bool:
     return True
-
-
-def _is(left: object, right: object) -> bool:
-    return left is right

@@ -110,7 +110,7 @@ class AttemptSnapshot:
         """Start of an attempt. `function` tells replayable functions apart: each learns on its own."""
         if not self._is_current():
             self._view = self._look()
-            self._values = self._view.values
+            self._is_current()
         known = self._functions.setdefault(function, _Function(function))
         if known.scan is not self._view.scan:
             self._prepare(known)
@@ -119,7 +119,6 @@ class AttemptSnapshot:
             with torch.no_grad():
                 torch._foreach_copy_(known.copies, known.sources)
         self._lists = [(self._values[n], list(self._values[n])) for n in self._view.lists]
-        self._notes = [holder.note() for holder in self._inventory.holders]
         self._gradients.begin()
         self._versions = list(map(_version, self._view.watched))
         self._open = True
@@ -134,7 +133,7 @@ class AttemptSnapshot:
         missed = sorted(changed.difference(known.indices))
         self._unprepared = [pieces[number].key for number in missed]
         self._unprepared += [f"{self._view.scan.params[index][0]}:grad" for index in self._gradients.gate()]
-        if self._open:
+        if self._open and (changed or known.learning):
             self._learn({pieces[number].key for number in changed} | self._replaced())
         self._open = False
         return bool(self._unprepared)
@@ -189,6 +188,7 @@ class AttemptSnapshot:
     def _is_current(self) -> bool:
         """Whether the objects still hold the tensors of the last scan; notes the values of today."""
         before = self._view.values
+        self._notes = [holder.note() for holder in self._inventory.holders]
         self._values = self._view.contents()
         if len(self._values) != len(before):
             return False
