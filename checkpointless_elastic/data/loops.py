@@ -77,10 +77,10 @@ def _loop(kind: str, source: Source[T], host: LoopHost) -> Iterator[T]:
             source.open()
         else:
             yield from _recorded(record, source, host)
-            if record.finished:
-                return
-        yield from _live(frame, source, host)
-        end = rng.capture()
+        if not frame.finished:
+            yield from _live(frame, source, host)
+            end = rng.capture()
+        _check_left(frame, host)
     finally:
         _leave(frame, end, host)
 
@@ -92,9 +92,9 @@ def _recorded(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
         return
     if frame.rng_create is not None:
         rng.restore(frame.rng_create)
-    if frame.position < 0 and not frame.finished:
+    if frame.position < 0:
         source.open()
-    elif frame.position >= 0:
+    else:
         source.reopen(frame)
         if frame.rng_start is not None:
             rng.restore(frame.rng_start)
@@ -105,7 +105,20 @@ def _recorded(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
         host.iteration_started()
         yield item.pop()  # no reference stays here: the body may want the memory back
     if frame.rng_end is not None:
+        _exhaust(frame, source)
         rng.restore(frame.rng_end)
+
+
+def _exhaust(frame: Frame, source: Source[T]) -> None:
+    """Ask for the item that is not there, as the lost rank did: samplers and loaders draw and tidy up then."""
+    try:
+        source.fetch()
+    except StopIteration:
+        return
+    raise ScriptMismatchError(
+        f"The loader of {frame.kind} (loop {frame.ordinal}) goes on after the {frame.position + 1} items that the lost "
+        "rank was given; let it give the same items in each run of the script."
+    )
 
 
 def _live(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
@@ -123,6 +136,12 @@ def _live(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
         host.iteration_started()
         host.save()
         yield item.pop()
+
+
+def _check_left(frame: Frame, host: LoopHost) -> None:
+    if host.resume is not None:
+        host.resume.leaving(frame)
+        host.resume.check()
 
 
 def _leave(frame: Frame, end: rng.RngState | None, host: LoopHost) -> None:

@@ -68,7 +68,7 @@ class Resume:
         Raises:
             ScriptMismatchError: the lost rank did something else here.
         """
-        self._check()
+        self.check()
         if self.live:
             return None
         record = self._next_child()
@@ -83,7 +83,7 @@ class Resume:
 
     def next_call(self) -> Skip | Join:
         """A replayable call is asked for: skip it, or join the survivors there."""
-        self._check()
+        self.check()
         if self.live:
             return Join()
         at = self._path[-1]
@@ -97,7 +97,7 @@ class Resume:
     def next_outside(self, group: str, op: str) -> Outside | None:
         """A collective outside replayable functions: its record, or None when the lost rank had not done
         it."""
-        self._check()
+        self.check()
         if self.live:
             return None
         at = self._path[-1]
@@ -126,7 +126,7 @@ class Resume:
         Raises:
             ScriptMismatchError: something of the record was not met again.
         """
-        self._check()
+        self.check()
         if not self.live:
             self._go_live(f"starts iteration {frame.position + 1} of {frame.kind} (loop {frame.ordinal})")
 
@@ -144,6 +144,11 @@ class Resume:
         except ScriptMismatchError as error:
             self._parted = error
         del self._path[depth:]
+
+    def check(self) -> None:
+        """Raise what `leaving` found. A session calls it when the script ends, the loops when one is exhausted."""
+        if self._parted is not None:
+            raise self._parted
 
     def _depth(self, frame: Frame) -> int | None:
         return next((depth for depth, at in enumerate(self._path) if at.frame is frame), None)
@@ -175,10 +180,6 @@ class Resume:
                 )
             if at.children < loops:
                 raise self._mismatch(what, f"had run {loops} loops in {at.frame.kind} and not {at.children}")
-
-    def _check(self) -> None:
-        if self._parted is not None:
-            raise self._parted
 
     def _mismatch(self, does: str, had: str) -> ScriptMismatchError:
         where = describe([at.frame for at in self._path])

@@ -55,12 +55,12 @@ def test_a_state_survives_msgpack_unchanged() -> None:
 
 def test_the_state_is_the_one_that_the_libraries_give() -> None:
     random.gauss(0, 1), np.random.randn(), torch.randn(1)
-    python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, legacy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
     state = rng.capture()
     draws()
     rng.restore(state)
     assert random.getstate() == python
-    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), legacy, strict=True))
     assert torch.equal(torch.get_rng_state(), own)
 
 
