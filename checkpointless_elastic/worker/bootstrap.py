@@ -7,6 +7,7 @@ The script must find what `python -u script.py` or `python -u -m module` gives i
 
 from __future__ import annotations
 
+import builtins
 import io
 import os
 import pkgutil
@@ -19,6 +20,7 @@ from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 if TYPE_CHECKING:
@@ -38,9 +40,15 @@ def prepare(env: Mapping[str, str], stdout: str, stderr: str, append: bool, cpus
     _redirect(stderr, 2, append)
     if cpus:
         os.sched_setaffinity(0, cpus)
+    _reseed()
+
+
+def _reseed() -> None:
+    """Forks would draw what their siblings draw, where fresh processes differ. Python's own generator sees to it."""
+    torch.default_generator.seed()
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
-        numpy_random.seed()  # a fork would draw what its siblings draw; Python's own generator sees to that itself
+        numpy_random.seed()
 
 
 def _redirect(path: str, fd: int, append: bool) -> None:
@@ -65,7 +73,7 @@ def replace_process(argv: list[str]) -> NoReturn:
 
 def run(mode: str, argv: list[str], unbuffered: bool) -> int:
     """Run the script or module and return the exit code; does not return when a signal is its proper end."""
-    if not unbuffered:
+    if not unbuffered and not os.environ.get("PYTHONUNBUFFERED"):
         sys.stdout, sys.stderr = _buffered(1, sys.stdout), _buffered(2, sys.stderr)
     session = _connect()
     error, code = _outcome(mode, argv)
@@ -103,6 +111,7 @@ def _outcome(mode: str, argv: list[str]) -> tuple[BaseException | None, int]:
 
 def _execute(mode: str, argv: list[str]) -> None:
     main = ModuleType("__main__")
+    main.__dict__.update(__builtins__=builtins, __annotations__={})
     sys.modules["__main__"] = main
     sys.argv = list(argv)
     if mode == "module":
@@ -125,9 +134,7 @@ def _prepend(directory: str) -> None:
 def _execute_file(path: str, main: ModuleType) -> None:
     code = _code(path)
     loader = SourceFileLoader("__main__", path)
-    main.__dict__.update(
-        __file__=path, __cached__=None, __loader__=loader, __spec__=None, __package__=None, __annotations__={}
-    )
+    main.__dict__.update(__file__=path, __cached__=None, __loader__=loader, __spec__=None, __package__=None)
     exec(code, main.__dict__)
 
 
@@ -140,7 +147,8 @@ def _code(path: str) -> CodeType:
         with io.open_code(os.path.abspath(path)) as file:
             return compile(file.read(), path, "exec", dont_inherit=True)
     except OSError as error:
-        print(f"{sys.executable}: can't open file {os.path.abspath(path)!r}: {error}", file=sys.stderr)
+        reason = f"{sys.executable}: can't open file {os.path.abspath(path)!r}: [Errno {error.errno}] {error.strerror}"
+        print(reason, file=sys.stderr)
         sys.exit(_CANNOT_START)
 
 

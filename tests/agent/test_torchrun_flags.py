@@ -22,7 +22,7 @@ SHOW = """
     main = sys.modules["__main__"]
     shown.update(extra=extra, argv=sys.argv, path0=sys.path[0], file=__file__, name=__name__,
                  package=__package__, spec=__spec__ and __spec__.name, main=main.__file__,
-                 unbuffered=sys.stdout.write_through, flags=sys.flags.unbuffered, cwd=os.getcwd())
+                 unbuffered=sys.stdout.write_through, cwd=os.getcwd())
     with open(f"shown.{os.environ['RANK']}", "w") as file:
         json.dump(shown, file)
 """
