@@ -28,7 +28,7 @@ class Shared(msgspec.Struct, frozen=True):
         steps: committed training steps.
         last_value: encoded return value of the last committed call.
         gates: optimizer steps that each replayable function makes.
-        written: keys of pieces that forward writes.
+        written: keys of pieces that replayable functions write before their gate.
         buckets: bucket order of each DDP module, None where DDP does not reorder.
         groups: process groups in order of creation.
     """

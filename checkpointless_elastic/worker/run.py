@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpointless_elastic.data import loops
-from checkpointless_elastic.errors import ConfigError
+from checkpointless_elastic.errors import ConfigError, StateMismatchError
 from checkpointless_elastic.groups import ddp
 from checkpointless_elastic.groups.registry import GroupSignature
 from checkpointless_elastic.state.digest import digest
@@ -121,7 +121,7 @@ class Run:
             skipped, value = recovery.enter_call()
             if skipped:
                 return value
-        guard = self._guards.setdefault(name, ArgumentGuard())
+        guard = self._guards.setdefault(name, ArgumentGuard(name))
         guard.begin(args, kwargs)
         try:
             while True:
@@ -131,6 +131,8 @@ class Run:
                 value = self._try(host, recovery, name, function, *guard.arguments())
                 if value is not _VOID:
                     return value
+        except StateMismatchError as error:
+            host.unfit(str(error))
         finally:
             self.attempt = 0
             guard.end()
@@ -139,8 +141,8 @@ class Run:
         self, host: session.Session, recovery: Recovery, name: str, function: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         start = rng.capture()
-        self._snapshot.begin()
-        self._refresh_private()
+        self._snapshot.begin(name)
+        self.private = self.read_private()
         recovery.save_start(start)
         call = gate.Call(self._gates.get(name, 1), functools.partial(self._commit, host, recovery))
         host.in_call, host.committed, host.void_outputs = True, False, 0
@@ -169,8 +171,6 @@ class Run:
         host.committed = True
 
     def _undo(self, host: session.Session, start: rng.RngState) -> object:
-        if self._snapshot.unprepared:
-            host.unfit("forward changed a tensor for the first time in a void step, and no copy of it was kept")
         self._snapshot.restore()
         rng.restore(start)
         return _VOID
@@ -191,10 +191,6 @@ class Run:
         return value
 
     # ---- what recovery asks
-
-    def _refresh_private(self) -> None:
-        """Outside a step somebody may have written what forward writes; then it is read anew."""
-        self.private = self.read_private()
 
     def read_private(self) -> dict[str, bytes]:
         """Raw bytes of the pieces that forward writes, by key."""
@@ -219,9 +215,14 @@ class Run:
 
     def shared(self, buckets: list[bytes | None], last_value: bytes | None) -> Shared:
         """What is the same on all survivors."""
-        written = [piece.key for piece in self._snapshot.written_before_gate()]
         return Shared(
-            self.inventory.manifest(), self.step, last_value, dict(self._gates), written, buckets, self.signature()
+            self.inventory.manifest(),
+            self.step,
+            last_value,
+            dict(self._gates),
+            [piece.key for piece in self._snapshot.written_before_gate()],
+            buckets,
+            self.signature(),
         )
 
     def adopt(self, common: Shared) -> None:
