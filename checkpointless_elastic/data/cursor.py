@@ -11,8 +11,11 @@ Nothing here does I/O, and nothing blocks. A cursor belongs to the main thread o
 
 from __future__ import annotations
 
+import functools
+
 import msgspec
 
+from checkpointless_elastic.data.lasting import Lasting, Loaders
 from checkpointless_elastic.errors import ConfigError, ProtocolError
 from checkpointless_elastic.worker.rng import RngState
 
@@ -68,6 +71,7 @@ class Frame(msgspec.Struct, array_like=True):
     Attributes:
         kind: "root", "epochs", "batches" or "steps".
         ordinal: which loop it is within the current iteration of its parent, from 0.
+        path: the ordinals from the root to it, a place in the script whatever the iterations.
         position: the current iteration, from 0; -1 before the first.
         finished: it has ended, by exhaustion or `break`; `position` is then its last iteration.
         compact: it ended so long ago that a replacement does not enter it again; only the fields above are
@@ -97,6 +101,7 @@ class Frame(msgspec.Struct, array_like=True):
     rng_end: RngState | None = None
     source_create: tuple[bytes, ...] = ()
     source_start: tuple[bytes, ...] = ()
+    path: str = ""
     kept: int = 0
     dropped: int = 0
 
@@ -132,16 +137,33 @@ class Frame(msgspec.Struct, array_like=True):
             )
 
 
-class Cursor(msgspec.Struct, array_like=True):
-    """The stack of frames of one rank, the root first. Two ranks that did the same have equal cursors."""
+class Cursor(msgspec.Struct, array_like=True, dict=True):
+    """Where one rank is. Two ranks that did the same have equal cursors.
+
+    Attributes:
+        version: of this format.
+        stack: the frames, the root first.
+        lasting: what its loaders keep from one pass to the next.
+    """
 
     version: int
     stack: list[Frame]
+    lasting: list[Lasting] = []
 
     @classmethod
     def new(cls) -> Cursor:
         """The cursor of a rank that has done nothing yet."""
         return cls(VERSION, [Frame("root", position=0)])
+
+    @functools.cached_property
+    def loaders(self) -> Loaders:
+        """The loaders of this process that `lasting` is about; not part of what is encoded or compared."""
+        return Loaders(self.lasting)
+
+    @property
+    def next_path(self) -> str:
+        """The `path` of the loop that is entered next."""
+        return f"{self.top.path}/{len(self.top.children)}"
 
     @property
     def top(self) -> Frame:
@@ -172,7 +194,7 @@ class Cursor(msgspec.Struct, array_like=True):
 
     def enter(self, kind: str, rng: RngState | None = None, source: tuple[bytes, ...] = ()) -> Frame:
         """A loop is entered, before its iterator is created."""
-        frame = Frame(kind, ordinal=len(self.top.children), rng_create=rng, source_create=source)
+        frame = Frame(kind, len(self.top.children), rng_create=rng, source_create=source, path=self.next_path)
         self.stack.append(frame)
         return frame
 
@@ -235,4 +257,4 @@ def describe(frames: list[Frame]) -> str:
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Cursor)
-_VERSION = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw])
+_VERSION = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw, msgspec.Raw])

@@ -70,7 +70,13 @@ def _plain(items: Iterable[T]) -> Iterator[T]:
 def _loop(kind: str, source: Source[T], host: LoopHost) -> Iterator[T]:
     host.before_first_use()
     record = None if host.resume is None else host.resume.next_loop(kind)
-    frame = record or host.cursor.enter(kind, rng.capture(), source.state())
+    if record is None:
+        host.cursor.loaders.entering(host.cursor.next_path, source)
+        frame = host.cursor.enter(kind, rng.capture(), source.state())
+    else:
+        frame = record
+        host.cursor.loaders.met_again(frame.path, source)
+    replayed = frame.finished
     end: rng.RngState | None = None
     try:
         if record is None:
@@ -82,6 +88,7 @@ def _loop(kind: str, source: Source[T], host: LoopHost) -> Iterator[T]:
             end = rng.capture()
         _check_left(frame, host)
     finally:
+        host.cursor.loaders.leaving(source, replayed)
         _leave(frame, end, host)
 
 
@@ -93,6 +100,7 @@ def _recorded(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
     if frame.rng_create is not None:
         rng.restore(frame.rng_create)
     if frame.position < 0:
+        source.revive(frame.source_create)
         source.open()
     else:
         source.reopen(frame)
@@ -110,7 +118,8 @@ def _recorded(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
 
 
 def _exhaust(frame: Frame, source: Source[T]) -> None:
-    """Ask for the item that is not there, as the lost rank did: samplers and loaders draw and tidy up then."""
+    """Ask for the item that is not there, as the lost rank did: samplers and loaders draw and tidy up
+    then."""
     try:
         source.fetch()
     except StopIteration:

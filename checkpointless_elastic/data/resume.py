@@ -146,7 +146,8 @@ class Resume:
         del self._path[depth:]
 
     def check(self) -> None:
-        """Raise what `leaving` found. A session calls it when the script ends, the loops when one is exhausted."""
+        """Raise what `leaving` found. A session calls it when the script ends, the loops when one is
+        exhausted."""
         if self._parted is not None:
             raise self._parted
 

@@ -50,6 +50,15 @@ class Source(Protocol[T_co]):
     def state(self) -> tuple[bytes, ...]:
         """What must be put back, besides the random state of the process, to do again what comes now."""
 
+    def owner(self) -> object:
+        """The loader."""
+
+    def lasting(self) -> tuple[bytes, ...]:
+        """What the loader keeps from one pass to the next; see `checkpointless_elastic.data.lasting`."""
+
+    def revive(self, state: tuple[bytes, ...]) -> None:
+        """Bring the loader to such a state, without drawing from any generator of the process."""
+
     def open(self) -> None:
         """Create the iterator."""
 
@@ -71,6 +80,17 @@ class Numbers:
         """Nothing: the position is in the frame."""
         return ()
 
+    def owner(self) -> object:
+        """Itself: there is no loader."""
+        return self
+
+    def lasting(self) -> tuple[bytes, ...]:
+        """Nothing."""
+        return ()
+
+    def revive(self, state: tuple[bytes, ...]) -> None:
+        """Nothing to bring back."""
+
     def open(self) -> None:
         """Start at 0."""
 
@@ -86,94 +106,114 @@ class Numbers:
         return self._next - 1
 
 
-class Sampled(Generic[T]):
-    """A map-style DataLoader: skips on its sampler."""
-
-    def __init__(self, loader: DataLoader[T]) -> None:
-        self._loader = loader
-        self._generators = _generators_of(loader)
-        self._iterator: Iterator[T] = iter(())
-
-    def state(self) -> tuple[bytes, ...]:
-        """Whether worker processes live on from an earlier pass, then the loader's own generators."""
-        lives = b"lives" if skipping.has_live_workers(self._loader) else b""
-        return (lives, *map(rng.capture_generator, self._generators))
-
-    def open(self) -> None:
-        """Create the iterator, which may start worker processes."""
-        self._iterator = iter(self._loader)
-
-    def reopen(self, frame: Frame) -> None:
-        """Create the iterator and skip on the sampler, some 10 milliseconds per million samples."""
-        lives, *generators = frame.source_create
-        if lives and not skipping.has_live_workers(self._loader):
-            skipping.start_workers(self._loader)
-        if frame.rng_create is not None:
-            rng.restore(frame.rng_create)
-        _restore_all(self._generators, generators)
-        self._iterator = skipping.iterate_from(self._loader, frame.position)
-        _restore_all(self._generators, list(frame.source_start[1:]))
-
-    def fetch(self) -> T:
-        """The next batch."""
-        return next(self._iterator)
-
-
-class Consumed(Generic[T]):
-    """Any iterable: fetches again what was consumed and drops it."""
+class _Loader(Generic[T]):
+    """A loader with generators of its own."""
 
     def __init__(self, loader: Iterable[T]) -> None:
         self._loader = loader
         self._generators = _generators_of(loader)
         self._iterator: Iterator[T] = iter(())
 
-    def state(self) -> tuple[bytes, ...]:
+    def owner(self) -> object:
+        """The loader."""
+        return self._loader
+
+    def lasting(self) -> tuple[bytes, ...]:
         """The loader's own generators."""
         return tuple(map(rng.capture_generator, self._generators))
 
-    def open(self) -> None:
-        """Create the iterator."""
-        self._iterator = iter(self._loader)
+    def revive(self, state: tuple[bytes, ...]) -> None:
+        """Put the generators back."""
+        if len(self._generators) != len(state):
+            raise ScriptMismatchError(
+                f"The loader has {len(self._generators)} generators of its own, the lost rank's had {len(state)}; "
+                "build it in the same way in each run of the script."
+            )
+        for generator, one in zip(self._generators, state, strict=True):
+            rng.restore_generator(generator, one)
 
-    def reopen(self, frame: Frame) -> None:
-        """Create the iterator and drop the first `frame.position` items; takes as long as loading them."""
-        _restore_all(self._generators, list(frame.source_create))
-        self.open()
-        for done in range(frame.position):
-            try:
-                next(self._iterator)
-            except StopIteration as error:
-                raise ScriptMismatchError(skipping.too_short(done, frame.position)) from error
-        _restore_all(self._generators, list(frame.source_start))
+    def open(self) -> None:
+        """Create the iterator, which may start worker processes."""
+        self._iterator = iter(self._loader)
 
     def fetch(self) -> T:
         """The next item."""
         return next(self._iterator)
 
 
-class Stateful(Generic[T]):
+class Sampled(_Loader[T]):
+    """A map-style DataLoader: skips on its sampler."""
+
+    _loader: DataLoader[T]
+
+    def state(self) -> tuple[bytes, ...]:
+        """Whether worker processes live on from an earlier pass, then the loader's own generators."""
+        lives = b"lives" if skipping.has_live_workers(self._loader) else b""
+        return (lives, *super().lasting())
+
+    def lasting(self) -> tuple[bytes, ...]:
+        """The same, where any of it can last."""
+        return self.state() if self._generators or self._loader.persistent_workers else ()
+
+    def revive(self, state: tuple[bytes, ...]) -> None:
+        """Start worker processes that would have lived on, put the generators back."""
+        if state[0] and not skipping.has_live_workers(self._loader):
+            before = rng.capture()
+            skipping.start_workers(self._loader)
+            rng.restore(before)
+        super().revive(state[1:])
+
+    def reopen(self, frame: Frame) -> None:
+        """Create the iterator and skip on the sampler, some 10 milliseconds per million samples."""
+        self.revive(frame.source_create)
+        self._iterator = skipping.iterate_from(self._loader, frame.position)
+        super().revive(frame.source_start[1:])
+
+
+class Consumed(_Loader[T]):
+    """Any iterable: fetches again what was consumed and drops it."""
+
+    def state(self) -> tuple[bytes, ...]:
+        """The loader's own generators."""
+        return self.lasting()
+
+    def reopen(self, frame: Frame) -> None:
+        """Create the iterator and drop the first `frame.position` items; takes as long as loading them."""
+        self.revive(frame.source_create)
+        self.open()
+        for done in range(frame.position):
+            try:
+                next(self._iterator)
+            except StopIteration as error:
+                raise ScriptMismatchError(skipping.too_short(done, frame.position)) from error
+        self.revive(frame.source_start)
+
+
+class Stateful(_Loader[T]):
     """A loader that can say and take back where it is."""
 
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-        self._iterator: Iterator[T] | None = None
+    _loader: Any
+    _opened = False
 
     def state(self) -> tuple[bytes, ...]:
         """The loader's state; none before its iterator exists, as some loaders would create it to answer."""
-        if self._iterator is None:
-            return ()
+        if not self._opened:
+            return self.lasting()
         buffer = io.BytesIO()
         torch.save(self._loader.state_dict(), buffer)
-        return (buffer.getvalue(),)
+        return (*self.lasting(), buffer.getvalue())
 
     def open(self) -> None:
         """Create the iterator."""
-        self._iterator = iter(self._loader)
+        super().open()
+        self._opened = True
 
     def reopen(self, frame: Frame) -> None:
         """Load the recorded state and create the iterator."""
+        *generators, blob = frame.source_start
+        self.revive(frame.source_create)
         try:
-            state = torch.load(io.BytesIO(frame.source_start[0]), weights_only=True)
+            state = torch.load(io.BytesIO(blob), weights_only=True)
         except Exception as error:
             raise StateMismatchError(
                 f"The state_dict of {type(self._loader).__name__} cannot be read without running its code "
@@ -181,12 +221,7 @@ class Stateful(Generic[T]):
             ) from error
         self._loader.load_state_dict(state)
         self.open()
-
-    def fetch(self) -> T:
-        """The next item."""
-        if self._iterator is None:
-            raise StopIteration
-        return next(self._iterator)
+        self.revive(tuple(generators))
 
 
 def source_of(loader: Iterable[T]) -> Source[T]:
@@ -213,13 +248,3 @@ def _generators_of(loader: object) -> list[torch.Generator]:
         if isinstance(generator, torch.Generator) and not any(generator is one for one in found):
             found.append(generator)
     return found
-
-
-def _restore_all(generators: list[torch.Generator], states: list[bytes]) -> None:
-    if len(generators) != len(states):
-        raise ScriptMismatchError(
-            f"The loader has {len(generators)} generators of its own, the lost rank's had {len(states)}; "
-            "build it in the same way in each run of the script."
-        )
-    for generator, state in zip(generators, states, strict=True):
-        rng.restore_generator(generator, state)
