@@ -71,7 +71,10 @@ class Job:
 
     def expect_lines(self, name: str, count: int) -> list[str]:
         """Wait until the script has written that many lines."""
-        wait_until(lambda: len(self.read(name)) >= count or self.process.poll() is not None, f"{count} lines in {name}")
+        wait_until(
+            lambda: len(self.read(name)) >= count or self.process.poll() is not None,
+            f"{count} lines in {name}",
+        )
         assert len(self.read(name)) >= count, f"torchrun ended: {self.finish()}"
         return self.read(name)
 
@@ -102,7 +105,11 @@ class Launcher:
         return path
 
     def start(
-        self, *args: object, backend: str = "checkpointless", env: dict[str, str] | None = None, ranks: int = 2
+        self,
+        *args: object,
+        backend: str = "checkpointless",
+        env: dict[str, str] | None = None,
+        ranks: int = 2,
     ) -> Job:
         """Start torchrun with `ranks` workers; `args` are its further options, the script and the script's own."""
         mark = uuid.uuid4().hex
@@ -123,7 +130,11 @@ class Launcher:
         return job
 
     def run(
-        self, *args: object, backend: str = "checkpointless", env: dict[str, str] | None = None, ranks: int = 2
+        self,
+        *args: object,
+        backend: str = "checkpointless",
+        env: dict[str, str] | None = None,
+        ranks: int = 2,
     ) -> Finished:
         """Start a job and wait for its end."""
         return self.start(*args, backend=backend, env=env, ranks=ranks).finish()
@@ -156,7 +167,11 @@ def torchrun(tmp_path: Path) -> Iterator[Launcher]:
     finally:
         launcher.end()
         try:
-            wait_until(lambda: not launcher.leftovers(), "all processes and run directories of the jobs are gone", 10.0)
+            wait_until(
+                lambda: not launcher.leftovers(),
+                "all processes and run directories of the jobs are gone",
+                10.0,
+            )
         finally:
             for job in launcher.jobs:
                 for process in job.members():

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.utils import macros
+from torch.distributed.elastic.utils import macros  # type: ignore[attr-defined]
 
 from checkpointless_elastic.agent.context import ForkedContext, Launch
 from checkpointless_elastic.agent.rendezvous import CheckpointlessRendezvousHandler
@@ -49,8 +49,9 @@ class CheckpointlessAgent(LocalElasticAgent):
         if isinstance(handler, CheckpointlessRendezvousHandler):
             handler.has_agent = True
             if not isinstance(spec.entrypoint, str):
-                name = spec.get_entrypoint_name()
-                logger.warning("Only commands are protected: the function %s runs as under plain torchrun.", name)
+                logger.warning(
+                    "Only commands are protected: %r runs as under plain torchrun.", spec.entrypoint
+                )
                 self._ours = False
         self._workforce: LocalWorkforce | None = None
 
@@ -86,7 +87,7 @@ class CheckpointlessAgent(LocalElasticAgent):
         workforce = self._present()
         if verdict.kind is VerdictKind.SUCCEEDED:
             group.state = WorkerState.SUCCEEDED
-            self._exit_barrier()
+            self._exit_barrier()  # type: ignore[no-untyped-call]
             return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(workforce.ranks))
         self._stop_workers(group)
         group.state = WorkerState.FAILED
@@ -150,7 +151,7 @@ class CheckpointlessAgent(LocalElasticAgent):
         }
         envs: dict[int, dict[str, str]] = {}
         for worker in group.workers:
-            own = {
+            own: dict[str, str | None] = {
                 "RANK": str(worker.global_rank),
                 "ROLE_RANK": str(worker.role_rank),
                 "WORLD_SIZE": str(worker.world_size),
@@ -159,7 +160,10 @@ class CheckpointlessAgent(LocalElasticAgent):
             }
             if hasattr(self, "_set_local_rank_env"):  # newer torch: --virtual-local-rank
                 self._set_local_rank_env(own, worker.local_rank, spec)
-            envs[worker.local_rank] = {**shared, **own}
+            envs[worker.local_rank] = {
+                **shared,
+                **{name: value for name, value in own.items() if value is not None},
+            }
         return envs
 
     def _prefixes(self, group: WorkerGroup) -> dict[int, str] | None:

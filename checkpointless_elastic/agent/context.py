@@ -232,7 +232,9 @@ class ForkedContext(PContext):
         for number, patience in ((death_sig, timeout), (signal.SIGKILL, _KILL_TIMEOUT_S)):
             left = [child for child in self.children.values() if child.status is None]
             for child in left:
-                logger.warning("Sending process %s closing signal %s", child.pid or "(not forked yet)", number.name)
+                logger.warning(
+                    "Sending process %s closing signal %s", child.pid or "(not forked yet)", number.name
+                )
                 self.send_signal(child, number)
             if not left or loop.run(self.all_ended, patience):
                 return

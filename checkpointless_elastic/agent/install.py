@@ -23,9 +23,9 @@ def install_agent() -> None:
     if present is not LocalElasticAgent and present is not CheckpointlessAgent:
         raise UnsupportedTorchError(
             f"torch.distributed.launcher.api.LocalElasticAgent is {present!r} and not torch's agent, so the "
-            f"checkpointless agent cannot take its place; use a torch version from 2.6 to 2.13 and no other replacement of the agent."
+            f"checkpointless agent cannot take its place; use torch 2.6 to 2.13 and no other replacement of the agent."
         )
-    api.LocalElasticAgent = CheckpointlessAgent  # type: ignore[misc, attr-defined]
+    api.LocalElasticAgent = CheckpointlessAgent  # type: ignore[attr-defined]
 
 
 def create_handler(params: RendezvousParameters) -> RendezvousHandler:

@@ -11,7 +11,7 @@ import logging
 import os
 from typing import Any
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -65,7 +65,9 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
 
     def _open(self, port: int) -> TCPStore:
         try:
-            return TCPStore(self._host, port, is_master=True, timeout=self.config.timeout, wait_for_workers=False)
+            return TCPStore(
+                self._host, port, is_master=True, timeout=self.config.timeout, wait_for_workers=False
+            )
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"No store can be opened at {self._host}:{port} ({str(error).splitlines()[0]}); give a free port of "

@@ -204,9 +204,13 @@ class ForkServers:
         if server.loading:
             self._drop(server.loading, f"the fork server ended with status {status} while it was loading it")
         elif not server.ready:
-            raise RuntimeError(f"The fork server ended with status {status} before it loaded anything; see its output.")
+            raise RuntimeError(
+                f"The fork server ended with status {status} before it loaded anything; see its output."
+            )
         else:
-            logger.error("The fork server %s ended with status %s; its workers end too.", server.process.pid, status)
+            logger.error(
+                "The fork server %s ended with status %s; its workers end too.", server.process.pid, status
+            )
         modules = [name for name in server.modules if name not in self.dropped]
         if server is self._successor:
             self._successor = self._launch(modules)

@@ -102,7 +102,9 @@ class LocalWorkforce:
     def failures(self, ranks: tuple[int, ...]) -> dict[int, ProcessFailure]:
         """By global rank, `ranks` first; the first of them is made the earliest, so that it is the root cause."""
         context = self._present()
-        failed = [rank for rank in self.ranks if context.children[rank - self.base].status and rank not in ranks]
+        failed = [
+            rank for rank in self.ranks if context.children[rank - self.base].status and rank not in ranks
+        ]
         found = {rank: context.failure(context.children[rank - self.base]) for rank in (*ranks, *failed)}
         if ranks:
             found[ranks[0]].timestamp = min(failure.timestamp for failure in found.values())
@@ -143,7 +145,9 @@ class LocalWorkforce:
         if self._decided():
             return True
         if self.restarts >= self._max_restarts:
-            logger.error("No restart is left (--max-restarts is %s) and one is needed: %s.", self._max_restarts, reason)
+            logger.error(
+                "No restart is left (--max-restarts is %s) and one is needed: %s.", self._max_restarts, reason
+            )
             return False
         self.restarts += 1
         logger.warning("All workers are restarted (%s of %s): %s.", self.restarts, self._max_restarts, reason)

@@ -190,4 +190,6 @@ def _buffered(fd: int, present: TextIO) -> io.TextIOWrapper:
     """The stream that an interpreter without `-u` would have on this descriptor."""
     raw = open(fd, "wb", closefd=False)
     line_buffering = fd == 2 or os.isatty(fd)
-    return io.TextIOWrapper(raw, present.encoding, present.errors, newline="\n", line_buffering=line_buffering)
+    return io.TextIOWrapper(
+        raw, present.encoding, present.errors, newline="\n", line_buffering=line_buffering
+    )

@@ -25,7 +25,10 @@ SCRIPTS = {
     "leaves at once": "import os; print('x', end=''); os._exit(9)",
     "aborts": "import os; os.abort()",
     "is interrupted": "raise KeyboardInterrupt",
-    "raises": "def f():\n    raise ValueError('no')\ntry:\n    f()\nexcept ValueError as e:\n    raise KeyError('x') from e",
+    "raises": (
+        "def f():\n    raise ValueError('no')\ntry:\n    f()\nexcept ValueError as e:\n"
+        "    raise KeyError('x') from e"
+    ),
     "raises a base exception": "class Odd(BaseException): pass\nraise Odd('odd')",
     "has a syntax error": "x = 1\nif x print(x)\n",
     "has its own hook": "import sys\nsys.excepthook = lambda *a: print('hook', a[0].__name__, a[1])\n1/0",
@@ -37,7 +40,8 @@ SCRIPTS = {
     ),
     "finds itself as main": (
         "import pickle, sys\nclass A: pass\nassert type(pickle.loads(pickle.dumps(A()))) is A\n"
-        "main = sys.modules['__main__']\nprint(main.A is A, __name__, __file__, __package__, __spec__ and __spec__.name, __cached__)\n"
+        "main = sys.modules['__main__']\n"
+        "print(main.A is A, __name__, __file__, __package__, __spec__ and __spec__.name, __cached__)\n"
         "print(type(__loader__).__name__, __builtins__ is __import__('builtins'), sorted(vars(main)))"
     ),
     "spawns processes": (
@@ -73,7 +77,9 @@ def test_a_script_ends_as_under_plain_python(nest: Nursery, home: Path, what: st
     assert nest.run("script", [str(script), "arg"]) == real(home, "-u", str(script), "arg")
 
 
-@pytest.mark.parametrize("what", ["prints", "exits with a message", "waits for threads", "fails with an atexit handler"])
+@pytest.mark.parametrize(
+    "what", ["prints", "exits with a message", "waits for threads", "fails with an atexit handler"]
+)
 def test_without_u_the_streams_are_buffered_and_nothing_is_lost(
     nest: Nursery, home: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +89,9 @@ def test_without_u_the_streams_are_buffered_and_nothing_is_lost(
     assert nest.run("script", [str(script)], unbuffered=False) == real(home, str(script))
 
 
-@pytest.mark.parametrize("what", ["prints", "exits with a message", "finds itself as main", "has a syntax error"])
+@pytest.mark.parametrize(
+    "what", ["prints", "exits with a message", "finds itself as main", "has a syntax error"]
+)
 def test_a_module_ends_as_under_plain_python(nest: Nursery, home: Path, what: str) -> None:
     (home / "module.py").write_text(SCRIPTS[what].replace("__loader__", "''") + "\n")
     expected = real(home, "-u", "-m", "module", "arg")
@@ -99,7 +107,9 @@ def test_a_missing_module_is_reported_as_by_plain_python(nest: Nursery, home: Pa
     assert nest.run("module", ["missing_module"]) == real(home, "-u", "-m", "missing_module")
 
 
-def test_the_scripts_own_folder_comes_first_on_the_path_also_through_a_link(nest: Nursery, home: Path) -> None:
+def test_the_scripts_own_folder_comes_first_on_the_path_also_through_a_link(
+    nest: Nursery, home: Path
+) -> None:
     (home / "inner").mkdir()
     (home / "inner" / "script.py").write_text("import sys; print(sys.path[0], sys.argv)\n")
     (home / "link.py").symlink_to("inner/script.py")
@@ -121,7 +131,9 @@ def test_the_environment_is_the_requests_and_nothing_else(nest: Nursery, home: P
     assert "OPENBLAS_NUM_THREADS" not in nest.run("script", [str(script)]).out
 
 
-def test_siblings_draw_different_random_numbers_where_fresh_processes_would(nest: Nursery, home: Path) -> None:
+def test_siblings_draw_different_random_numbers_where_fresh_processes_would(
+    nest: Nursery, home: Path
+) -> None:
     script = home / "script.py"
     script.write_text(
         "import random, numpy, torch, tempfile, uuid\n"
@@ -139,7 +151,9 @@ def test_an_error_file_is_written_unless_the_script_has_written_one(nest: Nurser
     nest.run("script", [str(script)], {"TORCHELASTIC_ERROR_FILE": str(error)})
     data = json.loads(error.read_text())["message"]
     assert data["message"] == "ValueError: mine"
-    assert data["extraInfo"]["py_callstack"].startswith(f'Traceback (most recent call last):\n  File "{script}", line 1')
+    assert data["extraInfo"]["py_callstack"].startswith(
+        f'Traceback (most recent call last):\n  File "{script}", line 1'
+    )
     script.write_text(f"open({str(error)!r}, 'w').write('own')\nraise ValueError('mine')\n")
     nest.run("script", [str(script)], {"TORCHELASTIC_ERROR_FILE": str(error)})
     assert error.read_text() == "own"

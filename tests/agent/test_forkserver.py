@@ -74,19 +74,25 @@ def test_log_files_are_begun_or_continued(small: None, tmp_path: Path) -> None:
 def test_a_child_can_be_bound_to_cpus(small: None, tmp_path: Path) -> None:
     cpu = max(os.sched_getaffinity(0))
     with nursery(tmp_path) as nest:
-        ended = nest.run("script", [script(tmp_path, "import os; print(os.sched_getaffinity(0))")], cpus=[cpu])
+        ended = nest.run(
+            "script", [script(tmp_path, "import os; print(os.sched_getaffinity(0))")], cpus=[cpu]
+        )
     assert ended.out == f"{{{cpu}}}\n"
 
 
 def test_the_first_server_has_torch_loaded_in_one_thread(tmp_path: Path) -> None:
-    path = script(tmp_path, "import sys, os; print('torch' in sys.modules, len(os.listdir('/proc/self/task')))")
+    path = script(
+        tmp_path, "import sys, os; print('torch' in sys.modules, len(os.listdir('/proc/self/task')))"
+    )
     with nursery(tmp_path) as nest:
         assert nest.run("script", [path]).out == "True 1\n"
         assert nest.servers.loaded == list(preload.BASE)
         assert nest.servers.dropped == {}
 
 
-def test_a_successor_takes_over_and_the_old_server_stays_for_its_children(small: None, tmp_path: Path) -> None:
+def test_a_successor_takes_over_and_the_old_server_stays_for_its_children(
+    small: None, tmp_path: Path
+) -> None:
     with nursery(tmp_path) as nest:
         old = nest.start("script", [script(tmp_path, WAIT)])
         nest.servers.learn(["fractions"])
@@ -118,7 +124,10 @@ def test_what_is_already_loaded_needs_no_successor(small: None, tmp_path: Path) 
     [
         ("raise RuntimeError('not today')", "its import failed with RuntimeError: not today"),
         ("raise SystemExit", "its import failed with SystemExit"),
-        ("import threading; threading.Thread(target=threading.Event().wait).start()", "it leaves the process with 2 threads"),
+        (
+            "import threading; threading.Thread(target=threading.Event().wait).start()",
+            "it leaves the process with 2 threads",
+        ),
         ("import os; os.abort()", "the fork server ended with status -6 while it was loading it"),
     ],
     ids=["raises", "exits", "starts a thread", "crashes"],
@@ -161,7 +170,9 @@ def test_a_killed_server_takes_its_children_along_and_another_one_serves(small: 
         assert nest.run("script", [script(tmp_path, "print('again')")]).out == "again\n"
 
 
-def test_a_server_that_cannot_start_is_an_error_and_not_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_start_is_an_error_and_not_a_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONHOME", "/nowhere")
     with nursery(tmp_path) as nest, pytest.raises(RuntimeError, match="before it loaded anything"):
         nest.run("script", ["x.py"])
@@ -195,7 +206,9 @@ def test_only_installed_modules_are_worth_learning() -> None:
 
     own = ModuleType("own")
     own.__file__ = "/home/someone/own.py"
-    found = preload.third_party({"numpy": numpy, "alias": numpy, "own": own, "__main__": sys.modules["__main__"]})
+    found = preload.third_party(
+        {"numpy": numpy, "alias": numpy, "own": own, "__main__": sys.modules["__main__"]}
+    )
     assert found == ["numpy"]
     assert "os" not in preload.third_party()
 

@@ -82,7 +82,9 @@ def test_descriptors_marked_first_are_served_first(loop: EventLoop, pipes: list[
     assert order[0] == 2
 
 
-def test_a_descriptor_taken_away_in_the_same_round_is_not_served(loop: EventLoop, pipes: list[tuple[int, int]]) -> None:
+def test_a_descriptor_taken_away_in_the_same_round_is_not_served(
+    loop: EventLoop, pipes: list[tuple[int, int]]
+) -> None:
     served: list[int] = []
     reads = [read for read, _ in pipes[:2]]
 

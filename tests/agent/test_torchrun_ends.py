@@ -21,7 +21,9 @@ WAIT = """
 def summary(finished: Finished) -> list[tuple[str, ...]]:
     """(rank, local rank, exit code, signal) of each failure in torchrun's summary, the root cause last."""
     text = finished.err[finished.err.index(" FAILED\n") :]
-    return re.findall(r"rank +: (\d+) \(local_rank: (\d+)\)\n *exitcode +: (-?\d+) \(pid: \d+\) *(\(\w+\))?", text)
+    return re.findall(
+        r"rank +: (\d+) \(local_rank: (\d+)\)\n *exitcode +: (-?\d+) \(pid: \d+\) *(\(\w+\))?", text
+    )
 
 
 def root_message(finished: Finished) -> str:
@@ -38,7 +40,9 @@ def test_an_exit_code_is_reported(torchrun: Launcher, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["c10d", "checkpointless"])
 def test_a_killed_worker_is_the_root_cause(torchrun: Launcher, backend: str) -> None:
-    torchrun.script("import os, signal; os.kill(os.getpid(), 9) if os.environ['RANK'] == '0' else signal.pause()")
+    torchrun.script(
+        "import os, signal; os.kill(os.getpid(), 9) if os.environ['RANK'] == '0' else signal.pause()"
+    )
     finished = torchrun.run("train.py", backend=backend)
     assert finished.code == 1
     assert summary(finished) == [("1", "1", "-15", "(SIGTERM)"), ("0", "0", "-9", "(SIGKILL)")]
@@ -64,7 +68,9 @@ def test_the_first_failure_is_named_although_others_follow(torchrun: Launcher) -
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_an_exception_leaves_an_error_file_with_the_users_traceback(torchrun: Launcher, recorded: bool) -> None:
+def test_an_exception_leaves_an_error_file_with_the_users_traceback(
+    torchrun: Launcher, recorded: bool
+) -> None:
     decorator = "@record" if recorded else ""
     torchrun.script(
         f"""
@@ -114,7 +120,10 @@ def test_without_a_restart_left_the_job_fails_and_says_so(torchrun: Launcher) ->
     torchrun.script("import sys; open('ran', 'a').write('x'); sys.exit(4)")
     finished = torchrun.run("--max-restarts", "2", "train.py", ranks=1)
     assert finished.code == 1
-    assert "No restart is left (--max-restarts is 2) and one is needed: rank 0 ended with status 4." in finished.err
+    assert (
+        "No restart is left (--max-restarts is 2) and one is needed: rank 0 ended with status 4."
+        in finished.err
+    )
     assert (torchrun.folder / "ran").read_text() == "xxx"
 
 

@@ -17,8 +17,8 @@ SHOW = """
              "ROLE_RANK", "ROLE_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS",
              "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
     shown = {name: os.environ.get(name) for name in names}
-    extra = sorted(name for name in os.environ if name.startswith(("TORCHELASTIC", "MASTER", "OPENBLAS", "CHECKPOINTLESS"))
-                   and not name.startswith("CHECKPOINTLESS_TEST"))
+    ours = ("TORCHELASTIC", "MASTER", "OPENBLAS", "CHECKPOINTLESS")
+    extra = sorted(name for name in os.environ if name.startswith(ours) and "_TEST_" not in name)
     main = sys.modules["__main__"]
     shown.update(extra=extra, argv=sys.argv, path0=sys.path[0], file=__file__, name=__name__,
                  package=__package__, spec=__spec__ and __spec__.name, main=main.__file__,
@@ -103,7 +103,9 @@ def test_logs_are_laid_out_and_shown_as_by_plain_torchrun(torchrun: Launcher, op
     for backend in ("c10d", "checkpointless"):
         finished = torchrun.run("--log-dir", backend, *options, "train.py", backend=backend)
         assert finished.code == 0, finished.err
-        lines = sorted(line for line in (finished.out + finished.err).splitlines() if " of " in line and "/" not in line)
+        lines = sorted(
+            line for line in (finished.out + finished.err).splitlines() if " of " in line and "/" not in line
+        )
         results.append((tree(torchrun.folder / backend), lines))
     assert results[1] == results[0]
 
@@ -116,7 +118,9 @@ def test_log_line_prefixes_are_kept(torchrun: Launcher) -> None:
 
 
 def test_an_endpoint_chooses_the_port_of_the_store(torchrun: Launcher) -> None:
-    torchrun.script("import os; open('master', 'w').write(os.environ['MASTER_ADDR'] + ':' + os.environ['MASTER_PORT'])")
+    torchrun.script(
+        "import os; open('master', 'w').write(os.environ['MASTER_ADDR'] + ':' + os.environ['MASTER_PORT'])"
+    )
     finished = torchrun.run("--rdzv-endpoint", "127.0.0.1:0", "train.py", ranks=1)
     assert finished.code == 0, finished.err
     host, port = (torchrun.folder / "master").read_text().split(":")
