@@ -73,7 +73,7 @@ def turn_median(folder: Path, turn: Turn) -> float | None:
     """Median step of one turn, seen by rank 0; None when fewer than three whole steps fit into it."""
     commits = [c for c in read_log(folder / "steps-0.log") if turn.start_ns < c.time_ns < turn.end_ns]
     steps = step_seconds(commits)
-    return median(steps) if len(steps) >= 3 else None
+    return median(steps) if len(steps) >= 2 else None
 
 
 def pair_ratios(folders: dict[str, Path], turns: Sequence[Turn]) -> tuple[list[float], dict[str, float]]:
