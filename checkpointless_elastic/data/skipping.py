@@ -9,7 +9,7 @@ Read in torch 2.6 to 2.13:
 * the iterator calls `iter` on it before it draws its base seed, and the samplers of torch, being generators,
   draw theirs at the first `next`. An iterator with worker processes calls `iter` twice and uses the second.
 * `loader._iterator` is the iterator of persistent workers, which a later pass resets without drawing a base
-  seed.
+  seed; it then calls `iter` on its own `_index_sampler`, which it once took from the loader.
 
 What is relied on is tested by `tests/data/test_skipping.py`.
 """
@@ -130,6 +130,8 @@ def _inner(loader: DataLoader[Any]) -> Any:
 
 def _with_sampler(loader: DataLoader[Any], sampler: _Sampler) -> Any:
     slot, inner = _slot(loader), _inner(loader)
+    if has_live_workers(loader):
+        loader._iterator._index_sampler = sampler  # type: ignore[union-attr]  # it asks no one else again
     vars(loader)[slot] = sampler
     try:
         return iter(loader)

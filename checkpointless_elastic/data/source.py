@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from checkpointless_elastic.data import skipping
 from checkpointless_elastic.data.cursor import Frame
@@ -190,47 +190,72 @@ class Consumed(_Loader[T]):
 
 
 class Stateful(_Loader[T]):
-    """A loader that can say and take back where it is."""
+    """A loader that can say and take back where it is.
+
+    Its state is asked for from the second item on: before the first one, some loaders would create an iterator to
+    answer, and others still stand where the pass before ended.
+    """
 
     _loader: Any
-    _opened = False
+    _begun = False
 
     def state(self) -> tuple[bytes, ...]:
-        """The loader's state; none before its iterator exists, as some loaders would create it to answer."""
-        if not self._opened:
+        """The loader's own generators, then its state."""
+        if not self._begun:
             return self.lasting()
         buffer = io.BytesIO()
         torch.save(self._loader.state_dict(), buffer)
         return (*self.lasting(), buffer.getvalue())
 
-    def open(self) -> None:
-        """Create the iterator."""
-        super().open()
-        self._opened = True
-
     def reopen(self, frame: Frame) -> None:
         """Load the recorded state and create the iterator."""
-        *generators, blob = frame.source_start
         self.revive(frame.source_create)
+        if frame.position == 0:
+            self.open()
+            self.revive(frame.source_start)
+        else:
+            *generators, blob = frame.source_start
+            self._loader.load_state_dict(self._read(blob))
+            self.open()
+            self.revive(tuple(generators))
+
+    def fetch(self) -> T:
+        """The next item."""
+        self._begun = True
+        return super().fetch()
+
+    def _read(self, blob: bytes) -> Any:
         try:
-            state = torch.load(io.BytesIO(blob), weights_only=True)
+            return torch.load(io.BytesIO(blob), weights_only=True)
         except Exception as error:
             raise StateMismatchError(
                 f"The state_dict of {type(self._loader).__name__} cannot be read without running its code "
                 f"({error}); keep only tensors, numbers, strings and containers of them in it."
             ) from error
-        self._loader.load_state_dict(state)
-        self.open()
-        self.revive(tuple(generators))
 
 
 def source_of(loader: Iterable[T]) -> Source[T]:
     """The source that stands `loader` before item k in the cheapest exact way."""
-    if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
+    if _is_stateful(loader) and not _only_counts(loader):
         return Stateful(loader)
     if isinstance(loader, DataLoader) and skipping.can_skip(loader):
         return Sampled(loader)
     return Consumed(loader)
+
+
+def _is_stateful(one: object) -> bool:
+    return callable(getattr(one, "state_dict", None)) and callable(getattr(one, "load_state_dict", None))
+
+
+def _only_counts(loader: object) -> bool:
+    """True for a StatefulDataLoader over an iterable without a state.
+
+    It consumes and drops too, and torchdata 0.11 counts what it dropped twice: its next state is wrong.
+    """
+    dataset = getattr(loader, "dataset", None)
+    return (
+        isinstance(loader, DataLoader) and isinstance(dataset, IterableDataset) and not _is_stateful(dataset)
+    )
 
 
 def _generators_of(loader: object) -> list[torch.Generator]:

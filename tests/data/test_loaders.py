@@ -56,6 +56,26 @@ class Stream(IterableDataset[torch.Tensor]):
             yield torch.tensor([float(number)]) + (torch.rand(1) if info is not None else 0)
 
 
+class Counter(IterableDataset[torch.Tensor]):
+    """An iterable dataset that can say where it is."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._loaded = False
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self._next, self._loaded = (self._next if self._loaded else 0), False
+        while self._next < 11:
+            self._next += 1
+            yield torch.tensor([float(self._next)]) + torch.rand(1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._next, self._loaded = state["next"], True
+
+
 class Growing(list[list[int]]):
     """A batch sampler that keeps nothing but its list."""
 
@@ -115,7 +135,9 @@ IN_PROCESS: dict[str, Callable[[], Iterable[Any]]] = {
     "stateful with a generator": lambda: StatefulDataLoader(
         Drawing(), batch_size=4, shuffle=True, generator=own(8), drop_last=True
     ),
-    "stateful iterable": lambda: StatefulDataLoader(Stream(), batch_size=3),
+    "stateful over an iterable": lambda: StatefulDataLoader(Stream(), batch_size=3),
+    "stateful iterable": lambda: StatefulDataLoader(Counter(), batch_size=3),
+    "iterable with a state": Counter,
 }
 
 WITH_PROCESSES: dict[str, Callable[[], Iterable[Any]]] = {
@@ -143,13 +165,78 @@ WITH_PROCESSES: dict[str, Callable[[], Iterable[Any]]] = {
 }
 
 
+def seed() -> None:
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+
+
+class Passes:
+    """Scripts of several passes that use their loaders in different ways."""
+
+    @staticmethod
+    def validation_waits(session: Session) -> None:
+        """The second loop of an epoch has a generator and living workers from the epoch before."""
+        seed()
+        train = DataLoader(Drawing(), batch_size=5, shuffle=True)
+        validation = DataLoader(Numbers(), batch_size=7, shuffle=True, generator=own(2))
+        for _ in session.epochs(3):
+            for batch in session.batches(train):
+                session.call(batch)
+            for batch in session.batches(validation):
+                session.call(batch)
+
+    @staticmethod
+    def one_loader_in_two_places(session: Session) -> None:
+        seed()
+        loader = DataLoader(Drawing(), batch_size=5, shuffle=True, generator=own(2))
+        for batch in session.batches(loader):
+            session.call(batch)
+        for _ in session.epochs(2):
+            for batch in session.batches(loader):
+                session.call(batch)
+                break
+        for batch in session.batches(loader):
+            session.call(batch)
+
+    @staticmethod
+    def a_new_loader_each_epoch(session: Session) -> None:
+        seed()
+        for epoch in session.epochs(3):
+            loader = DataLoader(Drawing(), batch_size=5, shuffle=True, generator=own(epoch))
+            for batch in session.batches(loader):
+                session.call(batch)
+
+
+@pytest.mark.parametrize(
+    "script", [Passes.validation_waits, Passes.one_loader_in_two_places, Passes.a_new_loader_each_epoch]
+)
+def test_what_a_loader_keeps_between_passes_is_brought_back(script: Callable[[Session], None]) -> None:
+    whole = run_to_the_end(script)
+    for moment in range(1, whole.moments + 1):
+        assert_a_loss_changes_nothing(script, [moment], whole)
+        assert_a_loss_changes_nothing(script, [moment, 9], whole)
+
+
+def test_persistent_workers_that_wait_for_their_next_pass_draw_nothing_when_they_start() -> None:
+    def script(session: Session) -> None:
+        torch.manual_seed(1)
+        validation = DataLoader(Numbers(), batch_size=7, shuffle=True, num_workers=1, persistent_workers=True)
+        for _ in session.epochs(2):
+            session.call(torch.rand(1))
+            for batch in session.batches(validation):
+                session.call(batch)
+
+    whole = run_to_the_end(script)
+    for moment in range(whole.moments // 2, whole.moments, 3):
+        assert_a_loss_changes_nothing(script, [moment], whole)
+
+
 def passes_over(make: Callable[[], Iterable[Any]]) -> Callable[[Session], None]:
     """A script of three passes over a loader, with draws from all generators in its body."""
 
     def script(session: Session) -> None:
-        torch.manual_seed(1)
-        random.seed(1)
-        np.random.seed(1)
+        seed()
         loader = make()
         for epoch in session.epochs(3):
             sampler = getattr(loader, "sampler", None)
@@ -169,6 +256,16 @@ def test_a_loader_resumes_exactly_at_every_moment(name: str) -> None:
     assert len(whole.trace) > 6
     for moment in range(1, whole.moments + 1):
         assert_a_loss_changes_nothing(script, [moment], whole)
+
+
+@pytest.mark.parametrize("name", IN_PROCESS)
+def test_a_loader_resumes_exactly_from_a_resumed_loader(name: str) -> None:
+    script = passes_over(IN_PROCESS[name])
+    whole = run_to_the_end(script)
+    chance = random.Random(5)
+    for _ in range(12):
+        moments = [chance.randrange(1, whole.moments + 1) for _ in range(4)]
+        assert_a_loss_changes_nothing(script, moments, whole)
 
 
 @pytest.mark.parametrize("name", WITH_PROCESSES)
@@ -204,6 +301,8 @@ def test_the_cheapest_exact_way_is_chosen() -> None:
     assert type(source_of(Wrapped(Numbers()))) is Consumed
     assert type(source_of(DataLoader(Stream()))) is Consumed
     assert type(source_of(StatefulDataLoader(Numbers()))) is Stateful
+    assert type(source_of(StatefulDataLoader(Counter()))) is Stateful
+    assert type(source_of(StatefulDataLoader(Stream()))) is Consumed
 
 
 def test_nothing_that_was_consumed_is_loaded_again() -> None:
