@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any, cast
 
@@ -65,8 +65,8 @@ class ModuleHolder(Holder):
 
     def plain(self) -> Any:
         return {
-            "training": bytes(map(attrgetter("training"), self._flat)),
-            "requires_grad": bytes(map(attrgetter("requires_grad"), self._params)),
+            "training": list(map(attrgetter("training"), self._flat)),
+            "requires_grad": list(map(attrgetter("requires_grad"), self._params)),
             "extra": {path: _extra_state(module) for path, module in self._extra},
         }
 
@@ -83,18 +83,18 @@ class ModuleHolder(Holder):
             if path in plain["extra"]:
                 module.set_extra_state(plain["extra"][path])
 
-    def _set_flags(self, training: bytes, requires_grad: bytes) -> None:
+    def _set_flags(self, training: Iterable[bool], requires_grad: Iterable[bool]) -> None:
         for module, flag in zip(self._flat, training, strict=True):
-            if module.training != bool(flag):
-                module.training = bool(flag)
+            if module.training != flag:
+                module.training = flag
         for param, flag in zip(self._params, requires_grad, strict=True):
-            if param.requires_grad != bool(flag):
-                param.requires_grad_(bool(flag))
+            if param.requires_grad != flag:
+                param.requires_grad_(flag)
 
     def note(self) -> Any:
         flags = (
-            bytes(map(attrgetter("training"), self._flat)),
-            bytes(map(attrgetter("requires_grad"), self._params)),
+            list(map(attrgetter("training"), self._flat)),
+            list(map(attrgetter("requires_grad"), self._params)),
         )
         return flags, [copy_plain(_extra_state(module), _clone_all) for _, module in self._extra]
 

@@ -23,6 +23,7 @@ __all__ = ["Segment"]
 _log = logging.getLogger(__name__)
 _warned = False
 _PAGE = mmap.PAGESIZE
+_FALLBACK = "checkpointless-segment-"
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 
@@ -62,13 +63,32 @@ class Segment:
             os.close(descriptor)
 
     @classmethod
+    def share(cls, directory: Path, name: str, nbytes: int, offset: int, length: int) -> Segment:
+        """Map a segment that several processes fill; each makes the pages of its own part.
+
+        Falls back as `create` does; peers that find different room end up in different files, which their paths show.
+        Raises OSError (ENOSPC) if there is no room.
+        """
+        path = _room_for_parts(directory, nbytes) / name
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.ftruncate(descriptor, max(nbytes, _PAGE))
+            if length:
+                os.posix_fallocate(descriptor, offset, length)
+            return cls(path, nbytes, descriptor, owner=True)
+        finally:
+            os.close(descriptor)
+
+    @classmethod
     def open(cls, path: Path, nbytes: int) -> Segment:
         """Map what `create` made. Raises FileNotFoundError if it is gone, StateMismatchError if it is too small."""
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             size = os.fstat(descriptor).st_size
             if size < max(nbytes, _PAGE):
-                raise StateMismatchError(f"Segment {path} has {size} bytes instead of {nbytes}: its owner failed.")
+                raise StateMismatchError(
+                    f"Segment {path} has {size} bytes instead of {nbytes}: its owner failed."
+                )
             return cls(path, nbytes, descriptor, owner=False)
         finally:
             os.close(descriptor)
@@ -96,6 +116,8 @@ class Segment:
         """Remove the file's name, if this process created it. Mappings of peers stay valid."""
         if self._owner:
             self.path.unlink(missing_ok=True)
+            if self.path.parent.name.startswith(_FALLBACK):
+                self.path.parent.rmdir()
             self._owner = False
 
     def __enter__(self) -> Segment:
@@ -108,6 +130,16 @@ class Segment:
         self.unlink()
 
 
+def _room_for_parts(directory: Path, nbytes: int) -> Path:
+    """`directory`, or one of the same name in the temporary directory if nothing like `nbytes` would fit."""
+    room = os.statvfs(directory)
+    if room.f_blocks * room.f_frsize >= 2 * nbytes:
+        return directory
+    fallback = Path(tempfile.gettempdir()) / directory.name
+    fallback.mkdir(mode=0o700, exist_ok=True)
+    return fallback
+
+
 def _directory_with_room(directory: Path, nbytes: int) -> Path:
     """`directory`, or the temporary directory if the former's file system has not enough free space."""
     global _warned
@@ -115,7 +147,7 @@ def _directory_with_room(directory: Path, nbytes: int) -> Path:
     free = room.f_bavail * room.f_frsize
     if free >= nbytes + _PAGE:
         return directory
-    fallback = Path(tempfile.mkdtemp(prefix="checkpointless-"))
+    fallback = Path(tempfile.mkdtemp(prefix=_FALLBACK))
     if not _warned:
         _warned = True
         _log.warning(
