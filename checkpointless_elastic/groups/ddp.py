@@ -1,0 +1,196 @@
+"""The order of DDP's buckets: captured, handed to a replacement, and a reducer put right after a void backward.
+
+Read in torch 2.13: `torch/nn/parallel/distributed.py`, `torch/csrc/distributed/c10d/reducer.cpp`. After its first
+backward DDP's reducer computes buckets in the order in which gradients became ready, and `_rebuild_buckets`, called
+before the next forward, takes rank 0's order by two broadcasts: bucket indices, then bucket sizes. It changes the
+reducer only after both, so a rank has rebuilt wholly or not at all. `_reset_state` puts a reducer back to before its
+first backward, with the buckets it has.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._C._distributed_c10d import Reducer
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpointless_elastic.errors import StateMismatchError, UnsupportedTorchError
+from checkpointless_elastic.groups.log import to_bytes
+from checkpointless_elastic.groups.ops import Call
+
+if TYPE_CHECKING:
+    from checkpointless_elastic.groups.issue import Engine, Region
+
+__all__ = ["adopt_bucket_order", "bucket_order", "force_bucket_order", "install", "reset", "uninstall"]
+
+_NEEDED = ("_rebuild_buckets", "_push_all_rebuilt_params", "_reset_state")
+_original: Any = None
+_engine: Engine | None = None
+_orders: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
+
+
+def install(engine: Engine) -> None:
+    """Has every reducer report the broadcasts of its rebuild. Once per process; `uninstall` undoes it."""
+    global _original, _engine
+    uninstall()
+    reducer: Any = Reducer
+    missing = [name for name in _NEEDED if not hasattr(reducer, name)]
+    if missing:
+        raise UnsupportedTorchError(
+            f"DDP's Reducer has no {missing}: use a torch from 2.6 to 2.13, which were read."
+        )
+    _original, _engine = reducer._rebuild_buckets, engine
+    reducer._rebuild_buckets = _rebuild
+
+
+def uninstall() -> None:
+    """Puts torch's own method back."""
+    global _original, _engine
+    if _original is not None:
+        Reducer._rebuild_buckets = _original  # type: ignore[method-assign]
+    _original = _engine = None
+
+
+def bucket_order(ddp: DistributedDataParallel) -> bytes | None:
+    """The order that this reducer has taken, None if it has not rebuilt its buckets yet."""
+    return _orders.get(ddp.reducer)
+
+
+def force_bucket_order(ddp: DistributedDataParallel) -> bytes | None:
+    """Rebuilds now, by this rank's own order, on a survivor that finished its first backward. Contacts nobody.
+
+    None if there is nothing to rebuild by: DDP never rebuilds with find_unused_parameters, no backward has finished,
+    or one was cut short (the reducer is then reset). If no survivor has an order, `reset` all of them: the replacement
+    has the buckets of construction too, and the first step runs as it did.
+    """
+    order = bucket_order(ddp)
+    if order is not None:
+        return order
+    local = _Local()
+    try:
+        with _answering(local):
+            rebuilt = _original(ddp.reducer)
+    except RuntimeError:  # an assertion of torch: gradients of only a part of the parameters were seen
+        reset(ddp)
+        return None
+    return _taken(ddp, local.order()) if rebuilt else None
+
+
+def adopt_bucket_order(ddp: DistributedDataParallel, order: bytes) -> None:
+    """Gives the reducer the buckets of another rank: on a replacement, or a survivor that has not rebuilt yet.
+
+    Contacts nobody. Raises StateMismatchError if the order is of another model.
+    """
+    if bucket_order(ddp) == order:
+        return
+    _orders.pop(ddp.reducer, None)
+    ddp.reducer._reset_state()
+    ddp.reducer._push_all_rebuilt_params()
+    with _answering(_Answers(order)):
+        rebuilt = _original(ddp.reducer)
+    if not rebuilt:
+        raise StateMismatchError(
+            "DDP does not rebuild its buckets here, but did on a survivor: use one script."
+        )
+    _taken(ddp, order)
+
+
+def reset(ddp: DistributedDataParallel) -> None:
+    """Puts a reducer right that an exception left in the middle of a backward; its order is kept."""
+    order = _orders.pop(ddp.reducer, None)
+    ddp.reducer._reset_state()
+    if order is not None:
+        adopt_bucket_order(ddp, order)
+
+
+def _taken(ddp: DistributedDataParallel, order: bytes) -> bytes:
+    _orders[ddp.reducer] = order
+    ddp._has_rebuilt_buckets = True
+    return order
+
+
+def _rebuild(reducer: Any) -> bool:
+    """What stands in place of `Reducer._rebuild_buckets`."""
+    capture = _Capture()
+    with _answering(capture):
+        rebuilt: bool = _original(reducer)
+    if rebuilt:
+        _orders[reducer] = capture.order()
+    return rebuilt
+
+
+_rebuild._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _answering(region: Region) -> Iterator[None]:
+    if _engine is None:
+        raise UnsupportedTorchError("DDP's rebuild is asked for before Registry.install(): call that first.")
+    before, _engine.region = _engine.region, region
+    _engine.look()
+    try:
+        yield
+    finally:
+        _engine.region = before
+        _engine.look()
+
+
+class _Capture:
+    """Broadcasts are issued for real and their values kept."""
+
+    def __init__(self) -> None:
+        self._tensors: list[tuple[str, int, bytes]] = []
+
+    def answer(self, call: Call) -> bool:
+        return False
+
+    def capture(self, call: Call) -> None:
+        for tensor in call.tensors(0):
+            self._tensors.append((str(tensor.dtype), tensor.numel(), to_bytes(tensor)))
+
+    def order(self) -> bytes:
+        """A line that says types and lengths, and the raw values."""
+        header = json.dumps([[dtype, length] for dtype, length, _ in self._tensors]).encode()
+        return header + b"\n" + b"".join(data for *_, data in self._tensors)
+
+
+class _Local(_Capture):
+    """Broadcasts leave this rank's own values."""
+
+    def answer(self, call: Call) -> bool:
+        self.capture(call)
+        return True
+
+
+class _Answers:
+    """Broadcasts give the values of an order."""
+
+    def __init__(self, order: bytes) -> None:
+        header, _, self._data = order.partition(b"\n")
+        self._expected: list[tuple[str, int]] = [(dtype, length) for dtype, length in json.loads(header)]
+
+    def answer(self, call: Call) -> bool:
+        for tensor in call.tensors(0):
+            found = (str(tensor.dtype), tensor.numel())
+            expected = self._expected.pop(0) if self._expected else None
+            if found != expected:
+                raise StateMismatchError(
+                    f"The order of DDP's buckets is of another model: {expected} from the survivors, {found} here. "
+                    "Build the same model in every start."
+                )
+            self._take(tensor)
+        return True
+
+    def _take(self, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        values = torch.frombuffer(bytearray(self._data[:size]), dtype=tensor.dtype)
+        self._data = self._data[size:]
+        tensor.data.copy_(values.reshape(tensor.shape))
+
+    def capture(self, call: Call) -> None:
+        """Nothing is issued for real."""

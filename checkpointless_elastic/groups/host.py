@@ -1,0 +1,65 @@
+"""What the process groups ask of the worker's session, and what they tell it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["Host", "LoggedCollective", "Situation"]
+
+
+class Situation(enum.Enum):
+    """Where the main thread stands, which decides what a collective without its peers does."""
+
+    STARTUP = "startup"
+    """Before the first step, or outside any protection: live, outputs recorded; a lost peer is an error."""
+    ATTEMPT = "attempt"
+    """Inside a replayable function, before its gate: outputs of void collectives are filled with valid values."""
+    COMMITTED = "committed"
+    """Inside one, after its gate: outputs of void collectives are NaN (zero for integers), and counted."""
+    OUTSIDE = "outside"
+    """Outside any replayable function after the first step: recover in place, then repeat the collective."""
+
+
+@dataclass(frozen=True)
+class LoggedCollective:
+    """One collective of a rank before its first step or outside its steps.
+
+    Attributes:
+        group: name of the process group.
+        op: what was called, as `ops.Op.name` has it.
+        outputs: raw bytes of each tensor written, in order; None where they were too large to keep (over 1 MiB).
+    """
+
+    group: str
+    op: str
+    outputs: tuple[bytes, ...] | None
+
+
+class Host(Protocol):
+    """The worker's session, as process groups see it. All calls come from the thread that issued the collective."""
+
+    def situation(self) -> Situation:
+        """Where the main thread stands. Never blocks; asked once or twice for each collective."""
+
+    def is_frozen(self) -> bool:
+        """True while a freeze is in force."""
+
+    def wait_for_freeze(self) -> bool:
+        """A collective failed and no loss is known: waits, at most half a second, for one. True if it came.
+
+        When it is True, `Registry.abort` has returned for the ranks of that freeze.
+        """
+
+    def recover_outside(self) -> None:
+        """Takes part in the recovery and returns when the groups are rebuilt. Main thread; blocks."""
+
+    def record(self, entry: LoggedCollective) -> None:
+        """Keeps the outputs of a finished collective for a replacement of this rank."""
+
+    def replay(self, group: str, op: str) -> LoggedCollective | None:
+        """In shadow: the next logged collective of this group, or None if there is none left."""
+
+    def void_after_commit(self, count: int) -> None:
+        """So many outputs were filled with NaN (zero for integers) after the gate."""

@@ -1,0 +1,79 @@
+"""One native group inside an elastic one, from its connection to its end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from checkpointless_elastic.groups.owed import Place
+from checkpointless_elastic.groups.sockets import Address
+
+__all__ = ["Link", "retire"]
+
+_logger = logging.getLogger(__name__)
+_MANY = 32
+
+
+@dataclass(eq=False)
+class Link:
+    """A native group.
+
+    Attributes:
+        native: the group that does the work; None in shadow and after the end.
+        generation: the generation that it was built in.
+        own: listening addresses of its gloo devices.
+        peers: those of the other members.
+        places: how far each member that knows it was in its collectives outside of steps when this was connected.
+        device: the accelerator of its NCCL backend, None without one.
+        void: a member is lost or left: collectives end at once and give filler. Set once, never cleared.
+        in_flight: native works not known to have ended. They are kept so that the last reference to one is never
+            dropped by a thread of the group: that thread would wait for the interpreter's lock, which the group's
+            destructor holds while it joins the thread, and the process would be stuck for good.
+    """
+
+    native: Any
+    generation: int
+    own: frozenset[Address] = frozenset()
+    peers: frozenset[Address] = frozenset()
+    places: list[Place] = field(default_factory=list)
+    device: torch.device | None = None
+    void: bool = False
+    in_flight: set[Any] = field(default_factory=set)
+
+    def track(self, work: Any) -> None:
+        """Keeps a native work until it is known to have ended."""
+        if len(self.in_flight) > _MANY:
+            self.in_flight = {old for old in self.in_flight if not old.is_completed()}
+        self.in_flight.add(work)
+
+    def abort_device(self) -> None:
+        """Ends the operations of the NCCL backend; sockets of gloo are shut down for all groups in one go.
+
+        May be called on any thread: a communicator is aborted with its device set, and does not hang as it was made
+        non-blocking.
+        """
+        if self.device is None:
+            return
+        with torch.cuda.device(self.device):
+            self.native._get_backend(self.device).abort()
+
+
+def retire(links: list[Link]) -> None:
+    """Lets go of void native groups, after their work has ended, on a thread of its own. Returns at once."""
+    if links:
+        threading.Thread(target=_let_go, args=(links,), name="checkpointless-retire", daemon=True).start()
+
+
+def _let_go(links: list[Link]) -> None:
+    works = [work for link in links for work in link.in_flight]
+    for work in works:
+        try:
+            work.wait()
+        except RuntimeError as error:  # how a work on a shut down connection ends
+            _logger.debug("work of a retired group ended: %s", error)
+    for link in links:
+        link.native = None
