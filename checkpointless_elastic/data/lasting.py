@@ -65,6 +65,7 @@ class Loaders:
     def __init__(self, table: list[Lasting]) -> None:
         self._table = table
         self._bound: list[_Bound] = []
+        self._taken: list[Lasting] = []  # entries whose loader was met, even if it is gone since
 
     def entering(self, path: str, source: Loader) -> None:
         """A loop over this loader is entered for the first time here: bring the loader to where it was
@@ -75,18 +76,18 @@ class Loaders:
         bound = self._find(source.owner())
         if bound is None:
             self._meet(path, source, state)
-        elif bound.replayed is not None:
-            if bound.replayed == state:
-                source.revive(bound.entry.last)
-            bound.replayed = None
-        elif path not in bound.entry.paths:
+            return
+        if bound.replayed == state:
+            source.revive(bound.entry.last)
+        bound.replayed = None
+        if path not in bound.entry.paths:
             bound.entry.paths.append(path)
 
     def met_again(self, path: str, source: Loader) -> None:
         """A recorded loop over this loader is entered; its frame says where the loader was."""
         entry = self._entry(path)
         if entry is not None and source.lasting() and self._find(source.owner()) is None:
-            self._bound.append(_Bound(source.owner(), entry))
+            self._bind(source.owner(), entry)
 
     def leaving(self, source: Loader, replayed: bool) -> None:
         """A loop over this loader is left."""
@@ -100,17 +101,20 @@ class Loaders:
 
     def _meet(self, path: str, source: Loader, state: State) -> None:
         known, first = self._entry(path), _digest(state)
-        taken = any(bound.entry is known for bound in self._bound)
+        taken = any(entry is known for entry in self._taken)
         if known is not None and not known.renewed and not taken and known.first == first:
             source.revive(known.last)
-        else:
-            if known is not None:
-                known.paths.remove(path)
-            self._table[:] = [entry for entry in self._table if entry.paths]
-            renewed, known = known is not None, Lasting([path], first, state)
-            known.renewed = renewed
-            self._table.append(known)
-        self._bound.append(_Bound(source.owner(), known))
+            self._bind(source.owner(), known)
+            return
+        if known is not None:
+            known.paths.remove(path)
+        self._table[:] = [entry for entry in self._table if entry.paths]
+        self._table.append(Lasting([path], first, state, renewed=known is not None))
+        self._bind(source.owner(), self._table[-1])
+
+    def _bind(self, owner: object, entry: Lasting) -> None:
+        self._bound.append(_Bound(owner, entry))
+        self._taken = [one for one in self._taken if one.paths] + [entry]
 
     def _entry(self, path: str) -> Lasting | None:
         return next((entry for entry in self._table if path in entry.paths), None)

@@ -218,6 +218,15 @@ def test_what_a_loader_keeps_between_passes_is_brought_back(script: Callable[[Se
         assert_a_loss_changes_nothing(script, [moment, 9], whole)
 
 
+def test_a_loader_made_anew_from_the_same_seed_gives_what_it_gives_without_a_session() -> None:
+    def three_passes(over: Callable[[Any], Iterable[Any]]) -> list[Any]:
+        seed()
+        loaders = (DataLoader(Numbers(), batch_size=5, shuffle=True, generator=own(4)) for _ in range(3))
+        return [batch.flatten().tolist() for loader in loaders for batch in over(loader)]
+
+    assert three_passes(Session().batches) == three_passes(iter)
+
+
 def test_persistent_workers_that_wait_for_their_next_pass_draw_nothing_when_they_start() -> None:
     def script(session: Session) -> None:
         torch.manual_seed(1)
