@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from checkpointless_elastic.errors import StateMismatchError
-from checkpointless_elastic.state.pieces import PieceInfo, describe, make_tensor
+from checkpointless_elastic.state.arena import Arena
+from checkpointless_elastic.state.pieces import GRADIENT, OPTIMIZER, PieceInfo, describe, make_tensor
 
 __all__ = ["Found", "Holder", "Maker", "ParamNames"]
 
@@ -62,6 +63,7 @@ class Maker:
 
     def __init__(self, pieces: tuple[PieceInfo, ...]) -> None:
         self._wanted = {info.key: info for info in pieces}
+        self._arena = Arena(info for info in pieces if info.role in (OPTIMIZER, GRADIENT))
 
     def wanted(self, key: str) -> PieceInfo | None:
         """The description of a piece, or None if the survivors do not have it."""
@@ -74,9 +76,11 @@ class Maker:
             raise StateMismatchError(f"The survivors' manifest mentions {key} but does not describe it.")
         if existing is not None and describe(key, info.role, existing) == info:
             return existing
-        if near is not None and near.device.type == info.device:
-            return make_tensor(info, near.device)
-        return make_tensor(info, torch.device(info.device))
+        device = (
+            near.device if near is not None and near.device.type == info.device else torch.device(info.device)
+        )
+        made = self._arena.tensor(info) if device.type == "cpu" else None
+        return make_tensor(info, device) if made is None else made
 
 
 class Holder(ABC):

@@ -22,7 +22,7 @@ from checkpointless_elastic.state.holder import Found, Holder, Maker, ParamNames
 from checkpointless_elastic.state.modules import ModuleHolder
 from checkpointless_elastic.state.objects import ObjectHolder, TensorHolder
 from checkpointless_elastic.state.optimizers import OptimizerHolder
-from checkpointless_elastic.state.pieces import GRADIENT, Manifest, Piece, PieceInfo, describe, make_tensor
+from checkpointless_elastic.state.pieces import GRADIENT, Manifest, Piece, PieceInfo, describe
 
 __all__ = ["Inventory", "Scan"]
 
@@ -114,7 +114,7 @@ class Inventory:
         for holder in self.holders:
             holder.adopt(plain[holder.name], maker)
         for key, param in self.scan().params:
-            _adopt_gradient(param, maker.wanted(f"{key}:grad"))
+            _adopt_gradient(param, f"{key}:grad", maker)
         _compare([piece.info for piece in self.pieces()], manifest.pieces)
 
     def load_meta(self, manifest: Manifest) -> None:
@@ -190,11 +190,10 @@ def _check_unique(pieces: list[Piece]) -> None:
         keys.add(piece.key)
 
 
-def _adopt_gradient(param: torch.Tensor, info: PieceInfo | None) -> None:
-    if info is None:
-        param.grad = None
-    elif param.grad is None or describe(info.key, GRADIENT, param.grad) != info:
-        param.grad = make_tensor(info, param.device)
+def _adopt_gradient(param: torch.Tensor, key: str, maker: Maker) -> None:
+    grad = None if maker.wanted(key) is None else maker.tensor(key, param.grad, param)
+    if param.grad is not grad:
+        param.grad = grad
 
 
 def _compare(mine: list[PieceInfo], theirs: tuple[PieceInfo, ...]) -> None:

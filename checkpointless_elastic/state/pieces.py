@@ -22,6 +22,7 @@ __all__ = [
     "byte_view",
     "carrier",
     "describe",
+    "dtype_of",
     "make_tensor",
     "normal_strides",
 ]
@@ -31,6 +32,7 @@ BUFFER = "buffer"
 GRADIENT = "gradient"
 OPTIMIZER = "optimizer"
 OBJECT = "object"
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 class PieceInfo(msgspec.Struct, frozen=True):
@@ -119,21 +121,30 @@ def byte_view(tensor: torch.Tensor) -> torch.Tensor | None:
 
 def describe(key: str, role: str, tensor: torch.Tensor) -> PieceInfo:
     """The description of a tensor, or StateMismatchError if tensors of its kind cannot be brought back."""
-    why = _why_not(tensor)
-    if why:
-        raise StateMismatchError(
-            f"{key} cannot be protected: it is {why}; leave it out of Run(...) or make it plain."
-        )
-    cells = carrier(tensor).numel()
-    return PieceInfo(
-        key,
-        role,
-        str(tensor.dtype).removeprefix("torch."),
-        tensor.device.type,
-        tuple(tensor.shape),
-        normal_strides(tensor),
-        cells * tensor.element_size(),
-    )
+    if (
+        type(tensor) not in _PLAIN_TYPES
+        or tensor.layout != torch.strided
+        or tensor.is_quantized
+        or tensor.is_meta
+    ):
+        why = _why_not(tensor)
+        if why:
+            raise StateMismatchError(
+                f"{key} cannot be protected: it is {why}; leave it out of Run(...) or make it plain."
+            )
+    shape = tuple(tensor.shape)
+    strides = _dense(shape) if tensor.is_contiguous() else normal_strides(tensor)
+    cells = tensor.numel() if 0 not in strides else carrier(tensor).numel()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return PieceInfo(key, role, dtype, tensor.device.type, shape, strides, cells * tensor.element_size())
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, one way to write those of dimensions of size 1."""
+    result = [1] * len(shape)
+    for dim in range(len(shape) - 1, 0, -1):
+        result[dim - 1] = result[dim] * max(shape[dim], 1)
+    return tuple(result)
 
 
 def _why_not(tensor: torch.Tensor) -> str:
@@ -142,16 +153,21 @@ def _why_not(tensor: torch.Tensor) -> str:
         return f"a tensor subclass ({type(tensor).__name__})"
     if torch.nn.parameter.is_lazy(tensor):
         return "a lazy parameter without a shape (run one forward first)"
-    if tensor.layout != torch.strided:
-        return f"of layout {tensor.layout}"
     if tensor.is_quantized:
         return "quantized"
+    if tensor.layout != torch.strided:
+        return f"of layout {tensor.layout}"
     return "on the meta device" if tensor.device.type == "meta" else ""
+
+
+def dtype_of(info: PieceInfo) -> torch.dtype:
+    """The dtype of a piece, or StateMismatchError if this torch does not have it."""
+    dtype = getattr(torch, info.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise StateMismatchError(f"{info.key} has dtype {info.dtype}, which this torch does not know.")
+    return dtype
 
 
 def make_tensor(info: PieceInfo, device: torch.device) -> torch.Tensor:
     """A new tensor as described, with undefined content. Draws no random numbers."""
-    dtype = getattr(torch, info.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise StateMismatchError(f"{info.key} has dtype {info.dtype}, which this torch does not know.")
-    return torch.empty_strided(info.shape, info.stride, dtype=dtype, device=device)
+    return torch.empty_strided(info.shape, info.stride, dtype=dtype_of(info), device=device)

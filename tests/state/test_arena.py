@@ -1,0 +1,57 @@
+"""Tensors made for a replacement are ordinary tensors, each with memory of its own."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from checkpointless_elastic.state.arena import Arena
+from checkpointless_elastic.state.pieces import PieceInfo, describe
+
+_SHAPES = [((1 << 20,), torch.float32), ((), torch.float32), ((3, 5), torch.bfloat16), ((7,), torch.bool)]
+
+
+def _described() -> list[PieceInfo]:
+    tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in _SHAPES]
+    tensors.append(torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    return [describe(str(index), "optimizer", tensor) for index, tensor in enumerate(tensors)]
+
+
+def test_tensors_are_as_described_and_do_not_overlap() -> None:
+    infos = _described()
+    arena = Arena(infos)
+    made = [arena.tensor(info) for info in infos]
+    for number, tensor in enumerate(made):
+        assert tensor is not None
+        assert describe(str(number), "optimizer", tensor) == infos[number]
+        assert tensor.data_ptr() % 64 == 0
+        assert not tensor._is_view()
+        tensor.fill_(number % 2)
+    assert [bool((t == n % 2).all()) for n, t in enumerate(made) if t is not None] == [True] * len(made)
+
+
+def test_saving_one_saves_only_its_own_bytes() -> None:
+    infos = _described()
+    arena = Arena(infos)
+    made = [arena.tensor(info) for info in infos]
+    buffer = io.BytesIO()
+    torch.save(made[2], buffer)
+    assert len(buffer.getvalue()) < 5000
+
+
+def test_a_tensor_outlives_the_arena() -> None:
+    infos = _described()
+    arena = Arena(infos)
+    tensor = arena.tensor(infos[0])
+    del arena
+    assert tensor is not None
+    assert float(tensor.fill_(2).sum()) == 2.0 * (1 << 20)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_little_state_is_left_to_torch(count: int) -> None:
+    info = describe("small", "optimizer", torch.empty(100))
+    arena = Arena([info] * count)
+    assert arena.tensor(info) is None
