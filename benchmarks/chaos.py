@@ -140,8 +140,8 @@ def outcome(fault: Fault, folder: Path, logs: Logs, recoveries: Sequence[Recover
     times = struck_at(folder, fault)
     if not times:
         return Outcome(fault, None, None, struck=False)
-    cost = interruption(logs, max(times))
-    seconds = cost.seconds + (max(times) - min(times)) / 1e9 if cost else None
+    end = end_of(logs, fault, max(times))
+    seconds = (end - min(times)) / 1e9 if end else None
     rungs = [
         recovery.rung
         for recovery in recoveries
@@ -149,6 +149,16 @@ def outcome(fault: Fault, folder: Path, logs: Logs, recoveries: Sequence[Recover
         and recovery.time - 1 <= max(times) / 1e9 <= recovery.time + recovery.seconds + 1
     ]
     return Outcome(fault, max(rungs, default=None), seconds, struck=True)
+
+
+def end_of(logs: Logs, fault: Fault, struck_ns: int) -> int | None:
+    """When all ranks had committed a common step after the fault, in nanoseconds; None if they never did. After the
+    last step the others may have finished before the fault: then when the struck ranks had finished too."""
+    cost = interruption(logs, struck_ns)
+    if cost is not None:
+        return struck_ns + round(cost.seconds * 1e9)
+    later = [[c.time_ns for c in logs[rank] if c.time_ns > struck_ns] for rank in fault.ranks]
+    return max(min(times) for times in later) if all(later) else None
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
