@@ -117,12 +117,8 @@ class Receiver:
         """
         started = perf_counter()
         promised = {item.offset: item for item in digests if item.source == source}
-        stripe = self._plan.stripes.get(source, ())
-        if stripe:
-            end = stripe[-1].segment_offset + stripe[-1].length
-            self._segment.populate(stripe[0].segment_offset, end - stripe[0].segment_offset)
         with torch.no_grad():
-            for chunk in chunks(stripe):
+            for chunk in chunks(self._plan.stripes.get(source, ())):
                 self._receive_chunk(chunk, source, promised.get(chunk.offset))
         self._waiting.discard(source)
         self._seconds += perf_counter() - started
