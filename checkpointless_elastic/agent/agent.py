@@ -16,11 +16,11 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.utils import macros  # type: ignore[attr-defined]
 
+from checkpointless_elastic.agent.control import AgentControl
 from checkpointless_elastic.agent.context import ForkedContext, Launch
 from checkpointless_elastic.agent.rendezvous import CheckpointlessRendezvousHandler
 from checkpointless_elastic.agent.runtime import ControlPlane, EventLoop, make_run_dir, remove_run_dir
 from checkpointless_elastic.agent.servers import ForkServers
-from checkpointless_elastic.agent.unprotected import UnprotectedControl
 from checkpointless_elastic.agent.workforce import LocalWorkforce, Verdict, VerdictKind
 from checkpointless_elastic.config import Config
 
@@ -33,7 +33,7 @@ _DEFAULT_SHUTDOWN_TIMEOUT_S = 30
 
 def make_control(config: Config, spec: WorkerSpec) -> ControlPlane:
     """The control plane of a job."""
-    return UnprotectedControl()
+    return AgentControl(config)
 
 
 class CheckpointlessAgent(LocalElasticAgent):

@@ -83,6 +83,7 @@ class AgentControl:
         self._incarnations: dict[int, int] = {}
         self._tokens: dict[int, str] = {}
         self._pids: dict[int, int] = {}
+        self._known_lost: set[tuple[int, int]] = set()
         self._learned = False
         self._fresh = True
         self.generation = 0
@@ -125,6 +126,7 @@ class AgentControl:
         self._pids[rank] = pid
         if rank in self._replaced:
             self._recoveries.mark("forked", time.monotonic())
+        self._links.retry()
 
     def lost(self, rank: int, incarnation: int) -> None:
         if self._incarnations.get(rank) != incarnation:
@@ -142,11 +144,12 @@ class AgentControl:
     def _lose(self, rank: int, cause: str, seen: float) -> None:
         error = self._failed.pop(rank, "")
         cause = f"failed: {error}" if error else cause
+        self._known_lost.add((rank, self._incarnations[rank]))
         self._recoveries.noticed(rank, cause, seen)
         self._handle(Lost(rank, cause, error))
 
     def exited(self, rank: int, incarnation: int, status: int) -> None:
-        if self._incarnations.get(rank) != incarnation:
+        if self._incarnations.get(rank) != incarnation or (rank, incarnation) in self._known_lost:
             self._recoveries.explain(rank, describe(status))
             return
         self._gone[rank] = status
@@ -165,9 +168,11 @@ class AgentControl:
 
     # ---- what workers say
 
-    def _accept(self, hello: Hello) -> Message:
-        if hello.rank not in self._incarnations:
+    def _accept(self, hello: Hello) -> Message | None:
+        if hello.rank not in self._workers.ranks:
             return Refused(f"rank {hello.rank} is not of this node.")
+        if hello.incarnation > self._incarnations.get(hello.rank, -1):
+            return None
         if hello.token != self._tokens[hello.rank] or hello.incarnation != self._incarnations[hello.rank]:
             return Refused(f"wrong token for incarnation {hello.incarnation} of rank {hello.rank}.")
         if hello.channel == "vote" and self._coordinator.decision is not None:

@@ -52,22 +52,23 @@ class Link:
 class Links:
     """All connections of this node's workers.
 
-    ``accept(hello)`` says why a worker is refused, or returns the answer to send; ``take(rank, message)`` gets each
-    message of an accepted worker. Both run on the loop's thread.
+    ``accept(hello)`` returns the answer to send, a Refused among them, or None for a worker that the fork server has
+    not reported yet: it is asked again at `retry`. ``take(rank, message)`` gets each message of an accepted worker.
+    Both run on the loop's thread.
     """
 
     def __init__(
         self,
         path: str,
         loop: EventLoop,
-        accept: Callable[[Hello], Message],
+        accept: Callable[[Hello], Message | None],
         take: Callable[[int, FromWorker], None],
     ) -> None:
         self._loop = loop
         self._accept_hello = accept
         self._take = take
         self._links: dict[tuple[int, str], Link] = {}
-        self._unnamed: set[int] = set()
+        self._early: list[tuple[Link, Hello]] = []
         self._path = path
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(path)
@@ -109,16 +110,32 @@ class Links:
             return
         if not isinstance(message, Hello):
             raise ProtocolError(f"{type(message).__name__} came before Hello.")
-        if message.version != VERSION:
-            answer: Message = Refused(f"the worker speaks version {message.version}, the agent {VERSION}.")
-        else:
-            answer = self._accept_hello(message)
-        if isinstance(answer, Refused):
-            link.send(encode(answer))
-            raise ProtocolError(answer.reason)
-        link.rank, link.channel = message.rank, message.channel
-        self._links[link.rank, link.channel] = link
+        self._greet(link, message)
+
+    def _greet(self, link: Link, hello: Hello) -> None:
+        answer: Message | None = Refused(f"the worker speaks version {hello.version}, the agent {VERSION}.")
+        if hello.version == VERSION:
+            answer = self._accept_hello(hello)
+        if answer is None:
+            self._early.append((link, hello))
+            return
         link.send(encode(answer))
+        if isinstance(answer, Refused):
+            raise ProtocolError(answer.reason)
+        link.rank, link.channel = hello.rank, hello.channel
+        self._links[link.rank, link.channel] = link
+
+    def retry(self) -> None:
+        """Ask again for workers that greeted before the fork server reported them."""
+        early, self._early = self._early, []
+        for link, hello in early:
+            if link.socket.fileno() < 0:
+                continue
+            try:
+                self._greet(link, hello)
+            except (ProtocolError, OSError) as error:
+                logger.warning("Dropped a connection of rank %d: %s", hello.rank, error)
+                self._drop(link)
 
     def send(self, rank: int, channel: str, data: bytes) -> None:
         """Send encoded bytes to a rank; one that is not connected, or does not read, is passed over with a log line."""
@@ -150,7 +167,7 @@ class Links:
         """Close the listener and all connections, and remove the socket file."""
         self._loop.unwatch(self._listener.fileno())
         self._listener.close()
-        for link in list(self._links.values()):
+        for link in [*self._links.values(), *(link for link, _ in self._early)]:
             self._drop(link)
         if os.path.exists(self._path):
             os.unlink(self._path)

@@ -21,6 +21,8 @@ BASE = (
     "torch.utils.data",
     "torch.distributed.elastic.multiprocessing.errors",
     "checkpointless_elastic.worker.bootstrap",
+    "checkpointless_elastic.worker.session",
+    "checkpointless_elastic.worker.run",
 )
 """What the first server loads: enough for any script that trains, and no more, since the job waits for it."""
 

@@ -270,7 +270,7 @@ class Coordinator:
         self.pending = set()
         return [
             Reached(self.generation, "restored"),
-            Broadcast(Rebuild(self.generation)),
+            Broadcast(Rebuild(self.generation, sorted(self.lost | self.left))),
             Deadline(self.generation, self.state.value, "settle_timeout"),
         ]
 

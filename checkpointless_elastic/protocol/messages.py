@@ -157,9 +157,10 @@ class Restore(Message, frozen=True):
 
 
 class Rebuild(Message, frozen=True):
-    """Rebuild the affected groups under this generation's store prefix."""
+    """Rebuild the affected groups under this generation's store prefix. ``affected``: ranks lost or left early."""
 
     generation: int
+    affected: list[int]
 
 
 class Resume(Message, frozen=True):

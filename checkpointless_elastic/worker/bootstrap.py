@@ -1,7 +1,8 @@
 """From a fresh fork to the user's first line, and from the script's end to the process' exit code.
 
 The script must find what `python -u script.py` or `python -u -m module` gives it: sys.argv, sys.path[0], a new
-`__main__`, the standard streams, and the same exit codes and messages when it ends. `runpy._run_module_as_main` is what
+`__main__`, the standard streams, and the same exit codes and messages when it ends. torch is loaded by the fork server,
+not from here: a program that is executed does not need it. `runpy._run_module_as_main` is what
 `python -m` itself calls; read in Python 3.10 to 3.13, and `tests/agent/test_bootstrap.py` compares with real runs.
 """
 
@@ -19,9 +20,6 @@ from collections.abc import Mapping
 from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO
-
-import torch
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 if TYPE_CHECKING:
     from checkpointless_elastic.worker.session import Session
@@ -45,8 +43,9 @@ def prepare(env: Mapping[str, str], stdout: str, stderr: str, append: bool, cpus
 
 def _reseed() -> None:
     """Forks would draw what their siblings draw, where fresh processes differ. Python's own generator sees to it."""
-    torch.default_generator.seed()
-    numpy_random = sys.modules.get("numpy.random")
+    torch, numpy_random = sys.modules.get("torch"), sys.modules.get("numpy.random")
+    if torch is not None:
+        torch.default_generator.seed()
     if numpy_random is not None:
         numpy_random.seed()
 
@@ -165,6 +164,8 @@ def _record(error: BaseException) -> None:
     """Write the error file that torchrun's summary is made from, unless the script's own `@record` has."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     if path and not (os.path.exists(path) and os.path.getsize(path)):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
         error.__traceback__ = _users_part(error.__traceback__)
         get_error_handler().record_exception(error)
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from checkpointless_elastic.errors import ScriptMismatchError, StateMismatchError
-from checkpointless_elastic.groups.registry import GroupSignature
+from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision
 from checkpointless_elastic.state.pieces import Manifest, Piece
 from checkpointless_elastic.state.plan import PieceSize, Plan, plan
@@ -29,7 +29,6 @@ class Shared(msgspec.Struct, frozen=True):
         last_value: encoded return value of the last committed call.
         gates: optimizer steps that each replayable function makes.
         written: keys of pieces that replayable functions write before their gate.
-        buckets: bucket order of each DDP module, None where DDP does not reorder.
         groups: process groups in order of creation.
     """
 
@@ -38,15 +37,18 @@ class Shared(msgspec.Struct, frozen=True):
     last_value: bytes | None
     gates: dict[str, int]
     written: list[str]
-    buckets: list[bytes | None]
     groups: list[GroupSignature]
 
 
 class Publication(msgspec.Struct, frozen=True):
-    """One survivor's part: where its stripe is, its digests, and from the lowest survivor what all share."""
+    """One survivor's part: where its stripe is, its digests, and from the lowest survivor what all share.
+
+    ``buckets``: bucket order of each DDP module, None where DDP does not reorder.
+    """
 
     path: str
     digests: list[ChunkDigest]
+    buckets: list[bytes | None]
     shared: Shared | None
 
 
@@ -63,8 +65,8 @@ def publish(
     end = stripe[-1].segment_offset + stripe[-1].length if stripe else 0
     segment = Segment.share(Path(run_dir), _name(decision), layout.segment_bytes, start, end - start)
     digests = publish_stripe(pieces, layout, rank, segment)
-    common = run.shared(buckets, last_value) if leader else None
-    return Publication(str(segment.path), digests, common), segment
+    common = run.shared(last_value) if leader else None
+    return Publication(str(segment.path), digests, buckets, common), segment
 
 
 def shared(publications: dict[int, Publication]) -> Shared:
@@ -76,10 +78,18 @@ def shared(publications: dict[int, Publication]) -> Shared:
     raise StateMismatchError("no survivor published the description of the state")
 
 
+def bucket_orders(publications: dict[int, Publication]) -> list[bytes | None]:
+    """The order on which all survivors agree. Raises StateMismatchError if they do not."""
+    lowest = publications[min(publications)].buckets
+    for rank, publication in publications.items():
+        if publication.buckets != lowest:
+            raise StateMismatchError(f"DDP's buckets on rank {rank} are in another order than on rank {min(publications)}")
+    return lowest
+
+
 def receive(run: Run, decision: Decision, publications: dict[int, Publication], run_dir: str) -> int:
     """Fill this replacement's state from the segment, verified; bytes that were copied."""
     common = shared(publications)
-    _compare_groups(common.groups, run.signature())
     run.inventory.adopt(common.manifest)
     pieces = run.inventory.pieces()
     layout = _plan(pieces, decision)
@@ -106,13 +116,3 @@ def _plan(pieces: list[Piece], decision: Decision) -> Plan:
 
 def _name(decision: Decision) -> str:
     return f"state-{decision.generation}"
-
-
-def _compare_groups(survivors: list[GroupSignature], own: list[GroupSignature]) -> None:
-    for number, (theirs, mine) in enumerate(zip(survivors, own, strict=False)):
-        if theirs != mine:
-            raise ScriptMismatchError(f"process group {number} is {mine} in the replacement and {theirs} in a survivor")
-    if len(survivors) != len(own):
-        raise ScriptMismatchError(
-            f"the replacement has made {len(own)} process groups by its first step and the survivors {len(survivors)}"
-        )

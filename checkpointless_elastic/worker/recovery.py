@@ -18,13 +18,14 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from checkpointless_elastic.data.cursor import Cursor
 from checkpointless_elastic.data.resume import Join, Resume, Skip
-from checkpointless_elastic.errors import CheckpointlessError, StateMismatchError
-from checkpointless_elastic.groups import registry as groups
+from checkpointless_elastic.errors import CheckpointlessError, ScriptMismatchError, StateMismatchError
+from checkpointless_elastic.groups import spec as groups
+from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore, Stage
 from checkpointless_elastic.protocol.messages import Resume as ResumeNow
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.worker import rng
-from checkpointless_elastic.worker.exchange import Publication, publish, receive, shared
+from checkpointless_elastic.worker.exchange import Publication, bucket_orders, publish, receive, shared
 from checkpointless_elastic.worker.private import At, PrivateState, read_state, write_state
 from checkpointless_elastic.worker.session import Session, Superseded
 from checkpointless_elastic.worker.values import decode_value, encode_value
@@ -56,6 +57,7 @@ class Recovery:
         self._segment: Segment | None = None
         self._store: Store | None = None
         self._state: PrivateState | None = None
+        self._groups: list[GroupSignature] = []
         self.last_value: bytes | None = None
 
     # ---- following a decision
@@ -83,8 +85,12 @@ class Recovery:
         generation = decision.generation
         if session.rank in decision.pending:
             session.report(Stage.RESTORED, generation, msgspec.msgpack.encode(self._restored))
-        session.next_message(Rebuild, generation)
-        report = session.registry.rebuild(self._job_store(), generation)
+        affected = session.next_message(Rebuild, generation).affected
+        session.affect(generation, affected)
+        aborts = session.registry.aborts
+        if session.frozen > generation:
+            raise Superseded
+        report = session.registry.rebuild(self._job_store(), generation, aborts=aborts)
         payload = RebuiltReport(len(report.rebuilt), len(report.kept), report.seconds)
         session.report(Stage.REBUILT, generation, msgspec.msgpack.encode(payload))
         session.next_message(ResumeNow, generation)
@@ -131,11 +137,23 @@ class Recovery:
     def join(self) -> None:
         """In a replacement, where the survivors wait: returns when it is a rank like all others."""
         self.prepare()
+        self._compare_groups()
         self.settle()
         if self._join_rng is not None:
             rng.restore(self._join_rng)
         self._join_rng = None
         self._run.restore_private(self._private_tensors())
+
+    def _compare_groups(self) -> None:
+        """Raises ScriptMismatchError where this rank's groups are not those of the survivors."""
+        own = self._run.signature()
+        for number, (theirs, mine) in enumerate(zip(self._groups, own, strict=False)):
+            if theirs != mine:
+                raise ScriptMismatchError(f"process group {number} is {mine} in the replacement, {theirs} elsewhere.")
+        if len(self._groups) != len(own):
+            raise ScriptMismatchError(
+                f"The replacement has made {len(own)} process groups when it joins, the survivors {len(self._groups)}."
+            )
 
     def enter_call(self) -> tuple[bool, Any]:
         """A replayable call is asked for in shadow: (True, its value) if it is committed, else joins: (False, None)."""
@@ -148,6 +166,7 @@ class Recovery:
         return True, self._skip(answer)
 
     def _skip(self, answer: Skip) -> Any:
+        self._session.registry.committed(self._session.step)
         if answer.rng is not None:
             rng.restore(answer.rng)
         data = answer.value if answer.value is not None else self._replica_value
@@ -160,8 +179,9 @@ class Recovery:
         started = time.perf_counter()
         leader = shared(publications)
         moved = receive(self._run, decision, publications, self._session.run_dir)
-        self._run.adopt(leader)
+        self._run.adopt(leader, bucket_orders(publications))
         self._replica_value = leader.last_value
+        self._groups = leader.groups
         if self._session.resume is None:
             self._take_private(decision.step)
         self._session.step = decision.step
@@ -185,6 +205,7 @@ class Recovery:
         self._state = state
         session.cursor = cursor
         session.resume = Resume(cursor)
+        session.registry.committed(step)
 
     def _private_tensors(self) -> dict[str, bytes]:
         state, self._state = self._state, None

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpointless_elastic.data import loops
 from checkpointless_elastic.errors import ConfigError, StateMismatchError
 from checkpointless_elastic.groups import ddp
-from checkpointless_elastic.groups.registry import GroupSignature
+from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.state.digest import digest
 from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.modules import ModuleHolder
@@ -57,6 +57,7 @@ class Run:
             raise ConfigError("Run() protects nothing: name what must survive, as in Run(model=model, optimizer=optimizer).")
         self.step = 0
         self.attempt = 0
+        self._left = False  # the last attempt was left through an exception, perhaps in the middle of a backward
         self.inventory = Inventory(objects)
         self.private: dict[str, bytes] = {}
         self._snapshot = AttemptSnapshot(self.inventory)
@@ -157,6 +158,7 @@ class Run:
         except BaseException:
             if host.committed or not (host.is_frozen() or host.wait_for_freeze()):
                 raise
+            self._left = True
             host.left_early()
             return self._undo(host, start)
         finally:
@@ -169,6 +171,7 @@ class Run:
         if not host.vote():
             raise gate.VoidAttempt
         host.committed = True
+        host.registry.committed(host.step)
 
     def _undo(self, host: session.Session, start: rng.RngState) -> object:
         self._snapshot.restore()
@@ -210,10 +213,19 @@ class Run:
         return self._session.registry.signature()
 
     def bucket_orders(self) -> list[bytes | None]:
-        """Bucket order of each DDP module; one that was left in mid-backward is made anew."""
-        return [ddp.settle_bucket_order(module) for module in self._ddp_modules()]
+        """Bucket order of each DDP module, made now where it is not; a reducer left in mid-backward is put right."""
+        orders = []
+        for module in self._ddp_modules():
+            if self._left:
+                ddp.reset(module)
+            order = ddp.force_bucket_order(module)
+            if order is None:
+                ddp.reset(module)
+            orders.append(order)
+        self._left = False
+        return orders
 
-    def shared(self, buckets: list[bytes | None], last_value: bytes | None) -> Shared:
+    def shared(self, last_value: bytes | None) -> Shared:
         """What is the same on all survivors."""
         return Shared(
             self.inventory.manifest(),
@@ -221,16 +233,15 @@ class Run:
             last_value,
             dict(self._gates),
             [piece.key for piece in self._snapshot.written_before_gate()],
-            buckets,
             self.signature(),
         )
 
-    def adopt(self, common: Shared) -> None:
+    def adopt(self, common: Shared, buckets: list[bytes | None]) -> None:
         """In a replacement: take over what is the same on all ranks."""
         self.step = common.steps
         self._gates = dict(common.gates)
         self._snapshot.learn(common.written)
-        for module, order in zip(self._ddp_modules(), common.buckets, strict=True):
+        for module, order in zip(self._ddp_modules(), buckets, strict=True):
             if order is not None:
                 ddp.adopt_bucket_order(module, order)
 

@@ -119,6 +119,9 @@ class Session:
         self._log = _read_log(self.slot) if self.shadow else {}
         self._logged = 0
         self._stashed: Decision | None = None
+        self._affecting = threading.Lock()
+        self._affected: frozenset[int] = frozenset()
+        self._affected_in = -1
         if self.shadow:
             self.freeze_seen.set()
 
@@ -132,9 +135,17 @@ class Session:
             self.frozen = max(self.frozen, message.generation)
             whole, protected = not self.shadow, self.recovery is not None
             answer = Frozen(message.generation, self.step, self.phase, whole, protected)
-        self.channel.control.send(answer)
-        self.registry.abort(frozenset(message.lost) | frozenset(message.left))
+        self.affect(message.generation, [*message.lost, *message.left])
         self.freeze_seen.set()
+        self.channel.control.send(answer)
+
+    def affect(self, generation: int, ranks: list[int]) -> None:
+        """Void the groups of these ranks, once per generation and rank. Any thread."""
+        with self._affecting:
+            known = self._affected if generation == self._affected_in else frozenset()
+            self._affected, self._affected_in = known | frozenset(ranks), generation
+            if self._affected != known:
+                self.registry.abort(self._affected)
 
     # ---- main thread: the vote
 
@@ -216,7 +227,8 @@ class Session:
 
     def left_early(self) -> None:
         """This rank left its void attempt through an exception: groups it shares with survivors are affected too."""
-        self.channel.control.send(Left(self.frozen))
+        if self.registry.has_live_groups():
+            self.channel.control.send(Left(self.frozen))
 
     def unfit(self, reason: str) -> None:
         """This rank cannot recover live: rung 3. Does not return, the agent ends this worker."""
@@ -242,7 +254,10 @@ class Session:
 
     def recover_outside(self) -> None:
         """A collective outside replayable functions needs a lost rank: recover, then it is repeated."""
-        self.settle()
+        if self.shadow and self.recovery is not None:
+            self.recovery.join()
+        else:
+            self.settle()
 
     def record(self, entry: LoggedCollective) -> None:
         """Keep the output of a collective outside replayable functions for this rank's replacement."""
