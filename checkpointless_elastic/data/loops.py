@@ -6,12 +6,16 @@ has the cursor saved then. In a replacement it asks the record where to resume: 
 the random state that the lost rank made it with, stands it before the recorded item without loading what was
 consumed, puts back the random state of that moment and fetches the item again.
 
+What a replacement has to find in the iteration it resumes at must be made in that iteration or before the
+loop: a variable that is carried from one iteration to the next is not brought back, unless it belongs to what
+must survive. A count is such a variable: hence `numbered`.
+
 All of it runs on the main thread. Leaving a loop is noted but not saved: a rank that dies of an exception is
 replaced where the exception was raised, and not behind the loops that it unwound."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from checkpointless_elastic.data.cursor import Cursor, Frame
@@ -21,9 +25,10 @@ from checkpointless_elastic.data.source import Numbers, Source, source_of
 from checkpointless_elastic.errors import ScriptMismatchError
 from checkpointless_elastic.worker import rng
 
-__all__ = ["LoopHost", "batches", "epochs", "steps"]
+__all__ = ["LoopHost", "batches", "epochs", "numbered", "steps"]
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class LoopHost(Protocol):
@@ -49,17 +54,22 @@ class LoopHost(Protocol):
 
 def epochs(n: int, host: LoopHost | None = None) -> Iterator[int]:
     """Yield 0 to n - 1, one for each pass over the data."""
-    return _plain(range(n)) if host is None else _loop("epochs", Numbers(n), host)
+    return _plain(range(n)) if host is None else _loop("epochs", Numbers(n), host, _item)
 
 
 def steps(n: int, host: LoopHost | None = None) -> Iterator[int]:
     """Yield 0 to n - 1, one for each step."""
-    return _plain(range(n)) if host is None else _loop("steps", Numbers(n), host)
+    return _plain(range(n)) if host is None else _loop("steps", Numbers(n), host, _item)
 
 
 def batches(loader: Iterable[T], host: LoopHost | None = None) -> Iterator[T]:
     """Yield the items of one pass over `loader`; `data/source.py` says what resumes exactly."""
-    return _plain(loader) if host is None else _loop("batches", source_of(loader), host)
+    return _plain(loader) if host is None else _loop("batches", source_of(loader), host, _item)
+
+
+def numbered(loader: Iterable[T], host: LoopHost | None = None) -> Iterator[tuple[int, T]]:
+    """As `batches`, with the number of each item; `enumerate` would start at 0 again in a replacement."""
+    return _plain_numbered(loader) if host is None else _loop("batches", source_of(loader), host, _pair)
 
 
 def _plain(items: Iterable[T]) -> Iterator[T]:
@@ -67,7 +77,19 @@ def _plain(items: Iterable[T]) -> Iterator[T]:
     yield from items
 
 
-def _loop(kind: str, source: Source[T], host: LoopHost) -> Iterator[T]:
+def _plain_numbered(items: Iterable[T]) -> Iterator[tuple[int, T]]:
+    yield from enumerate(items)
+
+
+def _item(position: int, item: T) -> T:
+    return item
+
+
+def _pair(position: int, item: T) -> tuple[int, T]:
+    return position, item
+
+
+def _loop(kind: str, source: Source[T], host: LoopHost, give: Callable[[int, T], U]) -> Iterator[U]:
     host.before_first_use()
     record = None if host.resume is None else host.resume.next_loop(kind)
     if record is None:
@@ -82,9 +104,9 @@ def _loop(kind: str, source: Source[T], host: LoopHost) -> Iterator[T]:
         if record is None:
             source.open()
         else:
-            yield from _recorded(record, source, host)
+            yield from _recorded(record, source, host, give)
         if not frame.finished:
-            yield from _live(frame, source, host)
+            yield from _live(frame, source, host, give)
             end = rng.capture()
         _check_left(frame, host)
     finally:
@@ -92,7 +114,7 @@ def _loop(kind: str, source: Source[T], host: LoopHost) -> Iterator[T]:
         _leave(frame, end, host)
 
 
-def _recorded(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
+def _recorded(frame: Frame, source: Source[T], host: LoopHost, give: Callable[[int, T], U]) -> Iterator[U]:
     """Yield the recorded iteration once more, or nothing if there was none, then put its random state
     back."""
     if frame.compact:
@@ -111,7 +133,7 @@ def _recorded(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
         except StopIteration as error:
             raise ScriptMismatchError(too_short(frame.position, frame.position + 1)) from error
         host.iteration_started()
-        yield item.pop()  # no reference stays here: the body may want the memory back
+        yield give(frame.position, item.pop())  # no reference stays here: the body may want the memory back
     if frame.rng_end is not None:
         _exhaust(frame, source)
         rng.restore(frame.rng_end)
@@ -130,7 +152,7 @@ def _exhaust(frame: Frame, source: Source[T]) -> None:
     )
 
 
-def _live(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
+def _live(frame: Frame, source: Source[T], host: LoopHost, give: Callable[[int, T], U]) -> Iterator[U]:
     while True:
         resume = host.resume
         outside = len(frame.outside) if resume is None else resume.outside_done(frame)
@@ -144,7 +166,7 @@ def _live(frame: Frame, source: Source[T], host: LoopHost) -> Iterator[T]:
         host.cursor.start(frame, *before)
         host.iteration_started()
         host.save()
-        yield item.pop()
+        yield give(frame.position, item.pop())
 
 
 def _check_left(frame: Frame, host: LoopHost) -> None:

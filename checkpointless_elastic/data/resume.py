@@ -62,6 +62,11 @@ class Resume:
         self._path = [_At(cursor.stack[0])]
         self._parted: ScriptMismatchError | None = None
 
+    @property
+    def in_loop(self) -> bool:
+        """Whether the script is inside a loop now; during the walk the cursor does not say so."""
+        return len(self._cursor.stack) > 1 if self.live else len(self._path) > 1
+
     def next_loop(self, kind: str) -> Frame | None:
         """A loop is entered: the frame to resume it at, or None when it is entered for the first time.
 

@@ -192,9 +192,8 @@ class Consumed(_Loader[T]):
 class Stateful(_Loader[T]):
     """A loader that can say and take back where it is.
 
-    Its state is asked for from the second item on: before the first one, some loaders would create an iterator to
-    answer, and others still stand where the pass before ended.
-    """
+    Its state is asked for from the second item on: before the first one, some loaders would create an
+    iterator to answer, and others still stand where the pass before ended."""
 
     _loader: Any
     _begun = False

@@ -78,6 +78,9 @@ class Session:
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         return loops.batches(loader, self)
 
+    def numbered(self, loader: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        return loops.numbered(loader, self)
+
     def call(self, *arguments: Any) -> float:
         """A replayable call that draws and returns a number."""
         self.before_first_use()

@@ -91,7 +91,9 @@ def test_a_walk_answers_from_the_record_and_then_joins() -> None:
     entry = walk.next_outside("world", "broadcast")
     assert entry is not None
     assert entry.output == b"id"
+    assert not walk.in_loop
     outer = walk.next_loop("epochs")
+    assert walk.in_loop
     assert outer is record.stack[1]
     skip = walk.next_call()
     assert isinstance(skip, Skip)
