@@ -137,6 +137,7 @@ class ElasticProcessGroup(ProcessGroup):
         if self.rank() not in new_ranks or self.splitter is None:
             return None
         self._splits += 1
+        new_ranks = sorted(new_ranks)
         kinds = None if device_types is None else {device.type for device in device_types}
         spec = replace(
             self.spec,

@@ -20,7 +20,7 @@ from checkpointless_elastic.groups import LoggedCollective, Registry, Situation
 LIMIT = 60.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel"])
+_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "checkpointless_elastic.groups"])
 
 
 @dataclass
