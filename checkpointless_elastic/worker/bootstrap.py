@@ -117,12 +117,14 @@ def _execute(mode: str, argv: list[str]) -> None:
         _prepend(os.getcwd())
         sys.argv[0] = "-m"  # what `python -m` shows while the module is being found
         runpy._run_module_as_main(argv[0])  # type: ignore[attr-defined]
-    elif pkgutil.get_importer(argv[0]) is not None:  # a directory or an archive with a __main__.py
-        sys.path.insert(0, argv[0])
+        return
+    path = os.path.join(os.getcwd(), argv[0])  # absolute, but as it was written
+    if pkgutil.get_importer(path) is not None:  # a directory or an archive with a __main__.py
+        sys.path.insert(0, path)
         runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
     else:
-        _prepend(os.path.dirname(os.path.realpath(argv[0])))
-        _execute_file(argv[0], main)
+        _prepend(os.path.dirname(os.path.realpath(path)))
+        _execute_file(path, main)
 
 
 def _prepend(directory: str) -> None:
@@ -139,14 +141,14 @@ def _execute_file(path: str, main: ModuleType) -> None:
 
 def _code(path: str) -> CodeType:
     try:
-        with io.open_code(os.path.abspath(path)) as file:
+        with io.open_code(path) as file:
             compiled: CodeType | None = pkgutil.read_code(file)
         if compiled is not None:
             return compiled
-        with io.open_code(os.path.abspath(path)) as file:
+        with io.open_code(path) as file:
             return compile(file.read(), path, "exec", dont_inherit=True)
     except OSError as error:
-        reason = f"{sys.executable}: can't open file {os.path.abspath(path)!r}: [Errno {error.errno}] {error.strerror}"
+        reason = f"{sys.executable}: can't open file {path!r}: [Errno {error.errno}] {error.strerror}"
         print(reason, file=sys.stderr)
         sys.exit(_CANNOT_START)
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,7 +99,20 @@ def test_a_module_ends_as_under_plain_python(nest: Nursery, home: Path, what: st
     assert nest.run("module", ["module", "arg"]) == expected
 
 
-@pytest.mark.parametrize("target", ["missing.py", "/missing/folder/x.py"])
+@pytest.mark.parametrize(
+    "target", ["./folder/here.py", "folder/../folder/here.py", "folder", "./folder/", "folder.zip"]
+)
+def test_relative_targets_are_what_plain_python_makes_of_them(nest: Nursery, home: Path, target: str) -> None:
+    (home / "folder").mkdir(exist_ok=True)
+    text = "import sys; print(__file__, __spec__ and __spec__.name, sys.argv, sys.path[0])\n1 / 0\n"
+    for name in ("here.py", "__main__.py"):
+        (home / "folder" / name).write_text(text)
+    with zipfile.ZipFile(home / "folder.zip", "w") as archive:
+        archive.writestr("__main__.py", text)
+    assert nest.run("script", [target, "-a"]) == real(home, "-u", target, "-a")
+
+
+@pytest.mark.parametrize("target", ["missing.py", "./missing.py", "/missing/folder/x.py"])
 def test_a_missing_script_is_reported_as_by_plain_python(nest: Nursery, home: Path, target: str) -> None:
     assert nest.run("script", [target]) == real(home, "-u", target)
 

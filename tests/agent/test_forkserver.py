@@ -16,14 +16,15 @@ from checkpointless_elastic.agent import preload
 from tests.agent.nursery import Nursery, nursery
 from tests.conftest import wait_until
 
+SMALL = ("checkpointless_elastic.worker.bootstrap",)
 WAIT = "import signal; print('up', flush=True); signal.pause()"
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fork server without torch is there at once."""
-    monkeypatch.setattr(preload, "BASE", ("json",))
-    monkeypatch.setattr(preload, "SUCCESSOR", ("json", "decimal"))
+    """Lists that are loaded sooner than the real ones."""
+    monkeypatch.setattr(preload, "BASE", SMALL)
+    monkeypatch.setattr(preload, "SUCCESSOR", (*SMALL, "decimal"))
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_a_successor_takes_over_and_the_old_server_stays_for_its_children(
         old = nest.start("script", [script(tmp_path, WAIT)])
         nest.servers.learn(["fractions"])
         until_loaded(nest, "fractions")
-        assert nest.servers.loaded == ["json", "decimal", "fractions"]
+        assert nest.servers.loaded == [*SMALL, "decimal", "fractions"]
         new = nest.start("script", [script(tmp_path, WAIT)])
         servers = [psutil.Process(server_of(pid)) for pid in (old, new)]
         assert servers[0].pid != servers[1].pid
@@ -140,7 +141,7 @@ def test_a_module_that_makes_forking_unsafe_is_dropped(
     with nursery(tmp_path) as nest:
         nest.servers.learn(["bad", "good"])
         until_loaded(nest, "good")
-        assert nest.servers.loaded == ["json", "decimal", "good"]
+        assert nest.servers.loaded == [*SMALL, "decimal", "good"]
         assert nest.servers.dropped["bad"].startswith(reason)
         path = script(tmp_path, "import sys; print('good' in sys.modules, 'bad' in sys.modules)")
         assert nest.run("script", [path]).out == "True False\n"
@@ -155,10 +156,10 @@ def test_a_base_module_that_is_dropped_does_not_lose_requests(
     tmp_path: Path, modules: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (modules / "bad.py").write_text("1/0\n")
-    monkeypatch.setattr(preload, "BASE", ("json", "bad"))
+    monkeypatch.setattr(preload, "BASE", (*SMALL, "bad"))
     with nursery(tmp_path) as nest:
         assert nest.run("script", [script(tmp_path, "print('fine')")]).out == "fine\n"
-        assert nest.servers.loaded == ["json"]
+        assert nest.servers.loaded == [*SMALL]
 
 
 def test_a_killed_server_takes_its_children_along_and_another_one_serves(small: None, tmp_path: Path) -> None:

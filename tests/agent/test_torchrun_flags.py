@@ -15,10 +15,9 @@ SHOW = """
     import json, os, sys
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME",
              "ROLE_RANK", "ROLE_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS",
-             "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+             "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS")
     shown = {name: os.environ.get(name) for name in names}
-    ours = ("TORCHELASTIC", "MASTER", "OPENBLAS", "CHECKPOINTLESS")
-    extra = sorted(name for name in os.environ if name.startswith(ours) and "_TEST_" not in name)
+    extra = sorted(name for name in os.environ if name.startswith(("TORCHELASTIC", "MASTER", "OPENBLAS")))
     main = sys.modules["__main__"]
     shown.update(extra=extra, argv=sys.argv, path0=sys.path[0], file=__file__, name=__name__,
                  package=__package__, spec=__spec__ and __spec__.name, main=main.__file__,
