@@ -16,10 +16,16 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.utils import macros  # type: ignore[attr-defined]
 
-from checkpointless_elastic.agent.control import AgentControl
 from checkpointless_elastic.agent.context import ForkedContext, Launch
+from checkpointless_elastic.agent.control import AgentControl
 from checkpointless_elastic.agent.rendezvous import CheckpointlessRendezvousHandler
-from checkpointless_elastic.agent.runtime import ControlPlane, EventLoop, make_run_dir, remove_run_dir
+from checkpointless_elastic.agent.runtime import (
+    ControlPlane,
+    EventLoop,
+    empty_run_dir,
+    make_run_dir,
+    remove_run_dir,
+)
 from checkpointless_elastic.agent.servers import ForkServers
 from checkpointless_elastic.agent.workforce import LocalWorkforce, Verdict, VerdictKind
 from checkpointless_elastic.config import Config
@@ -67,6 +73,7 @@ class CheckpointlessAgent(LocalElasticAgent):
         self._watch_for_stuck_workers()
         while (verdict := workforce.wait()).kind is VerdictKind.RESTART:
             self._remaining_restarts = group.spec.max_restarts - workforce.restarts
+            empty_run_dir(self._run_dir)
             self._restart_workers(group)
         return self._finish(group, verdict)
 

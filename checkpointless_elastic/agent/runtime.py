@@ -12,13 +12,22 @@ import itertools
 import os
 import selectors
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["ControlPlane", "EventLoop", "Timer", "Workforce", "make_run_dir", "remove_run_dir"]
+__all__ = [
+    "ControlPlane",
+    "EventLoop",
+    "Timer",
+    "Workforce",
+    "empty_run_dir",
+    "make_run_dir",
+    "remove_run_dir",
+]
 
 Callback = Callable[[], None]
 
@@ -152,7 +161,8 @@ class Workforce(Protocol):
         """Stop all workers and fork all again with a new TORCHELASTIC_RESTART_COUNT and a new store.
 
         False, with one sentence in the log, when no restart is left. After True nothing more is heard of the present
-        incarnations (no `lost`, no `exited`); the next calls are `started` for the new ones.
+        incarnations (no `lost`, no `exited`); the next calls are `started` for the new ones, and what the old ones left
+        in the run directory is gone by then (but for sockets).
         """
 
     def kill(self, rank: int) -> None:
@@ -205,6 +215,15 @@ def make_run_dir() -> str:
     shm = "/dev/shm"
     root = shm if os.path.isdir(shm) and os.access(shm, os.W_OK | os.X_OK) else None
     return tempfile.mkdtemp(prefix=f"checkpointless-{os.getpid()}-", dir=root)
+
+
+def empty_run_dir(path: str) -> None:
+    """Remove what workers that are gone have left in it; sockets stay, since the control plane listens on them."""
+    for entry in os.scandir(path):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        elif not stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
+            os.unlink(entry.path)
 
 
 def remove_run_dir(path: str) -> None:

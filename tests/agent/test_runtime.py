@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from checkpointless_elastic.agent.runtime import EventLoop, make_run_dir, remove_run_dir
+from checkpointless_elastic.agent.runtime import EventLoop, empty_run_dir, make_run_dir, remove_run_dir
 
 
 @pytest.fixture
@@ -122,3 +123,13 @@ def test_the_run_directory_is_private_and_removed() -> None:
     (path / "agent.sock").touch()
     remove_run_dir(str(path))
     assert not path.exists()
+
+
+def test_emptying_the_run_directory_leaves_its_sockets(tmp_path: Path) -> None:
+    (tmp_path / "slot-0").touch()
+    (tmp_path / "parts" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "agent.sock"))
+    empty_run_dir(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["agent.sock"]
