@@ -129,7 +129,7 @@ class AgentControl:
         self._links.retry()
 
     def lost(self, rank: int, incarnation: int) -> None:
-        if self._incarnations.get(rank) != incarnation:
+        if self._incarnations.get(rank) != incarnation or self._coordinator.state is State.ENDED:
             return
         now = time.monotonic()
         self._links.drain(rank)

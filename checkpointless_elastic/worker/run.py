@@ -85,6 +85,10 @@ class Run:
         """One pass over ``loader``; a replacement resumes at the batch of the rank it replaces."""
         return loops.batches(loader, self._session)
 
+    def numbered(self, loader: Iterable[T]) -> Iterator[tuple[int, T]]:
+        """As ``enumerate(run.batches(loader))``, with numbers that a replacement gets right too."""
+        return loops.numbered(loader, self._session)
+
     # ---- replayable functions
 
     def replayable(self, function: F) -> F:
@@ -157,6 +161,7 @@ class Run:
             raise
         except BaseException:
             if host.committed or not (host.is_frozen() or host.wait_for_freeze()):
+                host.failed = True
                 raise
             self._left = True
             host.left_early()
@@ -216,10 +221,9 @@ class Run:
         """Bucket order of each DDP module, made now where it is not; a reducer left in mid-backward is put right."""
         orders = []
         for module in self._ddp_modules():
-            if self._left:
-                ddp.reset(module)
-            order = ddp.force_bucket_order(module)
-            if order is None:
+            known = ddp.bucket_order(module)
+            order = known or ddp.force_bucket_order(module)
+            if order is None or (known and self._left):
                 ddp.reset(module)
             orders.append(order)
         self._left = False

@@ -94,6 +94,7 @@ class Session:
         frozen: the newest generation that a Freeze named; the rank is frozen while it is above ``generation``.
         step: committed steps.
         shadow: this is a replacement that has not joined.
+        failed: the script's own exception is on its way out; the slot stays where it was raised.
         cursor, resume: see data.loops.LoopHost.
     """
 
@@ -109,6 +110,7 @@ class Session:
         self.in_call = False
         self.committed = False
         self.void_outputs = 0
+        self.failed = False
         self.slot = Slot.open(slot_path(run_dir, rank))
         self.cursor = Cursor.new()
         self.resume: Resume | None = None
@@ -271,7 +273,7 @@ class Session:
 
     def replay(self, group: str, op: str) -> LoggedCollective | None:
         """In shadow: what the lost rank got from the same collective, None if it must be answered locally."""
-        if self.resume is not None and len(self.cursor.stack) > 1:
+        if self.resume is not None and self.resume.in_loop:
             found = self.resume.next_outside(group, op)
             if found is None:
                 return None
@@ -296,7 +298,7 @@ class Session:
 
     def save(self) -> None:
         """Write the cursor to the slot."""
-        if self.recovery is not None and not self.shadow:
+        if self.recovery is not None and not self.shadow and not self.failed:
             self.recovery.save_between()
 
     # ---- the script's life
@@ -326,6 +328,9 @@ class Session:
     def _finish(self) -> None:
         assert self.recovery is not None
         if self.shadow:
+            self.recovery.prepare()
+            if self.resume is not None:
+                self.resume.check()
             self.recovery.join()
         while True:
             if self.is_frozen():
