@@ -51,7 +51,7 @@ def train(options: argparse.Namespace, folder: Path, faults: Sequence[Kill]) -> 
     with Job(plan) as job:
         for fault in faults:
             strike(job, fault)
-        job.finish(timeout=600)
+        job.finish(timeout=60 + 2 * options.steps)
 
 
 def strike(job: Job, fault: Kill) -> None:

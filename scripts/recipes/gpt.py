@@ -77,6 +77,12 @@ def sample(text: Tensor, rows: int) -> Tensor:
     return text[starts + torch.arange(CONTEXT + 1)].long()
 
 
+def recoveries() -> int:
+    """How often the job has recovered so far, from the file of events, where one is named."""
+    events = Path(os.environ.get("CHECKPOINTLESS_EVENTS", ""))
+    return len(events.read_text().splitlines()) if events.is_file() else 0
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -130,15 +136,15 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     log = (options.out / f"steps-{rank}.log").open("a")
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[losses]}"), disable=rank != 0) as progress:
-        bar, held_out_loss = progress.add_task("training", total=options.steps, losses=""), math.nan
+    with Progress(*columns, TextColumn("{task.fields[figures]}"), disable=rank != 0) as progress:
+        bar, held_out_loss = progress.add_task("training", total=options.steps, figures=""), math.nan
         for step in run.steps(options.steps):  # <- where a replacement resumes
             loss = train_step()
             print(time.time_ns(), step, os.getpid(), file=log, flush=True)
             if (step + 1) % options.evaluate_every == 0:
                 held_out_loss = evaluate()
-            losses = f"loss {loss:.3f}, held out {held_out_loss:.3f}"
-            progress.update(bar, completed=step + 1, losses=losses)
+            figures = f"loss {loss:.3f}, held out {held_out_loss:.3f}, {recoveries()} recoveries"
+            progress.update(bar, completed=step + 1, figures=figures)
     state = {
         "model": model.module.state_dict(),
         "optimizer": optimizer.state_dict(),
