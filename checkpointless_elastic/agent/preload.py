@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 
-__all__ = ["BASE", "SUCCESSOR", "learned", "load", "third_party"]
+__all__ = ["BASE", "learned", "load", "third_party"]
 
 BASE = (
     "torch",
@@ -20,14 +20,13 @@ BASE = (
     "torch.nn.parallel",
     "torch.utils.data",
     "torch.distributed.elastic.multiprocessing.errors",
+    "torch._dynamo",
     "checkpointless_elastic.worker.bootstrap",
     "checkpointless_elastic.worker.session",
     "checkpointless_elastic.worker.run",
 )
-"""What the first server loads: enough for any script that trains, and no more, since the job waits for it."""
-
-SUCCESSOR = (*BASE, "torch._dynamo", "checkpointless_elastic")
-"""What a successor loads in the background before the modules that the script was seen to import."""
+"""What every server loads: enough for any script that trains. The job waits for it, but each worker would load the same
+otherwise: torch imports its _dynamo, the slowest of them, for the first optimizer."""
 
 _INSTALLED = ("site-packages", "dist-packages")
 
@@ -78,4 +77,4 @@ def _is_installed(name: str, module: ModuleType | None) -> bool:
 
 def learned(modules: Iterable[str]) -> list[str]:
     """The list for a successor: its own, then `modules` in their order, without doubles."""
-    return list(dict.fromkeys([*SUCCESSOR, *modules]))
+    return list(dict.fromkeys([*BASE, *modules]))

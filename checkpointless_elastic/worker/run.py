@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpointless_elastic.agent.preload import third_party
 from checkpointless_elastic.data import loops
 from checkpointless_elastic.errors import ConfigError, StateMismatchError
 from checkpointless_elastic.groups import ddp
@@ -194,7 +193,7 @@ class Run:
         self.private = self.read_private()
         recovery.save_end(value)
         if first:
-            host.learned(_third_party_modules())
+            host.learned(third_party())
             host.replicas(self._digests())
         return value
 
@@ -260,16 +259,3 @@ class Run:
 
 def _nothing() -> None:
     """The gate of an unprotected call."""
-
-
-def _third_party_modules() -> list[str]:
-    """Top-level modules from site-packages that this process has imported."""
-    roots = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
-    names = {name.partition(".")[0] for name in list(sys.modules)}
-    found = []
-    for name in sorted(names):
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if isinstance(file, str) and file.startswith(roots) and name != "torch":
-            found.append(name)
-    return found
-

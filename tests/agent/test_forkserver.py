@@ -22,9 +22,8 @@ WAIT = "import signal; print('up', flush=True); signal.pause()"
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists that are loaded sooner than the real ones."""
+    """A list that is loaded sooner than the real one."""
     monkeypatch.setattr(preload, "BASE", SMALL)
-    monkeypatch.setattr(preload, "SUCCESSOR", (*SMALL, "decimal"))
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def test_a_successor_takes_over_and_the_old_server_stays_for_its_children(
         old = nest.start("script", [script(tmp_path, WAIT)])
         nest.servers.learn(["fractions"])
         until_loaded(nest, "fractions")
-        assert nest.servers.loaded == [*SMALL, "decimal", "fractions"]
+        assert nest.servers.loaded == [*SMALL, "fractions"]
         new = nest.start("script", [script(tmp_path, WAIT)])
         servers = [psutil.Process(server_of(pid)) for pid in (old, new)]
         assert servers[0].pid != servers[1].pid
@@ -116,7 +115,7 @@ def test_what_is_already_loaded_needs_no_successor(small: None, tmp_path: Path) 
         nest.servers.learn(["fractions"])
         until_loaded(nest, "fractions")
         (server,) = psutil.Process().children()
-        nest.servers.learn(["fractions", "decimal"])
+        nest.servers.learn(["fractions"])
         assert psutil.Process().children() == [server]
 
 
@@ -141,7 +140,7 @@ def test_a_module_that_makes_forking_unsafe_is_dropped(
     with nursery(tmp_path) as nest:
         nest.servers.learn(["bad", "good"])
         until_loaded(nest, "good")
-        assert nest.servers.loaded == [*SMALL, "decimal", "good"]
+        assert nest.servers.loaded == [*SMALL, "good"]
         assert nest.servers.dropped["bad"].startswith(reason)
         path = script(tmp_path, "import sys; print('good' in sys.modules, 'bad' in sys.modules)")
         assert nest.run("script", [path]).out == "True False\n"
@@ -215,4 +214,4 @@ def test_only_installed_modules_are_worth_learning() -> None:
 
 
 def test_a_successors_list_begins_with_its_own_modules_and_has_no_doubles() -> None:
-    assert preload.learned(["torch", "rich", "rich"]) == [*preload.SUCCESSOR, "rich"]
+    assert preload.learned(["torch", "rich", "rich"]) == [*preload.BASE, "rich"]
