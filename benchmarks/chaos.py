@@ -12,7 +12,6 @@ is struck by wall clock only, and judged by its files:"""
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import harness
+import psutil
 from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan, ignore_gone
 from harness.machine import provenance
 from harness.recoveries import Recovery, read_recoveries
@@ -93,11 +93,18 @@ class Clock(threading.Thread):
                 self._strike(fault, rank)
 
     def _strike(self, fault: Fault, rank: int) -> None:
+        """Waits for a living process of the rank, which may be lost to another fault just now, and kills it."""
         folder = self._job.plan.folder
-        pid = newest_process(folder, rank)
-        with ignore_gone():
-            os.kill(pid, signal.SIGSEGV if fault.kind == "SIGSEGV" else signal.SIGKILL)
-            claim(marker(folder, fault.number, rank))
+        number = signal.SIGSEGV if fault.kind == "SIGSEGV" else signal.SIGKILL
+        struck = False
+        while not struck and self._job.running():
+            with ignore_gone():
+                process = psutil.Process(newest_process(folder, rank))
+                struck = process.status() != psutil.STATUS_ZOMBIE
+                if struck:
+                    process.send_signal(number)
+                    claim(marker(folder, fault.number, rank))
+            time.sleep(0 if struck else 0.002)
 
 
 def newest_process(folder: Path, rank: int) -> int:
@@ -142,13 +149,12 @@ def outcome(fault: Fault, folder: Path, logs: Logs, recoveries: Sequence[Recover
         return Outcome(fault, None, None, struck=False)
     end = end_of(logs, fault, max(times))
     seconds = (end - min(times)) / 1e9 if end else None
-    rungs = [
+    answers = (
         recovery.rung
         for recovery in recoveries
-        if set(fault.ranks) & set(recovery.lost_ranks)
-        and recovery.time - 1 <= max(times) / 1e9 <= recovery.time + recovery.seconds + 1
-    ]
-    return Outcome(fault, max(rungs, default=None), seconds, struck=True)
+        if set(fault.ranks) & set(recovery.lost_ranks) and recovery.time + recovery.seconds > max(times) / 1e9
+    )
+    return Outcome(fault, next(answers, None), seconds, struck=True)
 
 
 def end_of(logs: Logs, fault: Fault, struck_ns: int) -> int | None:
