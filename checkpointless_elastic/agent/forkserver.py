@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _DEFERRED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+_END_TIMEOUT_S = 5
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -239,6 +240,10 @@ class _Server:
         """The agent is gone or has finished: leave nothing."""
         for pid in self._children:
             _kill_group(pid)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_END_TIMEOUT_S)  # one that hangs in the kernel must not keep this process
+        for pid in self._children:
+            os.waitpid(pid, 0)
         shutil.rmtree(self._run_dir, ignore_errors=True)
         os._exit(0)
 
@@ -272,4 +277,5 @@ def main() -> None:
     bootstrap.prepare(request.env, request.stdout, request.stderr, request.append, request.cpus)
     if request.mode == "exec":
         bootstrap.replace_process(request.argv)
+    bootstrap.set_title(request.mode, request.argv, request.unbuffered)
     sys.exit(bootstrap.run(request.mode, request.argv, request.unbuffered))

@@ -9,6 +9,7 @@ not from here: a program that is executed does not need it. `runpy._run_module_a
 from __future__ import annotations
 
 import builtins
+import ctypes
 import io
 import os
 import pkgutil
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 if TYPE_CHECKING:
     from checkpointless_elastic.worker.session import Session
 
-__all__ = ["prepare", "replace_process", "run"]
+__all__ = ["prepare", "replace_process", "run", "set_title"]
 
 _CANNOT_START = 2
 _HERE = os.path.abspath(__file__)
@@ -57,6 +58,20 @@ def _redirect(path: str, fd: int, append: bool) -> None:
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | begin, 0o666)
     os.dup2(log, fd)
     os.close(log)
+
+
+def set_title(mode: str, argv: list[str], unbuffered: bool) -> None:
+    """Be listed by ps, and found by pkill -f, under the command line that torchrun would have started.
+
+    Writes over the process' own arguments; a last byte that is not zero tells Linux to take the text before it. What
+    does not fit is cut off.
+    """
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end of proc(5)
+    flags = ["-u"] * unbuffered + ["-m"] * (mode == "module")
+    text = os.fsencode(" ".join([sys.executable, *flags, *argv]))[: end - start - 2]
+    ctypes.memmove(start, text.ljust(end - start - 1, b"\0") + b"\1", end - start)
 
 
 def replace_process(argv: list[str]) -> NoReturn:

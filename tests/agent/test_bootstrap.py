@@ -201,6 +201,14 @@ def test_a_worker_leads_its_own_session_with_default_signals(nest: Nursery, home
     assert ended.out == "[0, 1, 2]\n"
 
 
+def test_a_worker_is_listed_under_its_scripts_name(nest: Nursery, home: Path) -> None:
+    (home / "listed.py").write_text("print(open('/proc/self/cmdline').read().strip(chr(0)))\n")
+    assert nest.run("script", ["listed.py", "-a"]).out == f"{sys.executable} -u listed.py -a\n"
+    assert nest.run("module", ["listed"], unbuffered=False).out == f"{sys.executable} -m listed\n"
+    long = "x" * 100_000
+    assert nest.run("script", ["listed.py", long]).out.startswith(f"{sys.executable} -u listed.py xxx")
+
+
 def test_a_program_is_executed_with_default_signals(nest: Nursery) -> None:
     ended = nest.run("exec", ["sh", "-c", "grep SigIgn /proc/self/status; exit 5"])
     assert ended.status == 5
