@@ -33,7 +33,7 @@ class ReplacingControl:
 
     def _look(self) -> None:
         loaded = self._workers._servers.loaded  # type: ignore[attr-defined]
-        if "torch._dynamo" in loaded:
+        if set(self._learn) <= set(loaded):
             with open("learned", "w") as file:
                 file.write("\n".join(loaded) + "\n")
         else:

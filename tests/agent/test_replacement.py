@@ -90,7 +90,7 @@ def test_a_replacement_from_the_successor_has_the_learned_modules_loaded(torchru
     torchrun.script(
         """
         import os, sys
-        open("ran", "a").write(f"{'torch._dynamo' in sys.modules} {'rich' in sys.modules}\\n")
+        open("ran", "a").write(f"{'rich' in sys.modules}\\n")
         if len(open("ran").readlines()) == 1:
             while not os.path.exists("learned"): os.sched_yield()
             sys.exit(1)
@@ -98,4 +98,4 @@ def test_a_replacement_from_the_successor_has_the_learned_modules_loaded(torchru
     )
     job = start(torchrun, "train.py", learn="rich", ranks=1)
     assert job.finish().code == 0
-    assert job.read("ran") == ["False False", "True True"]
+    assert job.read("ran") == ["False", "True"]
