@@ -1,8 +1,8 @@
 """Native groups are built here, as torch's own `_new_process_group_helper` builds them, but able to be given up.
 
 Read in torch 2.13 and 2.6: `torch/distributed/distributed_c10d.py`, `_new_process_group_helper`. Differences: every
-member first says in the store that it is there and on which addresses its gloo devices listen, and waits for the
-others in short turns, so that a member lost meanwhile ends the attempt at once instead of after a timeout. NCCL
+member first says in the store that it is there and on which addresses its gloo devices listen, and looks for the
+others again and again, so that a member lost meanwhile ends the attempt at once instead of after a timeout. NCCL
 communicators are made non-blocking and not connected before their first use, since one that nobody uses need not be
 rebuilt.
 """
@@ -28,7 +28,6 @@ from torch._C._distributed_c10d import (
     _ProcessGroupWrapper,
     get_debug_level,
 )
-from torch.distributed import DistStoreError
 
 from checkpointless_elastic.errors import RankLostError
 from checkpointless_elastic.groups.link import Link
@@ -39,7 +38,7 @@ from checkpointless_elastic.groups.spec import GroupSpec, Superseded
 __all__ = ["Attempt", "connect"]
 
 _WRAPPER_PREFIX = "pg_wrapper"
-_TURN = timedelta(milliseconds=50)
+_SHORTEST, _LONGEST = 0.0005, 0.01
 _FULL_MESH = timedelta(seconds=5)
 
 
@@ -63,7 +62,7 @@ class Attempt:
 def connect(spec: GroupSpec, store: Store, attempt: Attempt) -> Link:
     """A native group of all members of `spec`, connected. Blocks until they have all come.
 
-    Raises `Superseded` within 50 ms of the attempt being given up while a member has not come, RankLostError after its
+    Raises `Superseded` within 10 ms of the attempt being given up while a member has not come, RankLostError after its
     limit. A member that dies while connections are made can hold it up for 5 s.
     """
     native = ProcessGroup(store, spec.rank, spec.size)
@@ -115,8 +114,10 @@ class _Meeting:
     def _wait(self, keys: list[str]) -> None:
         limit = self.attempt.limit or self.spec.timeout.total_seconds()
         deadline = time.monotonic() + limit
-        while not _all_there(self.store, keys):
-            if self.attempt.given_up.is_set():
+        pause = _SHORTEST
+        while not self.store.check(keys):
+            pause = min(2 * pause, _LONGEST)
+            if self.attempt.given_up.wait(pause):
                 raise Superseded(
                     f"Connecting group {self.spec.name} was given up: another rank was lost meanwhile."
                 )
@@ -170,19 +171,6 @@ def _checked(meeting: _Meeting, backend: Any) -> Any:
     store = PrefixStore(f"{_WRAPPER_PREFIX}:{meeting.spec.name}", meeting.store)
     helper = _gloo(replace(meeting, store=store))
     return _ProcessGroupWrapper(backend, helper)
-
-
-def _all_there(store: Store, keys: list[str]) -> bool:
-    """Waits one turn."""
-    try:
-        store.wait(keys, _TURN)
-    except RuntimeError as error:
-        if (
-            isinstance(error, DistStoreError) or "timeout" in str(error).lower()
-        ):  # a FileStore has no class for it
-            return False
-        raise
-    return True
 
 
 def _who_is_missing(spec: GroupSpec, store: Store, keys: list[str]) -> str:

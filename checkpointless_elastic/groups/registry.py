@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from checkpointless_elastic.errors import RankLostError
+from checkpointless_elastic.errors import CheckpointlessError, RankLostError
 from checkpointless_elastic.groups.elastic import ElasticProcessGroup
 from checkpointless_elastic.groups.host import Host, Situation
 from checkpointless_elastic.groups.issue import Engine
@@ -21,6 +21,7 @@ from checkpointless_elastic.groups.spec import GroupSignature, GroupSpec, Rebuil
 __all__ = ["Registry"]
 
 _LIMIT = 600.0
+_PATIENCE = 2.0
 
 
 @dataclass(eq=False)
@@ -54,6 +55,7 @@ class Registry:
         self._lost: frozenset[int] = frozenset()
         self._lock = threading.Lock()
         self._running: list[_Running] = []
+        self._left_alone: list[threading.Thread] = []
 
     def install(self) -> None:
         """Makes torch.distributed give elastic groups from now on, and DDP report the order of its buckets."""
@@ -100,6 +102,14 @@ class Registry:
             raise RankLostError(
                 f"Group {spec.name} could not be made: one of its members was lost."
             ) from error
+        except CheckpointlessError:
+            raise
+        except RuntimeError as error:
+            if self.engine.host.wait_for_freeze() and self._lost & set(spec.ranks):
+                raise RankLostError(
+                    f"Group {spec.name} could not be made: one of its members was lost."
+                ) from error
+            raise
         finally:
             with self._lock:
                 self._running.remove(running)
@@ -162,17 +172,23 @@ class Registry:
         return {name: place for name, place in places.items() if place is not None}
 
     def _connect_all(self, running: _Running, groups: list[ElasticProcessGroup], store: Store) -> list[Link]:
-        """Connects in a helper thread with a store client of its own, which is left alone if it is superseded."""
-        specs = [group.spec for group in groups]
-        client = store.clone() if groups and hasattr(store, "clone") else store
-        arguments = (running, specs, client)
-        threading.Thread(
+        """Connects in a helper thread, which is left alone if it is superseded.
+
+        A store client serves one call at a time. While one left alone may still wait in the store, the next gets a
+        client of its own; not always, since a new connection costs a name look-up that can take seconds.
+        """
+        self._left_alone = [thread for thread in self._left_alone if thread.is_alive()]
+        client = store.clone() if self._left_alone and hasattr(store, "clone") else store
+        arguments = (running, [group.spec for group in groups], client)
+        thread = threading.Thread(
             target=_connect_in_turn, args=arguments, name="checkpointless-rebuild", daemon=True
-        ).start()
+        )
+        thread.start()
         outcome = running.outcome.get()
         if isinstance(outcome, BaseException):
             with self._lock:
                 self._running.remove(running)
+            self._left_alone.append(thread)
             raise outcome
         return outcome
 
@@ -224,5 +240,9 @@ def _connect_in_turn(running: _Running, specs: list[GroupSpec], store: Store) ->
             for spec in specs
         ]
         running.outcome.put(links)
+    except CheckpointlessError as error:
+        running.outcome.put(error)
     except BaseException as error:  # raised by the thread that waits for the outcome
+        # A member that heard of a further loss first has closed its connections: the news will be here in a moment.
+        attempt.given_up.wait(_PATIENCE)
         running.outcome.put(error)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,14 +15,16 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import FileStore
 
 from checkpointless_elastic.groups import LoggedCollective, Registry, Situation
 
 LIMIT = 60.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "checkpointless_elastic.groups"])
+_context.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed.fsdp", "checkpointless_elastic.groups"]
+)
 
 
 @dataclass
@@ -68,14 +72,22 @@ class Worker:
 
     rank: int
     size: int
-    port: int
+    path: str
     pipe: Connection
     host: MemoryHost
     registry: Registry
 
-    def store(self) -> TCPStore:
-        """A new client of the test's store."""
-        return TCPStore("127.0.0.1", self.port, is_master=False, timeout=timedelta(seconds=LIMIT))
+    @functools.cached_property
+    def store(self) -> FileStore:
+        """The test's store. A file: every new client of a TCPStore looks up its peer's name, which can take seconds."""
+        store = FileStore(self.path, -1)
+        store.set_timeout(timedelta(seconds=LIMIT))
+        return store
+
+    def meet(self, place: str) -> None:
+        """Waits in the store until every rank is here."""
+        self.store.set(f"{place}/{self.rank}", "here")
+        self.store.wait([f"{place}/{rank}" for rank in range(self.size)])
 
     def say(self, word: str) -> None:
         """Tells the test something."""
@@ -88,13 +100,13 @@ class Worker:
 
 
 def _run(
-    body: Callable[[Worker], Any], rank: int, size: int, port: int, pipe: Connection, shadow: bool
+    body: Callable[[Worker], Any], rank: int, size: int, path: str, pipe: Connection, shadow: bool
 ) -> None:
     import torch
 
     torch.set_num_threads(1)
     host = MemoryHost()
-    worker = Worker(rank, size, port, pipe, host, Registry(host, shadow=shadow))
+    worker = Worker(rank, size, path, pipe, host, Registry(host, shadow=shadow))
     try:
         pipe.send(("done", body(worker)))
     except BaseException:
@@ -106,7 +118,8 @@ class Job:
 
     def __init__(self, body: Callable[[Worker], Any], size: int = 3) -> None:
         self.size = size
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._folder = tempfile.TemporaryDirectory()
+        self._path = f"{self._folder.name}/store"
         self.processes: dict[int, BaseProcess] = {}
         self.pipes: dict[int, Connection] = {}
         for rank in range(size):
@@ -115,7 +128,7 @@ class Job:
     def start(self, rank: int, body: Callable[[Worker], Any], *, shadow: bool = False) -> None:
         """Starts a worker, or the replacement of a killed one."""
         here, there = _context.Pipe()
-        arguments = (body, rank, self.size, self.store.port, there, shadow)
+        arguments = (body, rank, self.size, self._path, there, shadow)
         process = _context.Process(target=_run, args=arguments, daemon=True)
         process.start()
         there.close()
@@ -161,3 +174,4 @@ class Job:
         for process in self.processes.values():
             process.kill()
             process.join(LIMIT)
+        self._folder.cleanup()

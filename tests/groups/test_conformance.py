@@ -13,7 +13,7 @@ from tests.groups.processes import Job, Worker
 
 def compare_all(worker: Worker) -> dict[str, tuple[Any, Any]]:
     """The result of every case on a native group and on elastic ones inside and outside of a step."""
-    dist.init_process_group("gloo", store=worker.store(), rank=worker.rank, world_size=worker.size)
+    dist.init_process_group("gloo", store=worker.store, rank=worker.rank, world_size=worker.size)
     native = dist.new_group()
     worker.registry.install()
     elastic = dist.new_group()

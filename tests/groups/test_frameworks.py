@@ -19,13 +19,15 @@ def start(worker: Worker, *, elastic: bool) -> None:
     """A default group, elastic or native."""
     if elastic:
         worker.registry.install()
-    dist.init_process_group("gloo", store=worker.store(), rank=worker.rank, world_size=worker.size)
+    dist.init_process_group("gloo", store=worker.store, rank=worker.rank, world_size=worker.size)
     assert (type(dist.group.WORLD) is ElasticProcessGroup) is elastic
 
 
 def model() -> nn.Module:
     torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 48), nn.Linear(48, 4))
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 48), nn.Linear(48, 4)
+    )
 
 
 def train_with_ddp(worker: Worker) -> Any:
@@ -52,7 +54,12 @@ def results_of(body: Any, word: Any) -> list[Any]:
 
 
 def test_ddp_trains_to_the_same_bits() -> None:
-    for options in ({}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"static_graph": True}):
+    for options in (
+        {},
+        {"gradient_as_bucket_view": True},
+        {"find_unused_parameters": True},
+        {"static_graph": True},
+    ):
         native = results_of(train_with_ddp, (False, options))
         elastic = results_of(train_with_ddp, (True, options))
         assert elastic == native, f"DDP with {options} differs"
@@ -128,7 +135,12 @@ def sub_groups(worker: Worker) -> Any:
         dist.broadcast(own, group=part, group_src=0) if part.rank() >= 0 else None
     local = dist.new_group([worker.rank], use_local_synchronization=True)
     dist.barrier(group=local)
-    answer = (own.tolist(), pair == dist.GroupMember.NON_GROUP_MEMBER, len(everyone), dist.get_world_size(mine))
+    answer = (
+        own.tolist(),
+        pair == dist.GroupMember.NON_GROUP_MEMBER,
+        len(everyone),
+        dist.get_world_size(mine),
+    )
     names = sorted(dist.distributed_c10d._world.pg_names.values(), key=str) if worker.rank == 1 else []
     dist.barrier()
     dist.destroy_process_group(mine)
