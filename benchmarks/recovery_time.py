@@ -101,7 +101,7 @@ class Bench:
             job.finish()
         cost = self.judge(job.plan.folder, killed_ns)
         found = folder_differences(self.folder / "reference", job.plan.folder, self.options.ranks)
-        for difference in found[:3]:
+        for difference in found[:3] if backend == OURS else ():
             print(f"    {difference}", file=sys.stderr)
         self.recoveries += read_recoveries(job.plan.folder / "recoveries.jsonl")
         return Round(backend, rank, cost.seconds, cost.step, cost.lost_steps, memory, not found)
