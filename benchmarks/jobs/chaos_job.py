@@ -93,79 +93,98 @@ def seed(rank: int) -> None:
     torch.manual_seed(rank + 100)
 
 
+class Training:
+    """The replayable functions, and what they work on."""
+
+    def __init__(
+        self,
+        run: ce.Run,
+        model: DistributedDataParallel,
+        optimizer: Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        faults: Faults,
+    ) -> None:
+        self.run, self.model, self.faults = run, model, faults
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.log = StepLog(dist.get_rank())
+        self.step, self.evaluate, self.save = map(run.replayable, (self._step, self._evaluate, self._save))
+
+    def _step(self, batch: Tensor) -> int:
+        step = self.model.module.step = self.optimizer.at_step = self.run.step
+        parts = batch.chunk(2) if step % 3 == 1 else (batch,)
+        for part in parts:
+            with nullcontext() if part is parts[-1] else self.model.no_sync():
+                noisy = part + 0.01 * random.random() + 0.01 * float(np.random.rand())
+                nn.functional.mse_loss(self.model(noisy), part).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+        self.faults.before_gate(step)
+        self.optimizer.step()
+        self.log.committed(step)
+        self.faults.at("after gate", step)
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return step
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        self.model.eval()
+        loss = self.model.module(torch.ones(4, 32)).square().mean()
+        self.faults.at("evaluation", self.run.step)
+        dist.all_reduce(loss)
+        self.model.train()
+        return float(loss)
+
+    def _save(self) -> None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            save_whole(self.model.module.state_dict(), FOLDER / "checkpoint.pt")
+        self.faults.at("saving", self.run.step)
+        dist.barrier()
+
+    def result(self) -> dict[str, object]:
+        return {
+            "model": self.model.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "torch": torch.get_rng_state(),
+            "python": str(random.getstate()),
+            "numpy": str(np.random.get_state()),
+        }
+
+
+def announce(rank: int) -> None:
+    """Tells chaos from outside which process this rank is, before anything else can go wrong."""
+    path = FOLDER / f"pid-{rank}.partial"
+    path.write_text(str(os.getpid()))
+    path.rename(FOLDER / f"pid-{rank}")
+
+
 def main() -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    (FOLDER / f"pid-{rank}.partial").write_text(str(os.getpid()))
-    (FOLDER / f"pid-{rank}.partial").rename(FOLDER / f"pid-{rank}")
+    announce(rank)
     faults = Faults(FOLDER, rank, ranks)
     faults.at("start", 0)
     dist.init_process_group("gloo")
     model, optimizer = build(faults)
     faults.at("built", 0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=STEPS + 1)
     data = Noise(PER_EPOCH * BATCH * ranks, faults)
     sampler: DistributedSampler[Tensor] = DistributedSampler(data, ranks, rank, shuffle=True, seed=3)
     loader = DataLoader(data, BATCH, sampler=sampler)
     seed(rank)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=STEPS + 1)
     run = data.run = ce.Run(model=model, optimizer=optimizer, scheduler=scheduler)
-    log = StepLog(rank)
-
-    @run.replayable
-    def train_step(batch: Tensor) -> float:
-        step = model.module.step = optimizer.at_step = run.step
-        parts = batch.chunk(2) if step % 3 == 1 else (batch,)
-        for number, part in enumerate(parts):
-            with nullcontext() if number == len(parts) - 1 else model.no_sync():
-                noisy = part + 0.01 * random.random() + 0.01 * float(np.random.rand())
-                nn.functional.mse_loss(model(noisy), part).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        faults.before_gate(step)
-        optimizer.step()
-        log.committed(step)
-        faults.at("after gate", step)
-        scheduler.step()
-        optimizer.zero_grad()
-        return step
-
-    @run.replayable
-    @torch.no_grad()
-    def evaluate() -> float:
-        model.eval()
-        loss = model.module(torch.ones(4, 32)).square().mean()
-        faults.at("evaluation", run.step)
-        dist.all_reduce(loss)
-        model.train()
-        return float(loss)
-
-    @run.replayable
-    def save() -> None:
-        dist.barrier()
-        if rank == 0:
-            save_whole(model.module.state_dict(), FOLDER / "checkpoint.pt")
-        faults.at("saving", run.step)
-        dist.barrier()
-
+    training = Training(run, model, optimizer, scheduler, faults)
     for epoch in run.epochs(STEPS // PER_EPOCH):
         sampler.set_epoch(epoch)
         for batch in run.batches(loader):
-            train_step(batch)
+            training.step(batch)
             if run.step % EVALUATE_EVERY == 0:
-                evaluate()
+                training.evaluate()
             if run.step % SAVE_EVERY == 0:
-                save()
+                training.save()
     faults.at("after the loop", STEPS)
-    write_final(
-        rank,
-        {
-            "model": model.module.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "torch": torch.get_rng_state(),
-            "python": str(random.getstate()),
-            "numpy": str(np.random.get_state()),
-        },
-    )
-    log.committed(STEPS)
+    write_final(rank, training.result())
+    training.log.committed(STEPS)
     dist.destroy_process_group()
 
 
