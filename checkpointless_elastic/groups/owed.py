@@ -132,6 +132,16 @@ class Ledger:
         self._next.clear()
         self._finished.clear()
 
+    @property
+    def issued(self) -> dict[str, int]:
+        """By group: collectives outside of steps issued since the last committed call."""
+        return self._next
+
+    def catch_up(self, issued: dict[str, int]) -> None:
+        """A replacement has come to where the lost rank was, which had issued so many; it need not meet all again."""
+        for group, count in issued.items():
+            self._next[group] = max(count, self._next.get(group, 0))
+
     def number(self, group: str, kept: Kept) -> None:
         """Gives a collective that is issued now its place."""
         if self.calls is None:

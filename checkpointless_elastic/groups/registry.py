@@ -222,6 +222,14 @@ class Registry:
         """So many replayable calls of the job are committed, or were skipped by a replacement: see `owed`."""
         self.engine.ledger.commit(calls)
 
+    def issued(self) -> dict[str, int]:
+        """By group: collectives outside of steps since the last committed call, for `catch_up` in a replacement."""
+        return dict(self.engine.ledger.issued)
+
+    def catch_up(self, issued: dict[str, int]) -> None:
+        """A replacement stands where the lost rank stood, which had issued so many since the last committed call."""
+        self.engine.ledger.catch_up(issued)
+
     def has_live_groups(self) -> bool:
         """Is there a group that no loss has made void? Any thread."""
         return any(not group.link.void for group in [*self.engine.groups.values()])

@@ -1,0 +1,225 @@
+"""DDP's bucket order reaches a replacement, and a reducer cut short works again, with the same bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpointless_elastic.errors import RankLostError, StateMismatchError
+from checkpointless_elastic.groups import Situation, ddp
+from tests.groups.listener import Listener, begin, lose
+from tests.groups.processes import LIMIT, Job, Worker
+
+
+class Crossed(nn.Module):
+    """Layers are used in another order than they are defined in, so that a rebuild changes the buckets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(nn.Linear(40, 40) for _ in range(7))
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        for index in (3, 0, 6, 2, 5, 1, 4):
+            value = torch.relu(self.layers[index](value)) + value
+        return value
+
+
+def wrapped() -> DistributedDataParallel:
+    return DistributedDataParallel(Crossed(), bucket_cap_mb=0.015)
+
+
+def step(net: DistributedDataParallel, rank: int, number: int) -> list[bytes]:
+    """One forward and backward; the gradients."""
+    net.zero_grad()
+    torch.manual_seed(100 * number + rank)
+    net(torch.randn(4, 40)).pow(2).sum().backward()
+    return [parameter.grad.numpy().tobytes() for parameter in net.parameters() if parameter.grad is not None]
+
+
+def buckets(net: DistributedDataParallel) -> list[list[int]]:
+    """The parameters of each bucket, by their place in the model."""
+    places = {parameter.data_ptr(): place for place, parameter in enumerate(net.parameters())}
+    found = net.reducer._get_zeros_like_grad_buckets()
+    return [[places[parameter.data_ptr()] for parameter in bucket.parameters()] for bucket in found]
+
+
+def run_without_a_fault(worker: Worker) -> Any:
+    begin(worker)
+    net = wrapped()
+    grads = [step(net, worker.rank, number) for number in range(5)]
+    dist.barrier()
+    return grads, buckets(net)
+
+
+def survive(worker: Worker) -> Any:
+    """Loses rank 2 in the middle of step 3, and does step 3 again with its replacement."""
+    listener, net = begin(worker), wrapped()
+    grads = [step(net, worker.rank, number) for number in range(3)]
+    worker.say("ready")
+    if worker.rank == 2:
+        listener.wait()
+    try:
+        step(net, worker.rank, 3)
+    except RuntimeError:
+        assert listener.frozen.wait(LIMIT)
+    ddp.reset(net)
+    order = ddp.bucket_order(net)
+    if worker.rank == 0:
+        worker.store.set("order", order or b"")
+    return _rejoin(worker, listener, net, grads)
+
+
+def replace(worker: Worker) -> Any:
+    listener, net = begin(worker), wrapped()
+    assert ddp.bucket_order(net) is None
+    ddp.adopt_bucket_order(net, worker.store.get("order"))
+    return _rejoin(worker, listener, net, [])
+
+
+def _rejoin(worker: Worker, listener: Listener, net: Any, grads: list[Any]) -> Any:
+    listener.rebuild()
+    grads += [step(net, worker.rank, number) for number in (3, 4)]
+    dist.barrier()
+    return grads, buckets(net)
+
+
+def test_a_replacement_adopts_the_bucket_order_and_gradients_are_those_of_a_run_without_a_fault() -> None:
+    with Job(run_without_a_fault) as job:
+        whole = job.results()
+    with Job(survive) as job:
+        assert {job.heard(rank) for rank in range(3)} == {"ready"}
+        lose(job, 2)
+        job.start(2, replace, shadow=True)
+        job.tell(("rebuild", 1))
+        found = job.results()
+    assert whole[0][1] != sorted(whole[0][1], reverse=True), "this model's buckets are to be reordered"
+    assert whole[0][1] == found[0][1] == found[1][1] == found[2][1]
+    assert found[0] == whole[0]
+    assert found[1] == whole[1]
+    assert found[2][0] == whole[2][0][3:]
+
+
+def lose_before_any_rebuild(worker: Worker) -> Any:
+    """Loses rank 2 in the first step: nobody has an order, all reset, and the first step runs again."""
+    listener, net = begin(worker), wrapped()
+    worker.say("ready")
+    if worker.rank == 2:
+        listener.wait()
+    try:
+        step(net, worker.rank, 0)
+    except RuntimeError:
+        assert listener.frozen.wait(LIMIT)
+    assert ddp.bucket_order(net) is None
+    ddp.reset(net)
+    listener.rebuild()
+    return [step(net, worker.rank, number) for number in range(5)], buckets(net)
+
+
+def replace_in_the_first_step(worker: Worker) -> Any:
+    listener, net = begin(worker), wrapped()
+    listener.rebuild()
+    return [step(net, worker.rank, number) for number in range(5)], buckets(net)
+
+
+def test_a_loss_in_the_first_step_leaves_the_buckets_of_construction_and_the_same_gradients() -> None:
+    with Job(run_without_a_fault) as job:
+        whole = job.results()
+    with Job(lose_before_any_rebuild) as job:
+        assert {job.heard(rank) for rank in range(3)} == {"ready"}
+        lose(job, 2)
+        job.start(2, replace_in_the_first_step, shadow=True)
+        job.tell(("rebuild", 1))
+        assert job.results() == whole
+
+
+def lose_in_the_rebuild(worker: Worker) -> Any:
+    """Loses rank 2 between the first backward and the next forward: an order is forced and taken by all."""
+    listener, net = begin(worker), wrapped()
+    grads = [step(net, worker.rank, 0)]
+    worker.say("ready")
+    if worker.rank == 2:
+        listener.wait()
+    assert listener.frozen.wait(LIMIT)
+    try:
+        step(net, worker.rank, 1)
+        outcome = "no error"
+    except RankLostError:
+        outcome = "lost"
+    if worker.rank == 0:
+        order = ddp.force_bucket_order(net)
+        assert order is not None
+        assert order == ddp.force_bucket_order(net) == ddp.bucket_order(net)
+        worker.store.set("order", order)
+    ddp.adopt_bucket_order(net, worker.store.get("order"))
+    listener.rebuild()
+    grads += [step(net, worker.rank, number) for number in range(1, 5)]
+    return grads, buckets(net), outcome
+
+
+def replace_after_the_first_step(worker: Worker) -> Any:
+    listener, net = begin(worker), wrapped()
+    ddp.adopt_bucket_order(net, worker.store.get("order"))
+    listener.rebuild()
+    return [step(net, worker.rank, number) for number in range(1, 5)], buckets(net), "lost"
+
+
+def test_a_loss_while_buckets_are_rebuilt_is_an_error_and_a_forced_order_serves_all() -> None:
+    with Job(run_without_a_fault) as job:
+        whole = job.results()
+    with Job(lose_in_the_rebuild) as job:
+        assert {job.heard(rank) for rank in range(3)} == {"ready"}
+        lose(job, 2)
+        job.start(2, replace_after_the_first_step, shadow=True)
+        job.tell(("rebuild", 1))
+        found = job.results()
+    assert [outcome for _, _, outcome in found] == ["lost"] * 3
+    assert [sizes for _, sizes, _ in found] == [sizes for _, sizes in whole]
+    assert found[0][0] == whole[0][0]
+    assert found[2][0] == whole[2][0][1:]
+
+
+def void_forward_and_backward(worker: Worker) -> Any:
+    """A group that is void from the start of a step: DDP's reducer takes filled works, and nothing is raised."""
+    listener, net = begin(worker), wrapped()
+    for number in range(2):
+        step(net, worker.rank, number)
+    worker.say("ready")
+    if worker.rank == 2:
+        listener.wait()
+    assert listener.frozen.wait(LIMIT)
+    worker.host.where = Situation.ATTEMPT
+    grads = step(net, worker.rank, 2)
+    return len(grads), ddp.bucket_order(net) is not None
+
+
+def test_a_wholly_void_backward_ends_without_an_error() -> None:
+    with Job(void_forward_and_backward) as job:
+        assert {job.heard(rank) for rank in range(3)} == {"ready"}
+        lose(job, 2)
+        assert job.results(0, 1) == [(14, True)] * 2
+
+
+def adopt_wrongly(worker: Worker) -> Any:
+    begin(worker)
+    net = wrapped()
+    for number in range(2):
+        step(net, worker.rank, number)
+    order = ddp.bucket_order(net)
+    assert order is not None
+    other = DistributedDataParallel(nn.Linear(2, 2))
+    try:
+        ddp.adopt_bucket_order(other, order)
+    except StateMismatchError as error:
+        return str(error)
+    return ""
+
+
+def test_an_order_of_another_model_is_refused() -> None:
+    with Job(adopt_wrongly) as job:
+        for text in job.results():
+            assert "of another model" in text
