@@ -4,6 +4,7 @@ Times are seconds. Phases, in the order of the path: *detect* (first sign to dec
 have said where they stand), *fork* (the replacement has a process id), *setup* (it has run the script up to its first
 loop or step), *transfer* (state copied and verified), *forward* (it has gone on to the survivors' step), *rebuild*
 (affected groups), *replay* (first committed step). Freeze runs beside fork and set-up, the others follow each other.
+A fault during the recovery starts it over: the time until then is *repeated*.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-ORDER = ("detect", "freeze", "fork", "setup", "transfer", "forward", "rebuild", "replay")
+ORDER = ("detect", "repeated", "freeze", "fork", "setup", "transfer", "forward", "rebuild", "replay")
 
 
 @dataclass
@@ -40,13 +41,15 @@ class Recovery:
 
     def mark(self, point: str, now: float) -> None:
         """Note that ``point`` was reached; a fault during the recovery moves it later."""
+        self.marks.setdefault("acted", now)
         self.marks[point] = now
 
     def phases(self) -> dict[str, float]:
         """Seconds of each phase that was reached."""
         at = {"seen": self.seen, **self.marks}
         spans = {
-            "detect": ("seen", "opened"),
+            "detect": ("seen", "acted"),
+            "repeated": ("acted", "opened"),
             "freeze": ("opened", "frozen"),
             "fork": ("opened", "forked"),
             "setup": ("forked", "arrived"),
@@ -58,7 +61,7 @@ class Recovery:
         if "forward" in found:
             found["transfer"] = min(self.transfer_s, found["forward"])
             found["forward"] -= found["transfer"]
-        return {name: found[name] for name in ORDER if name in found}
+        return {name: found[name] for name in ORDER if name in found and (found[name] or name != "repeated")}
 
     def record(self, pids: dict[int, int]) -> dict[str, object]:
         """The record as it is written."""

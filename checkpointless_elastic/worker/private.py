@@ -34,6 +34,7 @@ class PrivateState(msgspec.Struct, frozen=True, array_like=True):
         rng: at the start of the step; None between steps (the cursor has those).
         tensors: raw bytes of tensors that forward writes, by key, at the start of the step.
         ready_rng, ready_tensors: the same when the rank was ready.
+        issued: by group, collectives outside replayable functions since the last committed step.
     """
 
     step: int
@@ -43,6 +44,7 @@ class PrivateState(msgspec.Struct, frozen=True, array_like=True):
     tensors: dict[str, bytes] = {}
     ready_rng: RngState | None = None
     ready_tensors: dict[str, bytes] = {}
+    issued: dict[str, int] = {}
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -138,11 +138,12 @@ class Recovery:
         """In a replacement, where the survivors wait: returns when it is a rank like all others."""
         self.prepare()
         self._compare_groups()
+        if self._state is not None and self._state.step == self._session.step:
+            self._session.registry.catch_up(self._state.issued)
         self.settle()
         if self._join_rng is not None:
             rng.restore(self._join_rng)
         self._join_rng = None
-        self._run.restore_private(self._private_tensors())
 
     def _compare_groups(self) -> None:
         """Raises ScriptMismatchError where this rank's groups are not those of the survivors."""
@@ -185,6 +186,7 @@ class Recovery:
         if self._session.resume is None:
             self._take_private(decision.step)
         self._session.step = decision.step
+        self._run.restore_private(self._private_tensors())
         self._restored = RestoredReport(moved, time.perf_counter() - started)
 
     def _take_private(self, step: int) -> None:
@@ -208,30 +210,32 @@ class Recovery:
         session.registry.committed(step)
 
     def _private_tensors(self) -> dict[str, bytes]:
-        state, self._state = self._state, None
-        if state is None:
-            return {}
+        state = self._state
+        assert state is not None
         return state.ready_tensors if state.step < self._session.step else state.tensors
 
     # ---- the slot
 
     def save_between(self) -> None:
         """Write the cursor, between steps."""
-        state = PrivateState(self._session.step, At.BETWEEN, self._session.cursor.encode(), None, self._run.private)
-        write_state(self._session.slot, state)
+        write_state(self._session.slot, self._now(At.BETWEEN, None))
 
     def save_start(self, state: rng.RngState) -> None:
         """A step begins with this random state."""
-        cursor = self._session.cursor.encode()
-        self._state = PrivateState(self._session.step, At.START, cursor, state, self._run.private)
+        self._state = self._now(At.START, state)
         write_state(self._session.slot, self._state)
+
+    def _now(self, at: At, state: rng.RngState | None) -> PrivateState:
+        session = self._session
+        issued = session.registry.issued()
+        return PrivateState(session.step, at, session.cursor.encode(), state, self._run.private, issued=issued)
 
     def save_ready(self) -> None:
         """The step is computed: keep what a replacement needs if it is committed."""
         start = self._state
         assert start is not None
         tensors = self._run.read_private()
-        ready = PrivateState(start.step, At.READY, start.cursor, start.rng, start.tensors, rng.capture(), tensors)
+        ready = msgspec.structs.replace(start, at=At.READY, ready_rng=rng.capture(), ready_tensors=tensors)
         write_state(self._session.slot, ready)
 
     def save_end(self, value: Any) -> None:

@@ -1,0 +1,148 @@
+"""A training script that dies where FAULTS says, each fault once: "rank:step:moment:kind", separated by commas.
+
+Writes per rank and step a line "pid step" to OUT/steps-RANK.log, and everything that must be equal to OUT/final-RANK.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+import checkpointless_elastic as ce
+
+OUT = os.environ["OUT"]
+EPOCHS, STEPS = 2, 12
+FAULTS = [fault.split(":") for fault in os.environ.get("FAULTS", "").split(",") if fault]
+
+
+class Boom(Exception):
+    """A fault of kind "raise"."""
+
+
+def fail(kind: str, name: str) -> None:
+    if kind == "raise":
+        raise Boom(name)
+    if kind == "exit":
+        os._exit(7)
+    if kind == "sysexit":
+        sys.exit(3)
+    os.kill(os.getpid(), signal.SIGSEGV if kind == "segv" else signal.SIGKILL)
+
+
+def moment(name: str, step: int) -> None:
+    for rank, at, where, kind in FAULTS:
+        if (int(rank), int(at), where) != (int(os.environ["RANK"]), step, name):
+            continue
+        marker = f"{OUT}/{rank}-{at}-{where}"
+        again = 3 if kind == "always" else int(kind[4:] or 1) if kind.startswith("kill") else 1
+        for number in range(again):
+            try:
+                os.close(os.open(f"{marker}-{number}", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            fail("raise" if kind == "always" else kind, "always" if kind == "always" else name)
+
+
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+run_id: list[Any] = [os.urandom(8).hex() if rank == 0 else None]
+dist.broadcast_object_list(run_id)
+hosts: list[Any] = [None] * world
+dist.all_gather_object(hosts, (socket.gethostname(), run_id[0]))
+assert len(set(hosts)) == 1, hosts
+
+torch.manual_seed(1)
+net = nn.Sequential(
+    nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)
+)
+model = DistributedDataParallel(net)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+run = ce.Run(model=model, optimizer=optimizer, scheduler=scheduler)
+torch.manual_seed(100 + rank)
+inputs, labels = torch.randn(2048, 32, generator=torch.Generator().manual_seed(5)), torch.arange(2048) % 8
+data = TensorDataset(inputs, labels)
+sampler: Any = DistributedSampler(data, shuffle=True)
+loader = DataLoader(data, batch_size=8, sampler=sampler)
+os.environ["REPLACEMENT"] = str(ce.is_replacement())
+if ce.is_replacement():
+    moment("setup", 0)
+
+
+@run.replayable
+def train_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    moment("start", run.step)
+    loss = cross_entropy(model(x + 0.1 * torch.randn_like(x)), y)
+    moment("forward", run.step)
+    loss.backward()
+    moment("backward", run.step)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    moment("stepped", run.step)
+    scheduler.step()
+    optimizer.zero_grad()
+    return loss
+
+
+@run.replayable
+def evaluate() -> float:
+    model.eval()
+    with torch.no_grad():
+        right = (net(inputs[rank::world]).argmax(1) == labels[rank::world]).sum()
+        moment("evaluate", run.step)
+        dist.all_reduce(right)
+    model.train()
+    return float(right) / len(inputs)
+
+
+@run.replayable
+def save(epoch: int) -> None:
+    moment("save", run.step)
+    if rank == 0:
+        torch.save(net.state_dict(), f"{OUT}/checkpoint-{epoch}.pt")
+    dist.barrier()
+
+
+losses, accuracies = [], []
+log = open(f"{OUT}/steps-{rank}.log", "a")
+for epoch in run.epochs(EPOCHS):
+    sampler.set_epoch(epoch)
+    for number, (x, y) in run.numbered(loader):
+        moment("load", run.step)
+        loss = train_step(x, y)
+        moment("between", run.step)
+        if number % 4 == 3:
+            average = loss.detach().clone()
+            dist.all_reduce(average)
+            moment("outside", run.step)
+        log.write(f"{os.getpid()} {run.step} {loss.item()}\n")
+        log.flush()
+        if number + 1 == STEPS:
+            break
+    accuracy = evaluate()
+    save(epoch)
+moment("after", run.step)
+dist.barrier()
+moment("passed", run.step)
+final = {
+    "model": net.state_dict(),
+    "optimizer": optimizer.state_dict(),
+    "scheduler": scheduler.state_dict(),
+    "rng": torch.get_rng_state(),
+    "values": (run.step, float(loss), float(average), accuracy),
+}
+torch.save(final, f"{OUT}/final-{rank}.pt")
+print(f"rank {rank} finished, run {run_id[0]}", flush=True)
+dist.destroy_process_group()
+moment("destroyed", run.step)
