@@ -1,14 +1,17 @@
 """What does protection cost while nothing goes wrong?
 
 The same job runs twice on this machine, under our launcher and under plain torchrun. Only one of them runs at
-a time: the processes of the other are stopped (SIGSTOP). They take turns of about a second, in the order
+a time: the processes of the other are stopped (SIGSTOP). They take short turns (--turn), in the order
 ABBA, for --seconds; a step that a turn cut in two is left out. Each pair of neighbouring turns gives one
 ratio of median step times, and the overhead is the median of these ratios, with a 95 % interval by bootstrap.
-A busy or drifting machine hits both halves of a pair alike.
+Both
+jobs are started anew --instances times, since two equal jobs can differ by where their memory lies. A busy or
+drifting machine hits both halves of a pair alike.
 
 Two small figures are measured inside one job of ours, where protected and native calls take turns: gate_us, a
-replayable function that only calls optimizer.step() on one small parameter, less the same call unprotected;
-and collective_us, an all_reduce of one number on a native group and on an elastic one.
+replayable function that only calls optimizer.step() on one small parameter, less the same call unprotected
+(optimizer_step_us says how much of it lies inside optimizer.step(), where the ranks wait for each other); and
+collective_us, an all_reduce of one number on a native group and on an elastic one.
 
 A script given by --script is judged by the files that it writes, and should do at least BENCH_STEPS steps:
 """
@@ -70,7 +73,7 @@ def take_turns(jobs: dict[str, Job], seconds: float, turn_seconds: float) -> lis
 
 
 def turn_median(folder: Path, turn: Turn) -> float | None:
-    """Median step of one turn, seen by rank 0; None when fewer than three whole steps fit into it."""
+    """Median step of one turn, seen by rank 0; None when fewer than two whole steps fit into it."""
     commits = [c for c in read_log(folder / "steps-0.log") if turn.start_ns < c.time_ns < turn.end_ns]
     steps = step_seconds(commits)
     return median(steps) if len(steps) >= 2 else None
@@ -88,7 +91,7 @@ def pair_ratios(folders: dict[str, Path], turns: Sequence[Turn]) -> tuple[list[f
             steps[OURS].append(ours)
             steps[TORCHRUN].append(plain)
     if not ratios:
-        raise JobFailedError("No pair of turns held three whole steps of each job; use a longer --turn.")
+        raise JobFailedError("No pair of turns held two whole steps of each job; use a longer --turn.")
     return ratios, {backend: median(values) for backend, values in steps.items()}
 
 
@@ -157,7 +160,10 @@ def small_calls(options: argparse.Namespace, folder: Path) -> dict[str, object]:
             "native": max(rank["native_us"] for rank in found),
             "elastic": max(rank["native_us"] for rank in found) + max(rank["added_us"] for rank in found),
         },
-        "optimizer_step_us": max(rank["plain_step_us"] for rank in found),
+        "optimizer_step_us": {
+            "plain": max(rank["plain_step_us"] for rank in found),
+            "protected": max(rank["protected_step_us"] for rank in found),
+        },
     }
 
 
@@ -193,7 +199,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--script", type=Path, default=JOBS / "ddp.py", help="another training script")
     parser.add_argument("--seconds", type=float, default=140, help="time for the turns (default 140)")
     parser.add_argument("--instances", type=int, default=4, help="pairs of jobs to start (default 4)")
-    parser.add_argument("--turn", type=float, default=1.2, help="seconds of one turn (default 1.2)")
+    parser.add_argument("--turn", type=float, default=0.6, help="seconds of one turn (default 0.6)")
     parser.add_argument("--batch", type=int, default=48, help="BENCH_BATCH, sizes the step (default 48)")
     return parser.parse_args(arguments)
 
