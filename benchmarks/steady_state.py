@@ -4,9 +4,8 @@ The same job runs twice on this machine, under our launcher and under plain torc
 a time: the processes of the other are stopped (SIGSTOP). They take short turns (--turn), in the order
 ABBA, for --seconds; a step that a turn cut in two is left out. Each pair of neighbouring turns gives one
 ratio of median step times, and the overhead is the median of these ratios, with a 95 % interval by bootstrap.
-Both
-jobs are started anew --instances times, since two equal jobs can differ by where their memory lies. A busy or
-drifting machine hits both halves of a pair alike.
+Both jobs are started anew --instances times, since two equal jobs can differ by where their memory lies. A
+busy or drifting machine hits both halves of a pair alike.
 
 Two small figures are measured inside one job of ours, where protected and native calls take turns: gate_us, a
 replayable function that only calls optimizer.step() on one small parameter, less the same call unprotected
