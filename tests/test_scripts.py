@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from checkpointless_elastic import Config
 
 ROOT = Path(__file__).parents[1]
 RUNNABLE = ["scripts/setup", "scripts/check", "scripts/test", "scripts/demo", "scripts/chaos", ".ci/run"]
@@ -40,3 +43,25 @@ def test_long_functions_and_files_are_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "long.py: 461 lines" in done.stdout
     assert "f has 461 lines" in done.stdout
+
+
+def test_the_readme_lists_every_setting_with_its_default() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name, default, meaning in Config.describe():
+        assert f"| `{name}` | {default or 'none'} | {meaning} |" in text
+
+
+def test_results_go_between_the_markers_of_the_readme(tmp_path: Path) -> None:
+    report = {"seed": 3, "survived": 9, "faults": 9, "equal": True, "longest_interruption_s": 0.5}
+    machine = {"cores": 2, "processor": "some", "memory_gib": 23.5, "gpus": 0, "system": "Linux"}
+    report |= {"machine": machine, "versions": {"python": "3.11", "torch": "2.13.0"}}
+    (tmp_path / "chaos.json").write_text(json.dumps(report))
+    program = (
+        "import sys, pathlib, summary; print(summary.put('a\\n<!-- results -->old<!-- end of results -->b', "
+    )
+    program += "summary.summary(pathlib.Path(sys.argv[1]))))"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True)
+    assert "9 of 9 faults survived, final state equal, longest interruption 0.50 s" in done.stdout
+    assert "old" not in done.stdout
+    assert done.stdout.endswith("<!-- end of results -->b\n")
