@@ -189,8 +189,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--script", type=Path, default=DEFAULT_SCRIPT, help="another training script")
     parser.add_argument("--seed", type=int, default=0, help="chooses ranks and moments (default 0)")
-    parser.add_argument("--steps", type=int, default=50, help="BENCH_STEPS (default 50)")
-    parser.add_argument("--warm-up", type=int, default=15, help="steps before the kill (default 15)")
+    parser.add_argument("--steps", type=int, help="BENCH_STEPS (default 50; 24 with more than 8 ranks)")
+    parser.add_argument(
+        "--warm-up", type=int, help="steps before the kill (default 15; 6 with more than 8 ranks)"
+    )
     parser.add_argument(
         "--spread", type=float, default=0.3, help="kill up to so many seconds later (default 0.3)"
     )
@@ -198,7 +200,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--checkpoint-every", type=int, default=10, help="plain torchrun's checkpoints (default 10)"
     )
     parser.add_argument("--keep", type=Path, help="keep the jobs' folders here")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    steps, warm_up = (50, 15) if options.ranks <= 8 else (24, 6)
+    options.steps = options.steps or steps
+    options.warm_up = options.warm_up or min(warm_up, options.steps // 2)
+    return options
 
 
 def main() -> int:
