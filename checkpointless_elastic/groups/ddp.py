@@ -1,10 +1,10 @@
 """The order of DDP's buckets: captured, handed to a replacement, and a reducer put right after a void backward.
 
-Read in torch 2.13: `torch/nn/parallel/distributed.py`, `torch/csrc/distributed/c10d/reducer.cpp`. After its first
-backward DDP's reducer computes buckets in the order in which gradients became ready, and `_rebuild_buckets`, called
-before the next forward, takes rank 0's order by two broadcasts: bucket indices, then bucket sizes. It changes the
-reducer only after both, so a rank has rebuilt wholly or not at all. `_reset_state` puts a reducer back to before its
-first backward, with the buckets it has.
+Read in torch 2.13: `torch/nn/parallel/distributed.py`; how the reducer in C++ behaves was found by running it. After its
+first backward the reducer computes buckets in the order in which gradients became ready, and `_rebuild_buckets`,
+called before the next forward, takes rank 0's order by two broadcasts: bucket indices, then bucket sizes. It changes
+the reducer only after both, so a rank has rebuilt wholly or not at all. `_reset_state`, which torch has for a change of
+the process group, puts a reducer back to before its first backward, with the buckets it has.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def install(engine: Engine) -> None:
     reducer: Any = Reducer
     missing = [name for name in _NEEDED if not hasattr(reducer, name)]
     if missing:
-        raise UnsupportedTorchError(
-            f"DDP's Reducer has no {missing}: use a torch from 2.6 to 2.13, which were read."
-        )
+        raise UnsupportedTorchError(f"DDP's Reducer has no {missing}: use torch 2.13, which was read.")
     _original, _engine = reducer._rebuild_buckets, engine
     reducer._rebuild_buckets = _rebuild
 

@@ -1,6 +1,6 @@
 """The process group that user code, DDP, FSDP and DeviceMesh hold: it stays, the native group inside is exchanged.
 
-Read in torch 2.6 to 2.13: `PyProcessGroup.hpp` for what C++ callers reach (trampolines), `distributed_c10d.py` for what
+Read in torch 2.13: `PyProcessGroup.hpp` for what C++ callers reach (trampolines), `distributed_c10d.py` for what
 Python callers use. No backend is registered on the C++ side of the object, since `setBackend` keeps the first one per
 type for good; a C++ caller that bypasses the trampolines gets an error and never a dead group. `getBackendName`
 answers "elastic:gloo" to C++ because DDP's logger would cast the backend of a group called "gloo".
@@ -115,6 +115,15 @@ class ElasticProcessGroup(ProcessGroup):
             return make(self.rank(), self.size())
         return self.native._get_backend(device)
 
+    @property
+    def use_pg_for_symm_mem_rendezvous(self) -> bool:
+        """Whether symmetric memory meets through this group."""
+        return self.native.use_pg_for_symm_mem_rendezvous
+
+    @use_pg_for_symm_mem_rendezvous.setter
+    def use_pg_for_symm_mem_rendezvous(self, value: bool) -> None:
+        self.native.use_pg_for_symm_mem_rendezvous = value
+
     def set_timeout(self, timeout: timedelta) -> None:
         """Changes the timeout of later collectives, of later native groups too."""
         self.spec = replace(self.spec, timeout=timeout)
@@ -184,6 +193,9 @@ class ElasticProcessGroup(ProcessGroup):
         if native is not None:
             self.link.track(native)
         return work
+
+    start_coalescing = _start_coalescing  # the names that C++ calls in torch after 2.13
+    end_coalescing = _end_coalescing
 
     def batch_up(self, work: ElasticWork) -> None:
         """Notes a work issued while a batch is open."""

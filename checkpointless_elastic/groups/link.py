@@ -47,7 +47,7 @@ class Link:
     def track(self, work: Any) -> None:
         """Keeps a native work until it is known to have ended."""
         if len(self.in_flight) > _MANY:
-            self.in_flight = {old for old in self.in_flight if not old.is_completed()}
+            self.in_flight.difference_update([old for old in list(self.in_flight) if old.is_completed()])
         self.in_flight.add(work)
 
     def abort_device(self) -> None:
@@ -69,7 +69,7 @@ def retire(links: list[Link]) -> None:
 
 
 def _let_go(links: list[Link]) -> None:
-    works = [work for link in links for work in link.in_flight]
+    works = [work for link in links for work in list(link.in_flight)]
     for work in works:
         try:
             work.wait()

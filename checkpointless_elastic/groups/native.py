@@ -1,6 +1,6 @@
 """Native groups are built here, as torch's own `_new_process_group_helper` builds them, but able to be given up.
 
-Read in torch 2.13 and 2.6: `torch/distributed/distributed_c10d.py`, `_new_process_group_helper`. Differences: every
+Read in torch 2.13: `torch/distributed/distributed_c10d.py`, `_new_process_group_helper`. Differences: every
 member first says in the store that it is there and on which addresses its gloo devices listen, and looks for the
 others again and again, so that a member lost meanwhile ends the attempt at once instead of after a timeout. NCCL
 communicators are made non-blocking and not connected before their first use, since one that nobody uses need not be

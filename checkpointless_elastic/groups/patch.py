@@ -1,6 +1,6 @@
 """torch.distributed gives elastic groups: the one place where its functions are exchanged.
 
-Read in torch 2.13 and 2.6: `torch/distributed/distributed_c10d.py`. `init_process_group` and `new_group` (and through
+Read in torch 2.13: `torch/distributed/distributed_c10d.py`. `init_process_group` and `new_group` (and through
 them `init_device_mesh`) make every group with `_new_process_group_helper`, which is exchanged for one that makes
 elastic groups of gloo and NCCL and leaves other backends to torch's own.
 """
@@ -48,7 +48,7 @@ def install(registry: Registry) -> None:
     if missing:
         raise UnsupportedTorchError(
             f"torch {dist.__name__}._new_process_group_helper has no arguments {missing}: "
-            "use a torch from 2.6 to 2.13, which were read."
+            "use torch 2.13, which was read."
         )
     # The watchdog and the monitor of NCCL would end the process at a lost peer.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
@@ -144,7 +144,7 @@ def _spec(asked: _Asked, devices: tuple[tuple[str, str], ...]) -> GroupSpec:
 
 
 def _enter(group: ElasticProcessGroup, asked: _Asked, store: Any, config: str) -> None:
-    """Enters the group into torch's tables, as `_register_pg_in_world` does in 2.13 and the helper itself before."""
+    """Enters the group into torch's tables, as `_register_pg_in_world` does in 2.13."""
     world, name = c10d._world, asked.group_name
     world.pg_map[group] = (asked.backend, store)
     world.pg_names[group] = name

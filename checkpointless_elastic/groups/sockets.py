@@ -1,7 +1,7 @@
 """The TCP sockets of gloo groups: found precisely, shut down to wake waiting collectives.
 
 torch's `abort()` does not wake a waiting gloo collective; shutting down its connections does, within a millisecond.
-Read in torch 2.6 to 2.13: every gloo device has one listening socket, and each connection between two members has the
+Found by running torch 2.13: every gloo device has one listening socket, and each connection between two members has the
 listening address of one of them as its local or remote address. So a socket belongs to a group exactly if its local
 address is that of the group's own device, or its remote address that of another member's device.
 """
@@ -57,8 +57,8 @@ def _open_device(interface: str) -> tuple[Any, Address]:
                 return device, found[0]
             del device
     raise UnsupportedTorchError(
-        f"A gloo device opened {len(found)} listening sockets where torch 2.6 to 2.13 opens one: "
-        "use one of these versions and GLOO_DEVICE_TRANSPORT=TCP."
+        f"A gloo device opened {len(found)} listening sockets where torch 2.13 opens one: "
+        "use torch 2.13 and GLOO_DEVICE_TRANSPORT=TCP."
     )
 
 
