@@ -86,6 +86,7 @@ class AttemptSnapshot:
         self._limit = first_copy_bytes
         self._functions: dict[object, _Function] = {}
         self._told: set[str] = set()
+        self._known_elsewhere: set[object] = set()
         self._gradients = GradientNote()
         self._view = self._look()
         self._function = _Function(None)
@@ -159,9 +160,12 @@ class AttemptSnapshot:
             holder.put_back(noted)
         self.begin(known.name)
 
-    def learn(self, keys: Iterable[str]) -> None:
-        """Take over from a survivor which pieces functions write before their gate (see `written_before_gate`)."""
-        self._told.update(keys)
+    def learn(self, keys: Iterable[str], functions: Iterable[object]) -> None:
+        """Take over from a survivor which pieces functions write before their gate (see `written_before_gate`).
+
+        `functions`: those that it has called; they need not be learned here again by copying all.
+        """
+        self._told, self._known_elsewhere = set(keys), set(functions)
         for known in self._functions.values():
             known.scan = None
 
@@ -202,11 +206,12 @@ class AttemptSnapshot:
         known.indices, known.learning = [], []
         room = self._limit
         pieces = self._view.pieces
+        learns = known.name not in self._known_elsewhere
         for number in sorted(range(len(pieces)), key=lambda n: pieces[n].info.role not in (BUFFER, OBJECT)):
             info = pieces[number].info
             if info.key in known.written or info.key in self._told:
                 known.indices.append(number)
-            elif known.checked.get(info.key, 0) < _LEARNING_CALLS and info.nbytes <= room:
+            elif learns and known.checked.get(info.key, 0) < _LEARNING_CALLS and info.nbytes <= room:
                 room -= info.nbytes
                 known.learning.append(len(known.indices))
                 known.indices.append(number)

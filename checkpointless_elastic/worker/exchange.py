@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,12 @@ from checkpointless_elastic.state.transfer import publish as publish_stripe
 
 if TYPE_CHECKING:
     from checkpointless_elastic.worker.run import Run
+
+
+RESERVED = "state"
+RESERVE_LIMIT = 1 << 30
+"""Bytes of state up to which its shared memory is kept from the first step on: making its pages when a rank is lost
+would take time from the replacement. It is one more copy of the state per node."""
 
 
 class Shared(msgspec.Struct, frozen=True):
@@ -63,10 +70,33 @@ def publish(
     stripe = layout.stripes[rank]
     start = stripe[0].segment_offset if stripe else 0
     end = stripe[-1].segment_offset + stripe[-1].length if stripe else 0
-    segment = Segment.share(Path(run_dir), _name(decision), layout.segment_bytes, start, end - start)
+    segment = _reserved(run, run_dir, layout.segment_bytes)
+    if segment is None:
+        segment = Segment.share(Path(run_dir), _name(decision), layout.segment_bytes, start, end - start)
     digests = publish_stripe(pieces, layout, rank, segment)
     common = run.shared(last_value) if leader else None
     return Publication(str(segment.path), digests, buckets, common), segment
+
+
+def reserve(run: Run, run_dir: str, index: int, count: int) -> None:
+    """Make part ``index`` of ``count`` of the pages that a recovery needs, and map all, up to RESERVE_LIMIT."""
+    nbytes = plan([PieceSize(piece.info.nbytes) for piece in run.inventory.pieces()], [0]).segment_bytes
+    room = os.statvfs(run_dir)
+    if not 0 < nbytes <= min(RESERVE_LIMIT, room.f_bavail * room.f_frsize // 4):
+        return
+    low, high = nbytes * index // count, nbytes * (index + 1) // count
+    run.reserved = Segment.share(Path(run_dir), RESERVED, nbytes, low, high - low)
+    run.reserved.populate(write=True)
+
+
+def _reserved(run: Run, run_dir: str, nbytes: int) -> Segment | None:
+    """The reserved memory, if it is there and large enough; the same answer on all ranks of the node."""
+    path = Path(run_dir) / RESERVED
+    if not path.exists() or path.stat().st_size < nbytes:
+        return None
+    if run.reserved is None:  # once a replacement, which came after the first step
+        run.reserved = Segment.open(path, path.stat().st_size)
+    return run.reserved
 
 
 def shared(publications: dict[int, Publication]) -> Shared:

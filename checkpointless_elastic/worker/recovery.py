@@ -25,7 +25,7 @@ from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore,
 from checkpointless_elastic.protocol.messages import Resume as ResumeNow
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.worker import rng
-from checkpointless_elastic.worker.exchange import Publication, bucket_orders, publish, receive, shared
+from checkpointless_elastic.worker.exchange import Publication, bucket_orders, publish, receive, reserve, shared
 from checkpointless_elastic.worker.private import At, PrivateState, read_state, write_state
 from checkpointless_elastic.worker.session import Session, Superseded
 from checkpointless_elastic.worker.values import decode_value, encode_value
@@ -109,10 +109,15 @@ class Recovery:
         self._exchanged = decision.generation
 
     def _release_segment(self) -> None:
-        if self._segment is not None:
+        if self._segment is not None and self._segment is not self._run.reserved:
             self._segment.close()
-            self._segment.path.unlink(missing_ok=True)
-            self._segment = None
+            self._segment.unlink()
+        self._segment = None
+
+    def reserve(self) -> None:
+        """Get the memory ready that a recovery needs; after the first step, when all state is there."""
+        index, count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        reserve(self._run, self._session.run_dir, index, count)
 
     def _job_store(self) -> Store:
         if self._store is None:

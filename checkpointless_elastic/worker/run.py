@@ -16,6 +16,7 @@ from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.state.digest import digest
 from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.modules import ModuleHolder
+from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
 from checkpointless_elastic.worker import gate, private_tensors, rng, session
 from checkpointless_elastic.worker.channel import AgentGone
@@ -59,6 +60,7 @@ class Run:
         self._left = False  # the last attempt was left through an exception, perhaps in the middle of a backward
         self.inventory = Inventory(objects)
         self.private: dict[str, bytes] = {}
+        self.reserved: Segment | None = None  # shared memory for recoveries, mapped beforehand
         self._snapshot = AttemptSnapshot(self.inventory)
         self._gates: dict[str, int] = {}
         self._guards: dict[str, ArgumentGuard] = {}
@@ -195,6 +197,7 @@ class Run:
         if first:
             host.learned(third_party())
             host.replicas(self._digests())
+            recovery.reserve()
         return value
 
     # ---- what recovery asks
@@ -243,7 +246,7 @@ class Run:
         """In a replacement: take over what is the same on all ranks."""
         self.step = common.steps
         self._gates = dict(common.gates)
-        self._snapshot.learn(common.written)
+        self._snapshot.learn(common.written, common.gates)
         for module, order in zip(self._ddp_modules(), buckets, strict=True):
             if order is not None:
                 ddp.adopt_bucket_order(module, order)

@@ -272,7 +272,7 @@ def test_a_replacement_is_told_what_to_copy() -> None:
     model = nn.Module()
     model.register_buffer("count", torch.zeros(3))
     snapshot = AttemptSnapshot(Inventory({"model": model}), first_copy_bytes=0)
-    snapshot.learn(["model.count"])
+    snapshot.learn(["model.count"], [])
     assert [piece.key for piece in snapshot.written_before_gate()] == ["model.count"]
     snapshot.begin()
     model.get_buffer("count").add_(1)
