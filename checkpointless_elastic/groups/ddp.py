@@ -1,7 +1,7 @@
 """The order of DDP's buckets: captured, handed to a replacement, and a reducer put right after a void backward.
 
-Read in torch 2.13: `torch/nn/parallel/distributed.py`; how the reducer in C++ behaves was found by running it. After its
-first backward the reducer computes buckets in the order in which gradients became ready, and `_rebuild_buckets`,
+Read in torch 2.13: `torch/nn/parallel/distributed.py`; how the reducer in C++ behaves was found by running it. After
+its first backward the reducer computes buckets in the order in which gradients became ready, and `_rebuild_buckets`,
 called before the next forward, takes rank 0's order by two broadcasts: bucket indices, then bucket sizes. It changes
 the reducer only after both, so a rank has rebuilt wholly or not at all. `_reset_state`, which torch has for a change of
 the process group, puts a reducer back to before its first backward, with the buckets it has.

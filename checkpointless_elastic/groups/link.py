@@ -11,6 +11,7 @@ import torch
 
 from checkpointless_elastic.groups.owed import Place
 from checkpointless_elastic.groups.sockets import Address
+from checkpointless_elastic.groups.waiting import AbortableFuture
 
 __all__ = ["Link", "retire"]
 
@@ -33,6 +34,7 @@ class Link:
         in_flight: native works not known to have ended. They are kept so that the last reference to one is never
             dropped by a thread of the group: that thread would wait for the interpreter's lock, which the group's
             destructor holds while it joins the thread, and the process would be stuck for good.
+        futures: those handed out that have not ended.
     """
 
     native: Any
@@ -43,6 +45,7 @@ class Link:
     device: torch.device | None = None
     void: bool = False
     in_flight: set[Any] = field(default_factory=set)
+    futures: set[AbortableFuture] = field(default_factory=set)
 
     def track(self, work: Any) -> None:
         """Keeps a native work until it is known to have ended."""

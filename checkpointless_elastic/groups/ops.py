@@ -1,7 +1,7 @@
 """What each collective of a process group writes and reads, by the names torch gives it.
 
-Read in torch 2.13: `torch/csrc/distributed/c10d/ProcessGroup.hpp` and `distributed_c10d.py`. Methods renamed in 2.13 stand
-beside their older names and share one `Op`. All extraction is done only where a collective is void, logged or
+Read in torch 2.13: `torch/csrc/distributed/c10d/ProcessGroup.hpp` and `distributed_c10d.py`. Methods renamed in 2.13
+stand beside their older names and share one `Op`. All extraction is done only where a collective is void, logged or
 repeated, so that the usual call does not pay for it.
 """
 

@@ -17,6 +17,7 @@ from checkpointless_elastic.groups.link import Link, retire
 from checkpointless_elastic.groups.native import Attempt, connect
 from checkpointless_elastic.groups.sockets import shut_down
 from checkpointless_elastic.groups.spec import GroupSignature, GroupSpec, RebuildReport, Superseded
+from checkpointless_elastic.groups.waiting import give_up_soon
 
 __all__ = ["Registry"]
 
@@ -145,6 +146,7 @@ class Registry:
             shut_down(own, peers)
         for link in links:
             link.abort_device()
+        give_up_soon([future for link in links for future in [*link.futures]])
 
     def rebuild(self, store: Store, generation: int, *, aborts: int | None = None) -> RebuildReport:
         """Gives every void group a new native group under the prefix of this generation; ends shadow.

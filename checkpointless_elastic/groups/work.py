@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed import Work
 
+from checkpointless_elastic.groups.waiting import AbortableFuture, wait_in_slices
+
 if TYPE_CHECKING:
     from checkpointless_elastic.groups.elastic import ElasticProcessGroup
     from checkpointless_elastic.groups.link import Link
@@ -73,7 +75,9 @@ class ElasticWork(Work):
         if native is None or link is None:
             return True
         try:
-            done: bool = native.wait(timeout) if timeout else native.wait()
+            done: bool = (
+                native.wait(timeout) if link.device is not None else wait_in_slices(native, link, timeout)
+            )
         except RuntimeError as error:
             if not self.group.engine.failed(self, error):
                 raise
@@ -86,7 +90,9 @@ class ElasticWork(Work):
         return done
 
     def get_future(self) -> Any:
-        """A future of the outputs. That of a collective in flight fails natively if a member is lost meanwhile."""
+        """A future of the outputs. That of a gloo collective in flight ends with them as they are if it is void."""
+        if self.native is not None and self.link is not None and self.link.device is None:
+            return AbortableFuture(self.native.get_future(), self.call().tensors(0), self.link).future
         if self.native is not None:
             return self.native.get_future()
         return _completed(self.call().tensors(0))

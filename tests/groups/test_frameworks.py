@@ -130,9 +130,6 @@ def sub_groups(worker: Worker) -> Any:
     if worker.rank in (0, 2):
         dist.all_reduce(own, group=pair)
     dist.all_reduce(own, group=mine)
-    part = dist.group.WORLD.split_group([2, 0]) if worker.rank != 1 else None
-    if part is not None:
-        dist.broadcast(own, group=part, group_src=0) if part.rank() >= 0 else None
     local = dist.new_group([worker.rank], use_local_synchronization=True)
     dist.barrier(group=local)
     answer = (
@@ -148,9 +145,25 @@ def sub_groups(worker: Worker) -> Any:
     return answer, names, dist.is_initialized(), len(dist.distributed_c10d._world.pg_map)
 
 
-def test_sub_groups_are_made_split_and_destroyed() -> None:
+def test_sub_groups_are_made_and_destroyed() -> None:
     elastic, native = results_of(sub_groups, True), results_of(sub_groups, False)
     assert elastic == native
+
+
+def split(worker: Worker) -> Any:
+    start(worker, elastic=True)
+    part = dist.group.WORLD.split_group([2, 0], group_desc="two of three")
+    if part is None:
+        return None
+    own = torch.tensor([worker.rank + 1.0])
+    part.broadcast([own]).wait()
+    return part.rank(), part.size(), part.group_desc, own.item()
+
+
+def test_a_group_is_split_into_an_elastic_part_in_order_of_ranks() -> None:
+    """Not compared with a native group: splitting one of gloo fails now and then in torch 2.13."""
+    expected = [(0, 2, "two of three", 1.0), None, (1, 2, "two of three", 1.0)]
+    assert results_of(split, None) == expected
 
 
 def signatures(worker: Worker) -> Any:
