@@ -67,7 +67,7 @@ class OutputLog:
     def close(self, group: str, entry: Entry) -> None:
         """The collective has ended: its outputs are copied now, before the script may change them."""
         if entry.logged is None:
-            entry.logged = LoggedCollective(group, entry.op.name, _outputs(entry.op.writes(entry.call)))
+            entry.logged = LoggedCollective(group, entry.op.name, _outputs(_logged(entry.op, entry.call)))
         self._hand_over(group, self._open[group])
 
     def drop(self, group: str, entry: Entry) -> None:
@@ -80,9 +80,14 @@ class OutputLog:
         while entries and (entries[0].logged is not None or entries[0].ended()):
             entry = entries.popleft()
             outputs = entry.logged or LoggedCollective(
-                group, entry.op.name, _outputs(entry.op.writes(entry.call))
+                group, entry.op.name, _outputs(_logged(entry.op, entry.call))
             )
             self._host.record(outputs)
+
+
+def _logged(op: Op, call: Call) -> list[torch.Tensor]:
+    """What a replacement needs: also the root's own tensor of a broadcast, which may hold a seed it drew."""
+    return call.tensors(0) if op.name == "broadcast" else op.writes(call)
 
 
 def _outputs(tensors: list[torch.Tensor]) -> tuple[bytes, ...] | None:
@@ -112,7 +117,7 @@ def write_logged(entry: LoggedCollective, op: Op, call: Call, position: int) -> 
         )
     if entry.outputs is None:
         return False
-    outputs = op.writes(call)
+    outputs = _logged(op, call)
     sizes = [output.numel() * output.element_size() for output in outputs]
     if sizes != [len(data) for data in entry.outputs]:
         raise ScriptMismatchError(

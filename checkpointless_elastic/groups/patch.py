@@ -55,6 +55,7 @@ def install(registry: Registry) -> None:
     os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
     _exchange("_new_process_group_helper", functools.partial(_new_group, registry, helper))
     _exchange("_store_based_barrier", functools.partial(_barrier, registry, c10d._store_based_barrier))
+    _exchange("broadcast_object_list", functools.partial(_objects, registry, c10d.broadcast_object_list))
     _exchange("batch_isend_irecv", functools.partial(_batch, c10d.batch_isend_irecv))
 
 
@@ -155,6 +156,20 @@ def _enter(group: ElasticProcessGroup, asked: _Asked, store: Any, config: str) -
         world.tags_to_pg.setdefault("", []).append(group)
     world.tags_to_pg.setdefault(tag, []).append(group)
     world.pg_to_tag[group] = tag
+
+
+def _objects(registry: Registry, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """In shadow the source takes its own objects from the log too, as a receiver: a fresh run id would be another one."""
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    group = given.get("group") or c10d._get_default_group()
+    own, size = dist.get_rank(group), dist.get_world_size(group)
+    source = given.get("group_src")
+    if source is None:
+        source = dist.get_group_rank(group, given.get("src") or 0)
+    if registry.shadow and source == own and size > 1:
+        given.pop("group_src", None)
+        given["src"] = dist.get_global_rank(group, (own + 1) % size)
+    original(**given)
 
 
 def _barrier(registry: Registry, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def test_survivors_keep_their_processes_and_a_replacement_has_its_own(oracle: En
     ended = launch(tmp_path, "1:5:forward:kill")
     check(ended, oracle, recoveries=1)
     assert [len(ended.pids(rank)) for rank in range(3)] == [1, 2, 1]
+
+
+def test_a_replacement_of_rank_0_has_the_run_id_that_the_lost_one_broadcast(oracle: Ended, tmp_path: Path) -> None:
+    ended = launch(tmp_path, "0:4:forward:kill")
+    check(ended, oracle, recoveries=1)
+    found = re.findall(r"rank \d finished, run (\w+)", ended.text)
+    assert len(found) == 3
+    assert len(set(found)) == 1
 
 
 def test_several_ranks_lost_at_once_and_all_but_one_are_replaced(oracle: Ended, tmp_path: Path) -> None:
