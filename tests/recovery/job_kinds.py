@@ -1,0 +1,187 @@
+"""Ways to train, by KIND: two optimizers, a closure, a grad scaler, accumulation, an own optimizer, no loops, unused
+parameters, a manual data parallel loop. Rank 1 dies once at step 4, at the moment that DIE names."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpointless_elastic as ce
+
+OUT, KIND, DIE = os.environ["OUT"], os.environ["KIND"], os.environ.get("DIE", "")
+STEPS = 9
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(3)
+
+
+def moment(name: str) -> None:
+    if (rank, run.step, name) != (1, 4, DIE):
+        return
+    try:
+        os.close(os.open(f"{OUT}/died", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Own(torch.optim.Optimizer):
+    """An optimizer of the user's, which defines `step` itself."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                average = self.state[param].setdefault("average", torch.zeros_like(param))
+                average.mul_(0.9).add_(param.grad)
+                param.sub_(average, alpha=group["lr"])
+
+
+class Branches(nn.Module):
+    """A model of which every second step leaves a part unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.calls = nn.Linear(16, 4), nn.Linear(16, 4), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x) if run.step % 2 else self.one(x) + self.two(x)
+
+
+def mlp(inputs: int = 16, outputs: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, outputs))
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(8, 16)
+
+
+model: Any = DistributedDataParallel(Branches() if KIND == "unused" else mlp(), find_unused_parameters=KIND == "unused")
+optimizer: Any = torch.optim.Adam(model.parameters(), lr=1e-2)
+protected: dict[str, Any] = {"model": model, "optimizer": optimizer}
+if KIND == "gan":
+    other: Any = DistributedDataParallel(mlp(4, 1))
+    other_optimizer = torch.optim.RMSprop(other.parameters(), lr=1e-2)
+    protected |= {"other": [other, other_optimizer]}
+if KIND == "own":
+    optimizer = Own(model.parameters())
+    protected["optimizer"] = optimizer
+if KIND == "scaler":
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    protected["scaler"] = scaler
+if KIND == "manual":
+    model = mlp()
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    protected = {"model": model, "optimizer": optimizer}
+run = ce.Run(**protected)
+torch.manual_seed(10 + rank)
+
+
+def loss_of(x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()
+
+
+def train_gan(x: torch.Tensor) -> None:
+    moment("forward")
+    other(model(x).detach()).mean().backward()
+    moment("backward")
+    other_optimizer.step()
+    moment("between")
+    (-other(model(x)).mean()).backward()
+    moment("late")
+    optimizer.step()
+    moment("stepped")
+    optimizer.zero_grad()
+    other_optimizer.zero_grad()
+
+
+def train_closure(x: torch.Tensor) -> None:
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(x)
+        moment("forward")
+        loss.backward()
+        moment("backward")
+        return loss
+
+    optimizer.step(closure)
+    moment("stepped")
+
+
+def train_scaler(x: torch.Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(x)
+    moment("forward")
+    scaler.scale(loss * (float("inf") if scaler.get_scale() == 2048.0 else 1.0)).backward()
+    moment("backward")
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    moment("stepped")
+    optimizer.zero_grad(set_to_none=False)
+
+
+def train_accumulate(x: torch.Tensor) -> None:
+    with model.no_sync():
+        loss_of(x).backward()
+    moment("forward")
+    loss_of(x + 1).backward()
+    moment("backward")
+    optimizer.step()
+    moment("stepped")
+    optimizer.zero_grad()
+
+
+def train_manual(x: torch.Tensor) -> None:
+    loss_of(x).backward()
+    moment("forward")
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+    moment("backward")
+    optimizer.step()
+    moment("stepped")
+    optimizer.zero_grad()
+
+
+def train_plainly(x: torch.Tensor) -> None:
+    loss = loss_of(x)
+    moment("forward")
+    loss.backward()
+    moment("backward")
+    optimizer.step()
+    moment("stepped")
+    optimizer.zero_grad()
+
+
+def stream() -> Iterator[torch.Tensor]:
+    while True:
+        yield batch()
+
+
+train = run.replayable(globals().get(f"train_{KIND}", train_plainly))
+if KIND == "iterable":
+    for number, x in run.numbered(stream()):
+        train(x)
+        if number + 1 == STEPS:
+            break
+else:
+    for _ in run.steps(STEPS):
+        train(batch())
+final = {name: value.state_dict() for name, value in protected.items() if not isinstance(value, list)}
+final["other"] = [part.state_dict() for part in protected.get("other", [])]
+torch.save({"final": final, "rng": torch.get_rng_state(), "step": run.step}, f"{OUT}/final-{rank}.pt")

@@ -1,0 +1,35 @@
+"""Ways to train other than the plain loop, each with a lost rank, compared with a run without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.recovery.launching import difference, launch
+
+SCRIPT = Path(__file__).with_name("job_kinds.py")
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        ("gan", "between"),
+        ("gan", "late"),
+        ("closure", "backward"),
+        ("scaler", "backward"),
+        ("accumulate", "forward"),
+        ("own", "stepped"),
+        ("unused", "forward"),
+        ("manual", "forward"),
+        ("iterable", "stepped"),
+    ],
+)
+def test_a_lost_rank_changes_no_bit(kind: str, moment: str, tmp_path: Path) -> None:
+    whole = launch(tmp_path / "whole", ranks=2, script=SCRIPT, KIND=kind)
+    assert whole.code == 0, whole.text
+    ended = launch(tmp_path / "lost", ranks=2, script=SCRIPT, KIND=kind, DIE=moment)
+    assert ended.code == 0, ended.text
+    assert [record["rung"] for record in ended.recoveries()] == [1], ended.text
+    for rank, (mine, theirs) in enumerate(zip(ended.finals(), whole.finals(), strict=True)):
+        assert difference(mine, theirs, f"rank {rank}") == "", ended.text
