@@ -1,9 +1,10 @@
-"""Data parallel training of 5 million parameters, protected by a Run, with a local checkpoint for plain
-torchrun."""
+"""Data parallel training, of 5 million parameters by default, protected by a Run, with a local checkpoint for
+plain torchrun."""
 
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpointless_elastic as ce
 
 BATCH = int(os.environ.get("BENCH_BATCH", "16"))
-WIDTH = 1450
+DEVICE_S = float(os.environ.get("BENCH_DEVICE_MS", "0")) / 1e3  # a wait in place of an accelerator's work
+WIDTH = int(os.environ.get("BENCH_WIDTH", "1450"))  # 5 million parameters
 
 
 def build_model() -> nn.Module:
@@ -62,7 +64,9 @@ def main() -> None:
     @run.replayable
     def train_step(step: int) -> None:
         batch = torch.randn(BATCH, 256)
-        nn.functional.mse_loss(model(batch), batch).backward()
+        loss = nn.functional.mse_loss(model(batch), batch)
+        time.sleep(DEVICE_S)
+        loss.backward()
         optimizer.step()
         log.committed(step)
         optimizer.zero_grad()

@@ -47,7 +47,7 @@ class Call:
     def gate(self) -> None:
         """Commit, once."""
         if not self.committed:
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.synchronize()
             self._commit()
             self.committed = True

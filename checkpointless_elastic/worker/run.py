@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpointless_elastic.agent.preload import third_party
 from checkpointless_elastic.data import loops
 from checkpointless_elastic.errors import ConfigError, StateMismatchError
 from checkpointless_elastic.groups import ddp
@@ -195,7 +194,7 @@ class Run:
         self.private = self.read_private()
         recovery.save_end(value)
         if first:
-            host.learned(third_party())
+            host.learned()
             host.replicas(self._digests())
             recovery.reserve()
         return value

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import traceback
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from checkpointless_elastic.agent.preload import third_party
 from checkpointless_elastic.data.cursor import Cursor
 from checkpointless_elastic.errors import RankLostError, ScriptMismatchError
 from checkpointless_elastic.groups.host import LoggedCollective, Situation
@@ -111,6 +113,7 @@ class Session:
         self.committed = False
         self.void_outputs = 0
         self.failed = False
+        self._loaded = {name.partition(".")[0] for name in sys.modules}
         self.slot = Slot.open(slot_path(run_dir, rank))
         self.cursor = Cursor.new()
         self.resume: Resume | None = None
@@ -308,9 +311,11 @@ class Session:
         self.recovery = recovery
         self.channel.control.send(Protected())
 
-    def learned(self, modules: list[str]) -> None:
-        """Third-party modules that the script imported."""
-        self.channel.control.send(Learned(modules))
+    def learned(self) -> None:
+        """Tell the agent which third-party packages the script imported that the fork server had not loaded."""
+        new = [name for name in third_party() if name.partition(".")[0] not in self._loaded]
+        if new:
+            self.channel.control.send(Learned(new))
 
     def replicas(self, digests: dict[str, int]) -> None:
         """Key and digest of each piece, after the first step: the agent compares them between ranks."""
