@@ -235,7 +235,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=4, help="workers of each job (default 4)")
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--script", type=Path, default=JOBS / "ddp.py", help="another training script")
-    parser.add_argument("--seconds", type=float, default=140, help="time for the turns (default 140)")
+    parser.add_argument("--seconds", type=float, default=120, help="time for the turns (default 120)")
     parser.add_argument("--turn", type=float, default=0.6, help="seconds of one turn (default 0.6)")
     return parser.parse_args(arguments)
 
