@@ -40,8 +40,12 @@ class Config:
     join_timeout: timedelta = _setting(  # type: ignore[assignment]
         timedelta(seconds=600), "limit for a replacement to reach its first step; then rung 4"
     )
-    max_faults_per_step: int = _setting(8, "faults without a committed step between them before the job stops")  # type: ignore[assignment]
-    events: str = _setting("", "file for the JSON lines of recoveries; empty: recoveries.jsonl in the log directory")  # type: ignore[assignment]
+    max_faults_per_step: int = _setting(
+        8, "faults without a committed step between them before the job stops"
+    )  # type: ignore[assignment]
+    events: str = _setting(
+        "", "file for the JSON lines of recoveries; empty: recoveries.jsonl in the log directory"
+    )  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         for name in ("timeout", "settle_timeout", "join_timeout"):

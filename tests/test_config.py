@@ -19,7 +19,9 @@ def test_a_variable_is_read() -> None:
 
 
 def test_an_unknown_option_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="Unknown setting 'settle'.*known settings are .*join_timeout.*settle_timeout"):
+    with pytest.raises(
+        ConfigError, match="Unknown setting 'settle'.*known settings are .*join_timeout.*settle_timeout"
+    ):
         Config.parse({"settle": "5"}, {})
 
 

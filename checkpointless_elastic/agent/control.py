@@ -209,7 +209,9 @@ class AgentControl:
         elif isinstance(message, Replicas):
             differ = self._coordinator.compare(rank, message.digests)
             if differ:
-                logger.warning("A lost rank cannot be recovered live: %s. Leave it out of Run, or make it equal.", differ)
+                logger.warning(
+                    "A lost rank cannot be recovered live: %s. Leave it out of Run, or make it equal.", differ
+                )
         elif isinstance(message, Learned) and not self._learned:
             self._learned = True
             self._workers.learn(message.modules)

@@ -80,7 +80,9 @@ class Links:
         connection, _ = self._listener.accept()
         pid, uid = peer_credentials(connection)
         if uid != os.getuid():
-            logger.warning("Refused a connection of process %d of user %d: only user %d may.", pid, uid, os.getuid())
+            logger.warning(
+                "Refused a connection of process %d of user %d: only user %d may.", pid, uid, os.getuid()
+            )
             connection.close()
             return
         link = Link(connection)

@@ -38,7 +38,9 @@ class Recoveries:
         if self._current is None:
             rung, reason = 1, "every piece of state has a replica in a survivor"
             seen = self._seen if self._seen is not None else now
-            self._current = Recovery(generation, rung, cause, set(lost), seen, time.time() - (now - seen), reason)
+            self._current = Recovery(
+                generation, rung, cause, set(lost), seen, time.time() - (now - seen), reason
+            )
             self._current.causes.update(self._noted)
         self._current.generation = generation
         self._current.lost |= lost
@@ -70,7 +72,9 @@ class Recoveries:
             self._current.step = details["step"]
             self._current.decision = details["decision"]
         if point == "resumed":
-            reports = [msgspec.msgpack.decode(p, type=RebuiltReport) for p in details["reports"].values() if p]
+            reports = [
+                msgspec.msgpack.decode(p, type=RebuiltReport) for p in details["reports"].values() if p
+            ]
             self._current.groups_rebuilt = max((report.rebuilt for report in reports), default=0)
             self._current.groups_kept = max((report.kept for report in reports), default=0)
         self.mark(point, now)
@@ -88,7 +92,9 @@ class Recoveries:
         if self._current is None:
             seen = self._seen if self._seen is not None else now
             cause = next(iter(self._noted.values()), reason)
-            self._current = Recovery(generation, rung, cause, set(self._noted), seen, time.time() - (now - seen))
+            self._current = Recovery(
+                generation, rung, cause, set(self._noted), seen, time.time() - (now - seen)
+            )
             self._current.causes.update(self._noted)
         self._current.generation, self._current.rung, self._current.reason = generation, rung, reason
         self._current.marks = {"opened": now}

@@ -159,7 +159,7 @@ def _enter(group: ElasticProcessGroup, asked: _Asked, store: Any, config: str) -
 
 
 def _objects(registry: Registry, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """In shadow the source takes its own objects from the log too, as a receiver: a fresh run id would be another one."""
+    """In shadow the source takes its own objects from the log too, as a receiver does: a fresh run id would differ."""
     given = inspect.signature(original).bind(*args, **kwargs).arguments
     group = given.get("group") or c10d._get_default_group()
     own, size = dist.get_rank(group), dist.get_world_size(group)

@@ -54,7 +54,9 @@ class AbortableFuture:
         self.future: torch.futures.Future[list[torch.Tensor]] = self._trigger.then(self._outcome)
         link.futures.add(self)
         native.add_done_callback(self._ended)
-        if link.void:  # an abort on another thread may have looked at `link.futures` before this one was there
+        if (
+            link.void
+        ):  # an abort on another thread may have looked at `link.futures` before this one was there
             give_up_soon([self])
 
     def _outcome(self, _trigger: Any) -> list[torch.Tensor]:

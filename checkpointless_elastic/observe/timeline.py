@@ -57,7 +57,11 @@ class Recovery:
             "rebuild": ("restored", "resumed"),
             "replay": ("resumed", "committed"),
         }
-        found = {name: max(0.0, at[end] - at[start]) for name, (start, end) in spans.items() if {start, end} <= at.keys()}
+        found = {
+            name: max(0.0, at[end] - at[start])
+            for name, (start, end) in spans.items()
+            if {start, end} <= at.keys()
+        }
         if "forward" in found:
             found["transfer"] = min(self.transfer_s, found["forward"])
             found["forward"] -= found["transfer"]

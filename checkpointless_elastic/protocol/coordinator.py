@@ -74,7 +74,9 @@ class Coordinator:
         self.lost: set[int] = set()
         self.left: set[int] = set()
         self.exited: set[int] = set()
-        self.decision: Decision | None = None  # in force while a recovery goes on, for workers that connect late
+        self.decision: Decision | None = (
+            None  # in force while a recovery goes on, for workers that connect late
+        )
         self.resumed = False  # a recovery has ended and its first step is not yet committed
         self._max_faults = max_faults_per_step
         self._faults_since_commit = 0
@@ -103,7 +105,9 @@ class Coordinator:
         for other in sorted(self.ranks):
             for key in sorted(self._digests[lowest].keys() | self._digests[other].keys()):
                 if self._digests[lowest].get(key) != self._digests[other].get(key):
-                    self.distrust = f"{key} differs between ranks {lowest} and {other}, so they are no replicas"
+                    self.distrust = (
+                        f"{key} differs between ranks {lowest} and {other}, so they are no replicas"
+                    )
                     return self.distrust
         return ""
 
@@ -121,7 +125,9 @@ class Coordinator:
             return []  # from before a freeze: the rank's answer to Freeze says the same better
         reports = self._reports.setdefault(event.stage, {})
         if event.stage is Stage.READY and event.step != self.step:
-            raise ProtocolError(f"Ranks {sorted(event.reports)} are ready for step {event.step}, not {self.step}.")
+            raise ProtocolError(
+                f"Ranks {sorted(event.reports)} are ready for step {event.step}, not {self.step}."
+            )
         reports.update(event.reports)
         return COMPLETED[event.stage](self) if self._expected(event.stage) <= reports.keys() else []
 
@@ -230,7 +236,11 @@ class Coordinator:
     def _decide(self) -> list[Action]:
         answers = {rank: self._frozen[rank] for rank in self.whole}
         target = max([self.step] + [answer.step for answer in answers.values()])
-        behind = [r for r, a in answers.items() if a.step != target and (a.step, a.phase) != (target - 1, Phase.READY)]
+        behind = [
+            r
+            for r, a in answers.items()
+            if a.step != target and (a.step, a.phase) != (target - 1, Phase.READY)
+        ]
         if behind:
             rank = min(behind)
             reason = f"rank {rank} is at step {answers[rank].step}, not ready, while step {target - 1} was committed"
@@ -247,14 +257,18 @@ class Coordinator:
         ]
 
     def _published(self) -> list[Action]:
-        return [Reached(self.generation, "published"), *self._settled()] if self.state is State.SETTLING else []
+        return (
+            [Reached(self.generation, "published"), *self._settled()] if self.state is State.SETTLING else []
+        )
 
     def _arrived(self) -> list[Action]:
         return [Reached(self.generation, "arrived"), *self._settled()] if self.state is State.SETTLING else []
 
     def _settled(self) -> list[Action]:
         published = self._reports.get(Stage.PUBLISHED, {})
-        if not (self.whole <= published.keys() and self.pending <= self._reports.get(Stage.ARRIVED, {}).keys()):
+        if not (
+            self.whole <= published.keys() and self.pending <= self._reports.get(Stage.ARRIVED, {}).keys()
+        ):
             return []
         self.state = State.RESTORING
         return [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import Union
 
 import msgspec
 
@@ -175,8 +174,8 @@ class Release(Message, frozen=True):
     generation: int
 
 
-FromWorker = Union[Hello, Protected, Report, Frozen, Left, Failed, Mismatch, Learned, Replicas]
-ToWorker = Union[Welcome, Refused, Commit, Freeze, Decision, Restore, Rebuild, Resume, Release]
+FromWorker = Hello | Protected | Report | Frozen | Left | Failed | Mismatch | Learned | Replicas
+ToWorker = Welcome | Refused | Commit | Freeze | Decision | Restore | Rebuild | Resume | Release
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
@@ -187,7 +186,9 @@ def encode(message: Message) -> bytes:
     """One message with its length in front, as it goes on a socket."""
     body = _encoder.encode(message)
     if len(body) > MAX_MESSAGE:
-        raise ProtocolError(f"A {type(message).__name__} of {len(body)} bytes is over the limit of {MAX_MESSAGE}.")
+        raise ProtocolError(
+            f"A {type(message).__name__} of {len(body)} bytes is over the limit of {MAX_MESSAGE}."
+        )
     return _LENGTH.pack(len(body)) + body
 
 
@@ -221,7 +222,9 @@ class Frames:
         while len(self._buffer) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer, start)
             if length > MAX_MESSAGE:
-                raise ProtocolError(f"A peer announced a message of {length} bytes; the limit is {MAX_MESSAGE}.")
+                raise ProtocolError(
+                    f"A peer announced a message of {length} bytes; the limit is {MAX_MESSAGE}."
+                )
             end = start + _LENGTH.size + length
             if len(self._buffer) < end:
                 break

@@ -33,7 +33,7 @@ CONNECT_TIMEOUT_S = 60.0
 
 
 class AgentGone(BaseException):
-    """The agent has closed the connection: the job is over. Not an Exception, so that no handler of the user's hides it."""
+    """The agent has closed the connection: the job is over. Not an Exception, so that no user's handler hides it."""
 
 
 class Connection:
@@ -97,7 +97,9 @@ class Channel:
 
     def listen(self, take: Callable[[ToWorker], None]) -> None:
         """Start the listener thread, which calls ``take`` for each control message."""
-        self._thread = threading.Thread(target=self._listen, args=(take,), name="checkpointless-listener", daemon=True)
+        self._thread = threading.Thread(
+            target=self._listen, args=(take,), name="checkpointless-listener", daemon=True
+        )
         self._thread.start()
 
     def _listen(self, take: Callable[[ToWorker], None]) -> None:
@@ -125,8 +127,8 @@ def _greet(path: str, hello: Hello) -> tuple[Connection, Welcome]:
     if isinstance(answer, Refused):
         raise ProtocolError(f"The agent refused this worker: {answer.reason}")
     if not isinstance(answer, Welcome):
-        raise ProtocolError(f"The agent answered Hello with {type(answer).__name__}; is it of another version?")
+        raise ProtocolError(
+            f"The agent answered Hello with {type(answer).__name__}; is it of another version?"
+        )
     connection.unlimited()
     return connection, answer
-
-

@@ -113,7 +113,9 @@ def bucket_orders(publications: dict[int, Publication]) -> list[bytes | None]:
     lowest = publications[min(publications)].buckets
     for rank, publication in publications.items():
         if publication.buckets != lowest:
-            raise StateMismatchError(f"DDP's buckets on rank {rank} are in another order than on rank {min(publications)}")
+            raise StateMismatchError(
+                f"DDP's buckets on rank {rank} are in another order than on rank {min(publications)}"
+            )
     return lowest
 
 

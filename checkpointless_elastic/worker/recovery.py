@@ -25,7 +25,14 @@ from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore,
 from checkpointless_elastic.protocol.messages import Resume as ResumeNow
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.worker import rng
-from checkpointless_elastic.worker.exchange import Publication, bucket_orders, publish, receive, reserve, shared
+from checkpointless_elastic.worker.exchange import (
+    Publication,
+    bucket_orders,
+    publish,
+    receive,
+    reserve,
+    shared,
+)
 from checkpointless_elastic.worker.private import At, PrivateState, read_state, write_state
 from checkpointless_elastic.worker.session import Session, Superseded
 from checkpointless_elastic.worker.values import decode_value, encode_value
@@ -104,7 +111,9 @@ class Recovery:
             self._restore(decision, {rank: _decode(data) for rank, data in published.items()})
         else:
             self._release_segment()
-            publication, self._segment = publish(self._run, decision, session.rank, session.run_dir, self.last_value)
+            publication, self._segment = publish(
+                self._run, decision, session.rank, session.run_dir, self.last_value
+            )
             session.report(Stage.PUBLISHED, decision.generation, msgspec.msgpack.encode(publication))
         self._exchanged = decision.generation
 
@@ -155,7 +164,9 @@ class Recovery:
         own = self._run.signature()
         for number, (theirs, mine) in enumerate(zip(self._groups, own, strict=False)):
             if theirs != mine:
-                raise ScriptMismatchError(f"process group {number} is {mine} in the replacement, {theirs} elsewhere.")
+                raise ScriptMismatchError(
+                    f"process group {number} is {mine} in the replacement, {theirs} elsewhere."
+                )
         if len(self._groups) != len(own):
             raise ScriptMismatchError(
                 f"The replacement has made {len(own)} process groups when it joins, the survivors {len(self._groups)}."
@@ -233,7 +244,9 @@ class Recovery:
     def _now(self, at: At, state: rng.RngState | None) -> PrivateState:
         session = self._session
         issued = session.registry.issued()
-        return PrivateState(session.step, at, session.cursor.encode(), state, self._run.private, issued=issued)
+        return PrivateState(
+            session.step, at, session.cursor.encode(), state, self._run.private, issued=issued
+        )
 
     def save_ready(self) -> None:
         """The step is computed: keep what a replacement needs if it is committed."""

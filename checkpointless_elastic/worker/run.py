@@ -53,10 +53,14 @@ class Run:
         if _run is not None:
             raise ConfigError("This process has a Run already; name everything that must survive in one Run.")
         if not objects:
-            raise ConfigError("Run() protects nothing: name what must survive, as in Run(model=model, optimizer=optimizer).")
+            raise ConfigError(
+                "Run() protects nothing: name what must survive, as in Run(model=model, optimizer=optimizer)."
+            )
         self.step = 0
         self.attempt = 0
-        self._left = False  # the last attempt was left through an exception, perhaps in the middle of a backward
+        self._left = (
+            False  # the last attempt was left through an exception, perhaps in the middle of a backward
+        )
         self.inventory = Inventory(objects)
         self.private: dict[str, bytes] = {}
         self.reserved: Segment | None = None  # shared memory for recoveries, mapped beforehand
@@ -120,7 +124,13 @@ class Run:
         return value
 
     def _protected(
-        self, host: session.Session, recovery: Recovery, name: str, function: Callable[..., Any], args: Any, kwargs: Any
+        self,
+        host: session.Session,
+        recovery: Recovery,
+        name: str,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
     ) -> Any:
         if host.shadow:
             skipped, value = recovery.enter_call()
@@ -143,7 +153,13 @@ class Run:
             guard.end()
 
     def _try(
-        self, host: session.Session, recovery: Recovery, name: str, function: Callable[..., Any], args: Any, kwargs: Any
+        self,
+        host: session.Session,
+        recovery: Recovery,
+        name: str,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
     ) -> Any:
         start = rng.capture()
         self._snapshot.begin(name)
@@ -187,7 +203,9 @@ class Run:
         self, host: session.Session, recovery: Recovery, name: str, call: gate.Call, value: Any
     ) -> Any:
         if host.void_outputs and call.optimizer_steps > self._gates.get(name, 1):
-            host.unfit(f"{name} used collectives between two optimizer steps after its gate; split it in two functions")
+            host.unfit(
+                f"{name} used collectives between two optimizer steps after its gate; split it in two functions"
+            )
         first = not self._gates
         self._gates[name] = max(call.optimizer_steps, self._gates.get(name, 1))
         self.step += call.optimizer_steps > 0

@@ -171,7 +171,10 @@ class Session:
 
     def _committed_by(self, message: Commit) -> bool:
         with self.lock:
-            if (message.generation, message.step) != (self.generation, self.step) or self.frozen > self.generation:
+            if (message.generation, message.step) != (
+                self.generation,
+                self.step,
+            ) or self.frozen > self.generation:
                 return False  # frozen first: the decision will say the same
             self.step += 1
             self.phase = Phase.COMPUTING

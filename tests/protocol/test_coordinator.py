@@ -48,7 +48,8 @@ def only(actions: list[Action], kind: type[Action]) -> list[Action]:
 
 def frozen(coordinator: Coordinator, **places: tuple[int, Phase]) -> Event:
     reports = {
-        int(name[1:]): Frozen(coordinator.generation, step, phase, True, True) for name, (step, phase) in places.items()
+        int(name[1:]): Frozen(coordinator.generation, step, phase, True, True)
+        for name, (step, phase) in places.items()
     }
     return AllFrozen(coordinator.generation, reports)
 

@@ -12,7 +12,16 @@ from collections import deque
 import pytest
 
 from checkpointless_elastic.protocol.coordinator import Coordinator, State
-from checkpointless_elastic.protocol.events import Action, Broadcast, LeftEarly, Lost, Opened, Replace, Restart, Stop
+from checkpointless_elastic.protocol.events import (
+    Action,
+    Broadcast,
+    LeftEarly,
+    Lost,
+    Opened,
+    Replace,
+    Restart,
+    Stop,
+)
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
@@ -79,11 +88,16 @@ class Worker:
             if message.generation >= self.frozen:
                 self._follow(message)
         elif isinstance(message, Commit) and self.waiting is Commit:
-            if (message.generation, message.step) == (self.generation, self.step) and self.frozen == self.generation:
+            if (message.generation, message.step) == (
+                self.generation,
+                self.step,
+            ) and self.frozen == self.generation:
                 self._apply()
         elif self.decision is not None and message.generation == self.decision.generation:  # type: ignore[attr-defined]
             self._recover(message, self.decision.generation)
-        elif isinstance(message, Release) and self.waiting is Release and message.generation == self.generation:
+        elif (
+            isinstance(message, Release) and self.waiting is Release and message.generation == self.generation
+        ):
             self.done = True
 
     def _apply(self) -> None:
@@ -157,7 +171,9 @@ class World:
                 yield lambda worker=worker: worker.compute(self.random.random() < 0.3)
             for channel, queue in worker.out.items():
                 if queue:
-                    yield lambda worker=worker, channel=channel: self._take(worker.rank, worker.out[channel].popleft())
+                    yield lambda worker=worker, channel=channel: self._take(
+                        worker.rank, worker.out[channel].popleft()
+                    )
         alive = [worker.rank for worker in self.workers.values() if not worker.done]
         whole = [rank for rank in self.coordinator.whole if rank in alive]
         if self.losses and self.coordinator.step > 0 and len(whole) > 1 and self.random.random() < 0.05:

@@ -1,6 +1,6 @@
 """A training script that dies where FAULTS says, each fault once: "rank:step:moment:kind", separated by commas.
 
-Writes per rank and step a line "pid step" to OUT/steps-RANK.log, and everything that must be equal to OUT/final-RANK.pt.
+Writes per rank and step a line "pid step" to OUT/steps-RANK.log, and all that must be equal to OUT/final-RANK.pt.
 """
 
 from __future__ import annotations
@@ -64,7 +64,13 @@ assert len(set(hosts)) == 1, hosts
 
 torch.manual_seed(1)
 net = nn.Sequential(
-    nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)
+    nn.Linear(32, 64),
+    nn.BatchNorm1d(64),
+    nn.ReLU(),
+    nn.Dropout(0.2),
+    nn.Linear(64, 64),
+    nn.ReLU(),
+    nn.Linear(64, 8),
 )
 model = DistributedDataParallel(net)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -67,7 +67,9 @@ def batch() -> torch.Tensor:
     return torch.randn(8, 16)
 
 
-model: Any = DistributedDataParallel(Branches() if KIND == "unused" else mlp(), find_unused_parameters=KIND == "unused")
+model: Any = DistributedDataParallel(
+    Branches() if KIND == "unused" else mlp(), find_unused_parameters=KIND == "unused"
+)
 optimizer: Any = torch.optim.Adam(model.parameters(), lr=1e-2)
 protected: dict[str, Any] = {"model": model, "optimizer": optimizer}
 if KIND == "gan":

@@ -48,7 +48,15 @@ def launch(
 ) -> Ended:
     """Run the script under torchrun to its end. A job that hangs fails the test by its time limit."""
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", backend, "--rdzv-endpoint", "localhost:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--rdzv-backend",
+        backend,
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
     command += [f"--nproc-per-node={ranks}", *options, str(script)]
     given = {
         **os.environ,
@@ -59,7 +67,13 @@ def launch(
         **env,
     }
     done = subprocess.run(
-        command, env=given, timeout=LIMIT_S, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        env=given,
+        timeout=LIMIT_S,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     return Ended(out, ranks, done.returncode, done.stdout)
 

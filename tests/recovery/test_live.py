@@ -38,7 +38,9 @@ def test_a_worker_lost_at_any_moment_costs_one_step(faults: str, oracle: Ended, 
     ended = launch(tmp_path, faults)
     check(ended, oracle)
     lost = [rank for record in ended.recoveries() for rank in record["lost_ranks"]]
-    assert sorted(lost) == sorted(int(fault[0]) for fault in faults.split(","))  # a fault may fall into a recovery
+    assert sorted(lost) == sorted(
+        int(fault[0]) for fault in faults.split(",")
+    )  # a fault may fall into a recovery
     assert all(record["rung"] == 1 for record in ended.recoveries()), ended.text
 
 
@@ -48,7 +50,9 @@ def test_survivors_keep_their_processes_and_a_replacement_has_its_own(oracle: En
     assert [len(ended.pids(rank)) for rank in range(3)] == [1, 2, 1]
 
 
-def test_a_replacement_of_rank_0_has_the_run_id_that_the_lost_one_broadcast(oracle: Ended, tmp_path: Path) -> None:
+def test_a_replacement_of_rank_0_has_the_run_id_that_the_lost_one_broadcast(
+    oracle: Ended, tmp_path: Path
+) -> None:
     ended = launch(tmp_path, "0:4:forward:kill")
     check(ended, oracle, recoveries=1)
     found = re.findall(r"rank \d finished, run (\w+)", ended.text)
@@ -63,12 +67,16 @@ def test_several_ranks_lost_at_once_and_all_but_one_are_replaced(oracle: Ended, 
     assert lost == {0, 1, 2}
 
 
-def test_the_same_rank_again_and_again_and_a_replacement_lost_while_it_starts(oracle: Ended, tmp_path: Path) -> None:
+def test_the_same_rank_again_and_again_and_a_replacement_lost_while_it_starts(
+    oracle: Ended, tmp_path: Path
+) -> None:
     ended = launch(tmp_path, "1:4:forward:kill3,0:8:forward:kill,0:0:setup:kill")
     check(ended, oracle)
 
 
-def test_a_loss_in_the_first_step_runs_the_script_again_if_a_restart_is_left(oracle: Ended, tmp_path: Path) -> None:
+def test_a_loss_in_the_first_step_runs_the_script_again_if_a_restart_is_left(
+    oracle: Ended, tmp_path: Path
+) -> None:
     ended = launch(tmp_path, "1:0:backward:kill", options=("--max-restarts=1",))
     check(ended, oracle, recoveries=1)
     (record,) = ended.recoveries()
@@ -76,7 +84,9 @@ def test_a_loss_in_the_first_step_runs_the_script_again_if_a_restart_is_left(ora
     assert "before the first step was committed" in record["reason"]
 
 
-def test_a_bug_that_comes_again_at_the_same_step_stops_the_job_and_shows_its_traceback(tmp_path: Path) -> None:
+def test_a_bug_that_comes_again_at_the_same_step_stops_the_job_and_shows_its_traceback(
+    tmp_path: Path,
+) -> None:
     ended = launch(tmp_path, "1:5:forward:always")
     assert ended.code == 1
     assert "failed twice at step" in ended.text
@@ -91,7 +101,16 @@ def test_the_record_of_a_recovery_names_cause_rung_and_phases(oracle: Ended, tmp
     assert record["cause"] == "was killed by SIGKILL"
     assert record["lost_ranks"] == [1]
     assert (record["generation"], record["rung"], record["step"], record["decision"]) == (1, 1, 5, "void")
-    assert list(record["phases"]) == ["detect", "freeze", "fork", "setup", "transfer", "forward", "rebuild", "replay"]
+    assert list(record["phases"]) == [
+        "detect",
+        "freeze",
+        "fork",
+        "setup",
+        "transfer",
+        "forward",
+        "rebuild",
+        "replay",
+    ]
     assert record["bytes_moved"] > 0
     assert record["groups_rebuilt"] == 1
     assert "lost rank 1 at step 5" in ended.text
