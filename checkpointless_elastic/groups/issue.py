@@ -144,7 +144,7 @@ class Engine:
             try:
                 native = getattr(group.link.native, owed.method)(*args, **kwargs)
                 if native is not None:
-                    native.wait()
+                    group.link.wait(native)
             except RuntimeError:
                 if not self._is_loss(group.link):
                     raise
@@ -196,7 +196,7 @@ class Engine:
                 for other in [*self.ledger.pending]:
                     self._reissue(other, error)
                 if work.native is not None and work.link is work.group.link:
-                    work.native.wait()
+                    work.link.wait(work.native)
                     self.succeeded(work)
             except RankLostError:
                 raise

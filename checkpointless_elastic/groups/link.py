@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from checkpointless_elastic.groups.owed import Place
 from checkpointless_elastic.groups.sockets import Address
-from checkpointless_elastic.groups.waiting import AbortableFuture
+from checkpointless_elastic.groups.waiting import AbortableFuture, wait_beside, wait_in_slices
 
 __all__ = ["Link", "retire"]
 
 _logger = logging.getLogger(__name__)
 _MANY = 32
+_NO_LIMIT = timedelta(0)
 
 
 @dataclass(eq=False)
@@ -53,6 +56,24 @@ class Link:
             self.in_flight.difference_update([old for old in list(self.in_flight) if old.is_completed()])
         self.in_flight.add(work)
 
+    def wait(self, native: Any, timeout: timedelta = _NO_LIMIT, point_to_point: bool = False) -> bool:
+        """Blocks until a native work has ended; soon ends with a RuntimeError if the group is or becomes void."""
+        if self.device is not None:
+            done: bool = native.wait(timeout) if timeout else native.wait()
+            return done
+        return (wait_beside if point_to_point else wait_in_slices)(native, self, timeout)
+
+    def pin(self) -> None:
+        """Keeps the native group from being destroyed as the process ends, until `unpin`.
+
+        Its destructor joins threads that may wait in an operation for the group's whole time limit.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.native))
+
+    def unpin(self) -> None:
+        """Undoes one `pin`."""
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(self.native))
+
     def abort_device(self) -> None:
         """Ends the operations of the NCCL backend; sockets of gloo are shut down for all groups in one go.
 
@@ -79,4 +100,6 @@ def _let_go(links: list[Link]) -> None:
         except RuntimeError as error:  # how a work on a shut down connection ends
             _logger.debug("work of a retired group ended: %s", error)
     for link in links:
+        if link.void:
+            link.unpin()
         link.native = None

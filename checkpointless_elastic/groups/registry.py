@@ -130,6 +130,7 @@ class Registry:
             ]
             for link in links:
                 link.void = True
+                link.pin()
             for running in self._running:
                 if running.ranks is None or running.ranks & ranks:
                     running.attempt.given_up.set()

@@ -4,20 +4,26 @@ A gloo pair whose connection fails tells all waiting operations but those whose 
 a send waits for the group's whole time limit, half an hour by default (read in gloo's transport/tcp/pair.cc,
 `signalException` and `sendAsyncMode`, 2026). So a wait looks up from time to time whether its group has become void,
 and DDP's reducer, which waits in C++, is given a future that an abort can complete.
+
+A wait with a time limit is harmless on a collective. On a send or receive it closes every connection of the group when
+the limit passes, so these are awaited without one, on a thread beside.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 
-__all__ = ["AbortableFuture", "wait_in_slices"]
+__all__ = ["AbortableFuture", "give_up_soon", "wait_beside", "wait_in_slices"]
 
-_SLICE = timedelta(milliseconds=200)
+_SLICE = timedelta(milliseconds=50)
+_LOOK_UP_S = 0.05
 GRACE_S = 0.02
 """How long a void group's works are given to end by themselves."""
 
@@ -33,6 +39,59 @@ def wait_in_slices(native: Any, link: Any, timeout: timedelta) -> bool:
             over = deadline is not None and time.monotonic() >= deadline
             if native.is_completed() or link.void or over:
                 raise
+
+
+@dataclass(eq=False)
+class _Waiter:
+    """A thread that waits for one send or receive at a time, and is kept for the next.
+
+    Attributes:
+        works: what it is to wait for, with the caller's time limit (zero: none).
+        ended: set when the present one has ended.
+        error: how it ended, None if well.
+        left_alone: its caller does not wait any more: it ends after this one.
+    """
+
+    works: queue.SimpleQueue[tuple[Any, timedelta]] = field(default_factory=queue.SimpleQueue)
+    ended: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+    left_alone: bool = False
+
+    def run(self) -> None:
+        """Body of the thread."""
+        while not self.left_alone:
+            native, timeout = self.works.get()
+            try:
+                native.wait(timeout) if timeout else native.wait()
+            except BaseException as error:  # raised by the caller
+                self.error = error
+            del native
+            self.ended.set()
+
+
+_idle: list[_Waiter] = []
+
+
+def wait_beside(native: Any, link: Any, timeout: timedelta) -> bool:
+    """`native.wait(timeout)` for a send or receive; ends with a RuntimeError soon after the group has become void."""
+    waiter = _idle.pop() if _idle else _new_waiter()
+    waiter.error = None
+    waiter.ended.clear()
+    waiter.works.put((native, timeout))
+    while not waiter.ended.wait(_LOOK_UP_S):
+        if link.void and not waiter.ended.wait(GRACE_S):
+            waiter.left_alone = True
+            raise RuntimeError("The group became void while a point to point operation was under way.")
+    _idle.append(waiter)
+    if waiter.error is not None:
+        raise waiter.error
+    return True
+
+
+def _new_waiter() -> _Waiter:
+    waiter = _Waiter()
+    threading.Thread(target=waiter.run, name="checkpointless-wait", daemon=True).start()
+    return waiter
 
 
 class AbortableFuture:

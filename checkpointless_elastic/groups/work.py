@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed import Work
 
-from checkpointless_elastic.groups.waiting import AbortableFuture, wait_in_slices
+from checkpointless_elastic.groups.waiting import AbortableFuture
 
 if TYPE_CHECKING:
     from checkpointless_elastic.groups.elastic import ElasticProcessGroup
@@ -75,9 +75,7 @@ class ElasticWork(Work):
         if native is None or link is None:
             return True
         try:
-            done: bool = (
-                native.wait(timeout) if link.device is not None else wait_in_slices(native, link, timeout)
-            )
+            done = link.wait(native, timeout, self.op.point_to_point)
         except RuntimeError as error:
             if not self.group.engine.failed(self, error):
                 raise

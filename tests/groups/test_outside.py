@@ -231,6 +231,8 @@ def not_repeatable(worker: Worker) -> Any:
     with pytest.raises(RankLostError) as caught:
         work.wait()
     texts.append(str(caught.value))
+    worker.say("raised")
+    listener.wait()
     return texts
 
 
@@ -240,6 +242,8 @@ def test_what_cannot_be_repeated_is_an_error_that_says_why() -> None:
         lose(job, 2)
         job.start(2, asynchronous_in_shadow, shadow=True)
         job.tell(("rebuild", 1))
+        assert [job.heard(rank) for rank in (0, 1)] == ["raised", "raised"]
+        job.tell(("go",), 0, 1)
         for received, changed in job.results(0, 1):
             assert "recv on group 0" in received
             assert "cannot be repeated" in received
