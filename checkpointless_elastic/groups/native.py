@@ -63,7 +63,7 @@ def connect(spec: GroupSpec, store: Store, attempt: Attempt) -> Link:
     """A native group of all members of `spec`, connected. Blocks until they have all come.
 
     Raises `Superseded` within 10 ms of the attempt being given up while a member has not come, RankLostError after its
-    limit. A member that dies while connections are made can hold it up for 5 s.
+    limit. A member that dies while connections are made can hold it up for 25 s: gloo tries five times.
     """
     native = ProcessGroup(store, spec.rank, spec.size)
     native._set_default_backend(_TYPES["nccl" if "nccl" in spec.backends else "gloo"])
