@@ -127,6 +127,7 @@ class Recovery:
         """Get the memory ready that a recovery needs; after the first step, when all state is there."""
         index, count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         reserve(self._run, self._session.run_dir, index, count)
+        self._job_store()  # a new connection may wait seconds for a name server
 
     def _job_store(self) -> Store:
         if self._store is None:

@@ -343,6 +343,7 @@ class Session:
         while True:
             if self.is_frozen():
                 self.settle()
+            self.registry.settle()
             self.report(Stage.FINISHED, self.generation)
             try:
                 self.next_message(Release, self.generation)
