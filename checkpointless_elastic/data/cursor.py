@@ -16,14 +16,14 @@ import functools
 import msgspec
 
 from checkpointless_elastic.data.lasting import Lasting, Loaders
-from checkpointless_elastic.errors import ConfigError, ProtocolError
+from checkpointless_elastic.errors import ConfigError
 from checkpointless_elastic.worker.rng import RngState
 
 __all__ = [
+    "CALL_BYTES",
     "KEPT_BYTES",
     "KEPT_LOOPS",
     "KEPT_RNG",
-    "VERSION",
     "Call",
     "Cursor",
     "Frame",
@@ -31,10 +31,11 @@ __all__ = [
     "describe",
 ]
 
-VERSION = 1
-KEPT_BYTES = 1 << 20
-"""Bytes of return values that are kept of one iteration; beyond it the oldest are let go of, as missing."""
-KEPT_RNG = 16
+KEPT_BYTES = 1 << 18
+"""Bytes of calls that are kept of one iteration; beyond it all but the last are only counted, the oldest first."""
+CALL_BYTES = 64
+"""What a call counts for, besides its return value."""
+KEPT_RNG = 8
 """The last calls of one iteration whose random state is kept."""
 KEPT_LOOPS = 8
 """The last loops that ended in one iteration that are kept; a replacement passes over older ones."""
@@ -76,7 +77,8 @@ class Frame(msgspec.Struct, array_like=True):
         finished: it has ended, by exhaustion or `break`; `position` is then its last iteration.
         compact: it ended so long ago that a replacement does not enter it again; only the fields above are
         kept.
-        calls: the replayable calls committed in this iteration.
+        earlier: how many of the replayable calls committed in this iteration are only counted, the oldest.
+        calls: the others.
         children: the loops that ended in this iteration. One that has not ended is the next frame of the
         stack.
         outside: the collectives issued outside replayable functions. The first `setup` of them belong to the
@@ -92,6 +94,7 @@ class Frame(msgspec.Struct, array_like=True):
     position: int = -1
     finished: bool = False
     compact: bool = False
+    earlier: int = 0
     calls: list[Call] = []
     children: list[Frame] = []
     outside: list[Outside] = []
@@ -103,19 +106,23 @@ class Frame(msgspec.Struct, array_like=True):
     source_start: tuple[bytes, ...] = ()
     path: str = ""
     kept: int = 0
-    dropped: int = 0
+
+    @property
+    def committed(self) -> int:
+        """The replayable calls committed in this iteration."""
+        return self.earlier + len(self.calls)
+
+    def call(self, number: int) -> Call:
+        """One of them, from 0; a call that is only counted has neither value nor random state."""
+        return Call(None) if number < self.earlier else self.calls[number - self.earlier]
 
     def commit(self, value: bytes | None, rng: RngState | None) -> None:
         """Note a committed call; let go of what is beyond the limits."""
-        if value is not None and len(value) > KEPT_BYTES:
-            value = None
         self.calls.append(Call(value, rng))
-        self.kept += len(value or b"")
-        while self.kept > KEPT_BYTES:
-            oldest = self.calls[self.dropped]
-            self.kept -= len(oldest.value or b"")
-            self.calls[self.dropped] = Call(None, oldest.rng)
-            self.dropped += 1
+        self.kept += CALL_BYTES + len(value or b"")
+        while self.kept > KEPT_BYTES and len(self.calls) > 1:
+            self.kept -= CALL_BYTES + len(self.calls.pop(0).value or b"")
+            self.earlier += 1
         if len(self.calls) > KEPT_RNG:
             self.calls[-KEPT_RNG - 1] = Call(self.calls[-KEPT_RNG - 1].value)
 
@@ -125,7 +132,7 @@ class Frame(msgspec.Struct, array_like=True):
         if self.position == 0:
             self.setup = outside_from
         self.outside = self.outside[: self.setup] + self.outside[outside_from:]
-        self.calls, self.children, self.kept, self.dropped = [], [], 0, 0
+        self.calls, self.children, self.kept, self.earlier = [], [], 0, 0
 
     def ended(self, child: Frame) -> None:
         """Keep a loop that ended in this iteration; make the one that is now too old compact."""
@@ -141,19 +148,17 @@ class Cursor(msgspec.Struct, array_like=True, dict=True):
     """Where one rank is. Two ranks that did the same have equal cursors.
 
     Attributes:
-        version: of this format.
         stack: the frames, the root first.
         lasting: what its loaders keep from one pass to the next.
     """
 
-    version: int
     stack: list[Frame]
     lasting: list[Lasting] = []
 
     @classmethod
     def new(cls) -> Cursor:
         """The cursor of a rank that has done nothing yet."""
-        return cls(VERSION, [Frame("root", position=0)])
+        return cls([Frame("root", position=0)])
 
     @functools.cached_property
     def loaders(self) -> Loaders:
@@ -169,28 +174,6 @@ class Cursor(msgspec.Struct, array_like=True, dict=True):
     def top(self) -> Frame:
         """The frame that calls and collectives are noted in: the innermost loop, or the root."""
         return self.stack[-1]
-
-    def encode(self) -> bytes:
-        """As bytes for the slot; some microseconds, as nothing is compressed."""
-        return _ENCODER.encode(self)
-
-    @classmethod
-    def decode(cls, blob: bytes) -> Cursor:
-        """Read what `encode` wrote; ProtocolError if it is damaged or of another version."""
-        try:
-            version = _VERSION.decode(blob)[0]
-            if version != VERSION:
-                raise ProtocolError(
-                    f"The cursor has version {version}, this library reads {VERSION}: use one."
-                )
-            cursor = _DECODER.decode(blob)
-        except msgspec.DecodeError as error:
-            raise ProtocolError(
-                f"The cursor in the slot cannot be read ({error}); the rank starts anew."
-            ) from error
-        if not cursor.stack or cursor.stack[0].kind != "root":
-            raise ProtocolError("The cursor in the slot has no root frame; the rank starts anew.")
-        return cursor
 
     def enter(self, kind: str, rng: RngState | None = None, source: tuple[bytes, ...] = ()) -> Frame:
         """A loop is entered, before its iterator is created."""
@@ -218,8 +201,8 @@ class Cursor(msgspec.Struct, array_like=True, dict=True):
         frame.rng_start, frame.source_start = rng, source
 
     def commit(self, value: bytes | None = None, rng: RngState | None = None) -> None:
-        """A replayable call was committed in the innermost loop. A value that is None or over 1 MiB is
-        missing."""
+        """A replayable call was committed in the innermost loop. A value that is None or too large
+        is missing."""
         self.top.commit(value, rng)
 
     def issued(self, group: str, op: str, output: bytes | None) -> None:
@@ -253,8 +236,3 @@ def describe(frames: list[Frame]) -> str:
     """In words, the innermost first: "iteration 5 of batches (loop 0) in iteration 1 of epochs (loop 0)"."""
     loops = [f"iteration {one.position} of {one.kind} (loop {one.ordinal})" for one in reversed(frames[1:])]
     return " in ".join(loops) if loops else "the script outside all loops"
-
-
-_ENCODER = msgspec.msgpack.Encoder()
-_DECODER = msgspec.msgpack.Decoder(Cursor)
-_VERSION = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw, msgspec.Raw])

@@ -92,8 +92,8 @@ class Resume:
         if self.live:
             return Join()
         at = self._path[-1]
-        if at.calls < len(at.frame.calls):
-            call = at.frame.calls[at.calls]
+        if at.calls < at.frame.committed:
+            call = at.frame.call(at.calls)
             at.calls += 1
             return Skip(call.value, call.rng)
         self._go_live(f"makes replayable call {at.calls}")
@@ -179,7 +179,7 @@ class Resume:
 
     def _check_met(self, path: list[_At], what: str) -> None:
         for at in path:
-            calls, loops = len(at.frame.calls), len(at.frame.children)
+            calls, loops = at.frame.committed, len(at.frame.children)
             if at.calls < calls:
                 raise self._mismatch(
                     what, f"had made {calls} replayable calls in {at.frame.kind} and not {at.calls}"

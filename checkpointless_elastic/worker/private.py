@@ -13,6 +13,7 @@ import msgspec
 
 from checkpointless_elastic.data.cursor import Cursor
 from checkpointless_elastic.state.slot import Slot
+from checkpointless_elastic.worker.packing import pack, unpack
 from checkpointless_elastic.worker.rng import RngState
 
 
@@ -30,7 +31,7 @@ class PrivateState(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         step: steps committed before this moment.
         at: the moment.
-        cursor: the encoded data.cursor.Cursor.
+        cursor: where the rank is in its loops.
         rng: at the start of the step; None between steps (the cursor has those).
         tensors: raw bytes of tensors that forward writes, by key, at the start of the step.
         ready_rng, ready_tensors: the same when the rank was ready.
@@ -39,16 +40,12 @@ class PrivateState(msgspec.Struct, frozen=True, array_like=True):
 
     step: int
     at: At
-    cursor: bytes
+    cursor: Cursor
     rng: RngState | None = None
     tensors: dict[str, bytes] = {}
     ready_rng: RngState | None = None
     ready_tensors: dict[str, bytes] = {}
     issued: dict[str, int] = {}
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(PrivateState)
 
 
 def slot_path(run_dir: str, rank: int) -> str:
@@ -58,13 +55,13 @@ def slot_path(run_dir: str, rank: int) -> str:
 
 def write_state(slot: Slot, state: PrivateState) -> None:
     """Replace the private state in the slot, whole or not at all."""
-    slot.write(_encoder.encode(state))
+    slot.write(pack(state))
 
 
 def read_state(slot: Slot) -> PrivateState | None:
-    """The private state in the slot; None if none was written. Raises msgspec.DecodeError if it is damaged."""
+    """The private state in the slot; None if none was written. Raises ProtocolError if it is damaged."""
     blob = slot.read()
-    return None if blob is None else _decoder.decode(blob)
+    return None if blob is None else unpack(blob, PrivateState)
 
 
 def in_loop(slot: Slot) -> bool:
@@ -72,4 +69,4 @@ def in_loop(slot: Slot) -> bool:
     state = read_state(slot)
     if state is None:
         return False
-    return state.at is not At.BETWEEN or len(Cursor.decode(state.cursor).stack) > 1
+    return state.at is not At.BETWEEN or len(state.cursor.stack) > 1

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from checkpointless_elastic.data.cursor import Cursor
 from checkpointless_elastic.data.resume import Join, Resume, Skip
 from checkpointless_elastic.errors import CheckpointlessError, ScriptMismatchError, StateMismatchError
 from checkpointless_elastic.groups import spec as groups
@@ -212,7 +211,7 @@ class Recovery:
         state = read_state(session.slot)
         if state is None:
             raise StateMismatchError(f"rank {session.rank} left no private state in its slot")
-        cursor = Cursor.decode(state.cursor)
+        cursor = state.cursor
         if state.step == step - 1 and state.at is At.READY:
             cursor.commit(None, state.ready_rng)
         elif state.step != step:
@@ -221,6 +220,14 @@ class Recovery:
             )
         elif state.at is not At.BETWEEN:
             self._join_rng = state.rng
+        counted = sum(frame.earlier for frame in cursor.stack)
+        if counted:
+            logger.warning(
+                "[rank %d] %d calls of one iteration are too long ago: their return values are that of the last call. "
+                "Loop with run.steps() or run.batches(), so that an iteration has few calls.",
+                session.rank,
+                counted,
+            )
         self._state = state
         session.cursor = cursor
         session.resume = Resume(cursor)
@@ -245,9 +252,7 @@ class Recovery:
     def _now(self, at: At, state: rng.RngState | None) -> PrivateState:
         session = self._session
         issued = session.registry.issued()
-        return PrivateState(
-            session.step, at, session.cursor.encode(), state, self._run.private, issued=issued
-        )
+        return PrivateState(session.step, at, session.cursor, state, self._run.private, issued=issued)
 
     def save_ready(self) -> None:
         """The step is computed: keep what a replacement needs if it is committed."""

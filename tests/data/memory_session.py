@@ -19,6 +19,7 @@ from checkpointless_elastic.data import loops
 from checkpointless_elastic.data.cursor import Cursor
 from checkpointless_elastic.data.resume import Resume, Skip
 from checkpointless_elastic.worker import rng
+from checkpointless_elastic.worker.packing import pack, unpack
 
 Script = Callable[["Session"], None]
 
@@ -31,9 +32,9 @@ class Session:
     """One incarnation. Implements LoopHost."""
 
     def __init__(self, slot: bytes | None = None, die_at: int | None = None) -> None:
-        self.cursor = Cursor.new() if slot is None else Cursor.decode(slot)
+        self.cursor = Cursor.new() if slot is None else unpack(slot, Cursor)
         self.resume = None if slot is None else Resume(self.cursor)
-        self.slot = self.cursor.encode()
+        self.slot = pack(self.cursor)
         self.trace: list[object] = []
         self.at_call: list[tuple[int, Cursor]] = []  # the cursor at the start of each call that was made
         self.moments = 0
@@ -65,7 +66,7 @@ class Session:
         """Persist the cursor, and with it, as one thing, the call that it says was committed."""
         self.moment()
         assert not self._dead
-        self.slot = self.cursor.encode()
+        self.slot = pack(self.cursor)
         self.trace += committed
         self.moment()
 
@@ -93,7 +94,7 @@ class Session:
                 rng.restore(answer.rng)
                 return float(msgspec.msgpack.decode(answer.value, type=float))
             self.resume = None
-        self.at_call.append((len(self.trace), Cursor.decode(self.cursor.encode())))
+        self.at_call.append((len(self.trace), unpack(pack(self.cursor), Cursor)))
         start = digest(rng.capture())
         self.moment()
         result = float(torch.rand(1)) + float(sum(map(total, arguments)))
@@ -125,7 +126,7 @@ def total(value: Any) -> float:
 def digest(value: Any) -> str:
     """Equal only for equal bytes."""
     if isinstance(value, rng.RngState):
-        raw = msgspec.msgpack.encode(value)
+        raw = repr(value.parts()).encode()
     elif isinstance(value, torch.Tensor):
         raw = str(value.dtype).encode() + str(tuple(value.shape)).encode() + value.numpy().tobytes()
     elif isinstance(value, (list, tuple)):

@@ -6,14 +6,14 @@ import random
 import subprocess
 import sys
 
-import msgspec
 import numpy as np
 import numpy.random
 import pytest
 import torch
 
 from checkpointless_elastic.errors import StateMismatchError
-from checkpointless_elastic.worker import rng
+from checkpointless_elastic.worker import rng, rng_memory
+from checkpointless_elastic.worker.packing import pack, unpack
 
 
 def draws() -> list[object]:
@@ -47,10 +47,23 @@ def test_a_restored_state_repeats_all_draws_and_gauss_caches(gauss: int) -> None
     assert draws() == first
 
 
-def test_a_state_survives_msgpack_unchanged() -> None:
-    draws()
-    state = rng.capture()
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=rng.RngState) == state
+def test_a_state_survives_packing_and_equal_parts_are_written_once() -> None:
+    states = []
+    for _ in range(4):
+        torch.rand(1)
+        states.append(rng.capture())
+    packed = pack(states)
+    assert unpack(packed, list[rng.RngState]) == states
+    assert len(packed) < 4 * len(states[0].torch_cpu) + len(states[0].python) + len(states[0].numpy) + 200
+
+
+def test_python_and_numpy_are_read_from_memory_and_as_the_library_says() -> None:
+    assert rng_memory.python_reader() is not None
+    read = rng_memory.numpy_reader(np.random)
+    assert read is not None
+    for _ in range(3):
+        np.random.randn()
+        assert read() == rng._numpy_state_by_library(np.random)
 
 
 def test_the_state_is_the_one_that_the_libraries_give() -> None:
@@ -105,7 +118,8 @@ def test_another_kind_of_numpy_generator_is_refused() -> None:
 
 
 def test_a_state_of_a_device_that_is_not_here_is_refused() -> None:
-    state = msgspec.structs.replace(rng.capture(), devices={"cuda:99": b"\0" * 16})
+    here = rng.capture()
+    state = rng.RngState(here.python, here.numpy, here.torch_cpu, {"cuda:99": b"\0" * 16})
     with pytest.raises(StateMismatchError, match="cuda:99"):
         rng.restore(state)
 
