@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from statistics import median
 
@@ -43,11 +43,13 @@ def timed(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) / CALLS * 1e6
 
 
-def in_turns(first: Callable[[], float], second: Callable[[], float]) -> tuple[float, float]:
+def in_turns(
+    pairs: Iterable[int], first: Callable[[], float], second: Callable[[], float]
+) -> tuple[float, float]:
     """Median of the first, and median of what the second takes more, over pairs in the order ABBA."""
     firsts: list[float] = []
     more: list[float] = []
-    for pair in range(PAIRS):
+    for pair in pairs:
         if pair % 2:
             slow, fast = second(), first()
         else:
@@ -89,8 +91,8 @@ def main() -> None:
     for _ in range(3):
         protected_step()
         other.step()
-    step_us, gate_us = in_turns(lambda: timed(other.step), lambda: timed(protected_step))
-    native_us, added_us = in_turns(lambda: block(native), lambda: block(None))
+    step_us, gate_us = in_turns(run.steps(PAIRS), lambda: timed(other.step), lambda: timed(protected_step))
+    native_us, added_us = in_turns(run.steps(PAIRS), lambda: block(native), lambda: block(None))
     found = {
         "gate_us": gate_us,
         "plain_step_us": step_us,

@@ -45,8 +45,16 @@ class Link:
 
     def send(self, data: bytes) -> None:
         """Send encoded bytes. Raises OSError when the peer is gone or does not read for SEND_TIMEOUT_S."""
-        self.socket.settimeout(SEND_TIMEOUT_S)
-        self.socket.sendall(data)
+        try:
+            sent = self.socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            self.socket.settimeout(SEND_TIMEOUT_S)
+            try:
+                self.socket.sendall(data[sent:])
+            finally:
+                self.socket.setblocking(False)
 
 
 class Links:
@@ -85,11 +93,11 @@ class Links:
             )
             connection.close()
             return
+        connection.setblocking(False)
         link = Link(connection)
         self._loop.watch(connection.fileno(), lambda: self._read(link))
 
     def _read(self, link: Link) -> None:
-        link.socket.setblocking(False)
         try:
             data = link.socket.recv(1 << 18)
         except BlockingIOError:

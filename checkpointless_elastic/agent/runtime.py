@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
-import selectors
+import select
 import shutil
 import stat
 import tempfile
@@ -62,11 +62,16 @@ class _Watch:
     first: bool
 
 
+def _not_first(ready: tuple[int, int, _Watch]) -> bool:
+    return not ready[2].first
+
+
 class EventLoop:
     """Descriptors and timers of the agent. Everything happens on the thread that calls `run`."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._watched: dict[int, _Watch] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
 
@@ -76,17 +81,17 @@ class EventLoop:
         A second call for the same descriptor replaces the first one. `first`: among descriptors that are ready at the
         same time these are served before all others.
         """
-        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if write else 0)
-        entry = _Watch(read, write, first)
-        if fd in self._selector.get_map():
-            self._selector.modify(fd, mask, entry)
+        events = select.EPOLLIN | (select.EPOLLOUT if write else 0)
+        if fd in self._watched:
+            self._epoll.modify(fd, events)
         else:
-            self._selector.register(fd, mask, entry)
+            self._epoll.register(fd, events)
+        self._watched[fd] = _Watch(read, write, first)
 
     def unwatch(self, fd: int) -> None:
         """Forget `fd`; to be called before it is closed. Not an error if it is not watched."""
-        if fd in self._selector.get_map():
-            self._selector.unregister(fd)
+        if self._watched.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
 
     def call_later(self, seconds: float, callback: Callback) -> Timer:
         """Call `callback` once, `seconds` from now."""
@@ -104,26 +109,22 @@ class EventLoop:
         return True
 
     def close(self) -> None:
-        """Release the selector; watched descriptors stay open."""
-        self._selector.close()
+        """Release what the kernel holds for the loop; watched descriptors stay open."""
+        self._epoll.close()
 
     def _step(self, deadline: float | None) -> None:
-        ready = self._selector.select(self._wait(deadline))
+        events = self._epoll.poll(self._wait(deadline))
         self._fire_timers()
-        for key, mask in sorted(ready, key=lambda item: not item[0].data.first):
-            self._serve(key, mask)
+        ready = [(fd, mask, self._watched[fd]) for fd, mask in events if fd in self._watched]
+        for fd, mask, entry in sorted(ready, key=_not_first):
+            self._serve(fd, mask, entry)
 
-    def _serve(self, key: selectors.SelectorKey, mask: int) -> None:
-        entry: _Watch = key.data
-        if mask & selectors.EVENT_WRITE and entry.write is not None and self._is_current(key):
+    def _serve(self, fd: int, mask: int, entry: _Watch) -> None:
+        """An earlier callback of the same round may have taken this descriptor away, and its number be in use again."""
+        if mask & select.EPOLLOUT and entry.write is not None and self._watched.get(fd) is entry:
             entry.write()
-        if mask & selectors.EVENT_READ and self._is_current(key):
+        if mask & ~select.EPOLLOUT and self._watched.get(fd) is entry:
             entry.read()
-
-    def _is_current(self, key: selectors.SelectorKey) -> bool:
-        """False when an earlier callback of the same round took this descriptor away (its number may be reused)."""
-        known = self._selector.get_map().get(key.fd)
-        return known is not None and known.data is key.data
 
     def _wait(self, deadline: float | None) -> float | None:
         while self._timers and not self._timers[0][2].active:

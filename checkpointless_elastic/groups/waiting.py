@@ -14,6 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -101,7 +102,7 @@ class AbortableFuture:
         future: what is handed out. DDP's reducer takes the list of tensors out of it.
     """
 
-    def __init__(self, native: Any, outputs: list[torch.Tensor], link: Any) -> None:
+    def __init__(self, native: Any, outputs: Callable[[], list[torch.Tensor]], link: Any) -> None:
         self._outputs = outputs
         self._link = link
         self._lock = threading.Lock()
@@ -121,7 +122,7 @@ class AbortableFuture:
     def _outcome(self, _trigger: Any) -> list[torch.Tensor]:
         if self._error is not None:
             raise RuntimeError(str(self._error))
-        return self._outputs
+        return self._outputs()
 
     def _ended(self, native: Any) -> None:
         """On a thread of gloo, or at once."""

@@ -90,10 +90,13 @@ class ElasticWork(Work):
     def get_future(self) -> Any:
         """A future of the outputs. That of a gloo collective in flight ends with them as they are if it is void."""
         if self.native is not None and self.link is not None and self.link.device is None:
-            return AbortableFuture(self.native.get_future(), self.call().tensors(0), self.link).future
+            return AbortableFuture(self.native.get_future(), self._outputs, self.link).future
         if self.native is not None:
             return self.native.get_future()
-        return _completed(self.call().tensors(0))
+        return _completed(self._outputs())
+
+    def _outputs(self) -> list[torch.Tensor]:
+        return self.call().tensors(0)
 
     def get_future_result(self) -> Any:
         """A future of the native result code."""

@@ -93,6 +93,8 @@ class GradientNote(Observer):
 
     def private(self) -> list[int]:
         """Parameters whose gradients are present, not zero, and are added to by later calls."""
+        if not self.accumulated:
+            return []
         return [i for i, start in self._starts.items() if i in self.accumulated and not start.zero]
 
     def before_backward(self) -> None:

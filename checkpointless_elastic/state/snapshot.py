@@ -88,6 +88,7 @@ class AttemptSnapshot:
         self._told: set[str] = set()
         self._known_elsewhere: set[object] = set()
         self._gradients = GradientNote()
+        self._own: list[Piece] | None = None  # what `written_before_gate` gives, without gradients
         self._view = self._look()
         self._function = _Function(None)
         self._values: list[Any] = []
@@ -166,6 +167,7 @@ class AttemptSnapshot:
         `functions`: those that it has called; they need not be learned here again by copying all.
         """
         self._told, self._known_elsewhere = set(keys), set(functions)
+        self._own = None
         for known in self._functions.values():
             known.scan = None
 
@@ -175,9 +177,15 @@ class AttemptSnapshot:
         They are private to the rank (running statistics of BatchNorm, gradients accumulated over several calls): no
         other rank has the bytes. Gradients are as of the last `begin`.
         """
-        written = self._told.union(*(known.written for known in self._functions.values()))
-        pieces = [p for p in self._view.pieces if p.key in written and p.info.role in (BUFFER, OBJECT)]
-        for index in self._gradients.private():
+        if self._own is None:
+            written = self._told.union(*(known.written for known in self._functions.values()))
+            own = (BUFFER, OBJECT)
+            self._own = [p for p in self._view.pieces if p.key in written and p.info.role in own]
+        accumulated = self._gradients.private()
+        if not accumulated:
+            return self._own
+        pieces = list(self._own)
+        for index in accumulated:
             key, param = self._view.scan.params[index]
             if param.grad is not None:
                 pieces.append(Piece(describe(f"{key}:grad", GRADIENT, param.grad), param.grad))
@@ -186,6 +194,7 @@ class AttemptSnapshot:
     def _look(self) -> _View:
         """Look at all objects again: something was created, replaced or removed. Some µs per tensor."""
         view = _View(self._inventory.scan())
+        self._own = None
         self._gradients.follow(view.params)
         return view
 
@@ -244,6 +253,7 @@ class AttemptSnapshot:
         if known.learning or not keys <= known.written:
             known.written |= keys
             known.scan = None
+            self._own = None
 
     def _replaced(self) -> set[str]:
         """Keys of tensors in whose place the attempt put others (a buffer that is assigned anew)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Iterator
 
 import msgspec
 
@@ -47,6 +48,10 @@ class PrivateState(msgspec.Struct, frozen=True, array_like=True):
     ready_tensors: dict[str, bytes] = {}
     issued: dict[str, int] = {}
 
+    def states(self) -> Iterator[RngState | None]:
+        """The random states in it."""
+        yield from (self.rng, self.ready_rng, *self.cursor.states())
+
 
 def slot_path(run_dir: str, rank: int) -> str:
     """Where a rank's slot is."""
@@ -55,18 +60,19 @@ def slot_path(run_dir: str, rank: int) -> str:
 
 def write_state(slot: Slot, state: PrivateState) -> None:
     """Replace the private state in the slot, whole or not at all."""
-    slot.write(pack(state))
+    slot.write(*pack(state))
 
 
 def read_state(slot: Slot) -> PrivateState | None:
     """The private state in the slot; None if none was written. Raises ProtocolError if it is damaged."""
-    blob = slot.read()
-    return None if blob is None else unpack(blob, PrivateState)
+    content = slot.read()
+    return None if content is None else unpack(content, PrivateState, PrivateState.states)
 
 
 def in_loop(slot: Slot) -> bool:
     """Does the slot show its rank inside a loop or a step? Then its end, with whatever exit code, is a loss."""
-    state = read_state(slot)
-    if state is None:
+    content = slot.read()
+    if content is None:
         return False
+    state = msgspec.msgpack.decode(content.blob, type=PrivateState)
     return state.at is not At.BETWEEN or len(state.cursor.stack) > 1

@@ -63,6 +63,7 @@ class Recovery:
         self._segment: Segment | None = None
         self._store: Store | None = None
         self._state: PrivateState | None = None
+        self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
         self._groups: list[GroupSignature] = []
         self.last_value: bytes | None = None
 
@@ -242,12 +243,26 @@ class Recovery:
 
     def save_between(self) -> None:
         """Write the cursor, between steps."""
-        write_state(self._session.slot, self._now(At.BETWEEN, None))
+        self._between = self._now(At.BETWEEN, None)
+        write_state(self._session.slot, self._between)
 
     def save_start(self, state: rng.RngState) -> None:
         """A step begins with this random state."""
         self._state = self._now(At.START, state)
-        write_state(self._session.slot, self._state)
+        if not self._says_all(self._state):
+            self._between = None
+            write_state(self._session.slot, self._state)
+
+    def _says_all(self, start: PrivateState) -> bool:
+        """Whether the slot says already what a replacement must know here; nothing was drawn since then."""
+        kept, frame = self._between, start.cursor.top
+        before = frame.calls[-1].rng if frame.calls else frame.rng_start
+        return (
+            kept is not None
+            and len(start.cursor.stack) > 1
+            and before is start.rng
+            and (kept.step, kept.tensors, kept.issued) == (start.step, start.tensors, start.issued)
+        )
 
     def _now(self, at: At, state: rng.RngState | None) -> PrivateState:
         session = self._session
@@ -258,9 +273,14 @@ class Recovery:
         """The step is computed: keep what a replacement needs if it is committed."""
         start = self._state
         assert start is not None
-        tensors = self._run.read_private()
-        ready = msgspec.structs.replace(start, at=At.READY, ready_rng=rng.capture(), ready_tensors=tensors)
-        write_state(self._session.slot, ready)
+        ready, tensors = rng.capture(), self._run.read_private()
+        self._between = None
+        write_state(
+            self._session.slot,
+            PrivateState(
+                start.step, At.READY, start.cursor, start.rng, start.tensors, ready, tensors, start.issued
+            ),
+        )
 
     def save_end(self, value: Any) -> None:
         """The call has returned ``value``."""

@@ -1,14 +1,16 @@
 """The state of every random number generator of this process, taken and put back bit for bit.
 
 A state is taken before each fetch of a batch and at each replayable call, so it is made of raw words (no
-pickle) and costs 5 microseconds on a CPU. NumPy counts only where the script has imported it, an accelerator
-only where it is initialised: taking a state never loads a library and never creates a device context.
+pickle), and costs 2 microseconds where nothing was drawn since the last one. NumPy counts only where the script
+has imported it, an accelerator only where it is initialised: taking a state never loads a library and never
+creates a device context.
 
-Most states of a script differ in one part from the one before, or in none: parts that are equal are one
-object, and `worker.packing` writes each of them once."""
+Most states of a script differ in one part from the one before, or in none: a state is made of the numbers of
+its parts, see `worker.parts`."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import random
 import struct
@@ -17,12 +19,22 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import torch
 
 from checkpointless_elastic.errors import StateMismatchError
-from checkpointless_elastic.worker.rng_memory import GAUSS, WORDS_BYTES, numpy_reader, python_reader
+from checkpointless_elastic.worker.parts import Parts
+from checkpointless_elastic.worker.rng_memory import (
+    GAUSS,
+    TORCH_BYTES,
+    WORDS_BYTES,
+    numpy_reader,
+    python_reader,
+    read_torch,
+    torch_address,
+)
 
-__all__ = ["RngState", "capture", "capture_generator", "restore", "restore_generator"]
+__all__ = ["RngState", "adopt", "capture", "capture_generator", "parts", "restore", "restore_generator"]
 
 _WORDS = struct.Struct("<625I")
 _NUMPY = struct.Struct("<2496si")
@@ -31,8 +43,8 @@ _NUMPY_KIND = "MT19937"
 _NO_DEVICES: Mapping[str, bytes] = MappingProxyType({})
 
 
-class RngState:
-    """What all generators of one process stood at. Not to be changed; encoded by `worker.packing`.
+class RngState(msgspec.Struct, frozen=True, array_like=True, weakref=True):
+    """What all generators of one process stood at, by the numbers of its parts.
 
     Attributes:
         python: the state of the module random: position, words, Gauss cache.
@@ -41,58 +53,55 @@ class RngState:
         devices: device name, such as "cuda:0", to the state of its default generator.
     """
 
-    __slots__ = ("devices", "numpy", "python", "torch_cpu")
+    python: int
+    numpy: int
+    torch_cpu: int
+    devices: dict[str, int] = {}
 
-    def __init__(
-        self, python: bytes, numpy: bytes, torch_cpu: bytes, devices: Mapping[str, bytes] = _NO_DEVICES
-    ) -> None:
-        self.python = python
-        self.numpy = numpy
-        self.torch_cpu = torch_cpu
-        self.devices = devices
-
-    def parts(self) -> tuple[object, ...]:
-        """All of it, to be compared."""
-        return self.python, self.numpy, self.torch_cpu, dict(self.devices)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RngState) and self.parts() == other.parts()
-
-    __hash__ = None  # type: ignore[assignment]
+    def numbers(self) -> tuple[int, ...]:
+        """Of all its parts."""
+        return self.python, self.numpy, self.torch_cpu, *self.devices.values()
 
 
-_last = RngState(b"", b"", b"")
+parts = Parts()
+"""The parts of all states of this process."""
+
+
+def adopt(state: RngState, found: Mapping[int, bytes]) -> None:
+    """Make a decoded state one of this process; `found` has its parts. KeyError if one is missing."""
+    for number in state.numbers():
+        parts.adopt(number, found)
+    parts.release_with(state, state.numbers())
 
 
 def capture() -> RngState:
     """Take the state of Python, NumPy, torch and the accelerator. Does not wait for a device. Main thread only."""
-    global _last
-    last = _last
-    python, numpy = _python_state(), _numpy_state()
-    torch_cpu, devices = capture_generator(torch.default_generator), _device_states()
-    same = python == last.python, numpy == last.numpy, torch_cpu == last.torch_cpu, devices == last.devices
-    if not all(same):
-        _last = RngState(
-            last.python if same[0] else python,
-            last.numpy if same[1] else numpy,
-            last.torch_cpu if same[2] else torch_cpu,
-            last.devices if same[3] else devices,
-        )
+    global _last, _seen
+    seen = _read_python(), _read_numpy(), _read_torch(), _device_states()
+    if _last is None or seen != _seen:
+        *own, devices = seen
+        python, numpy, torch_cpu = map(parts.take, own)
+        _last = RngState(python, numpy, torch_cpu, {name: parts.take(part) for name, part in devices.items()})
+        parts.release_with(_last, _last.numbers())
+        _seen = seen
     return _last
 
 
 def restore(state: RngState) -> None:
     """Put a state back. NumPy is imported if the state has a part for it, a device must already be usable."""
-    global _last
-    _last = state
-    position, *words = _WORDS.unpack_from(state.python)
-    has_gauss, gauss = GAUSS.unpack_from(state.python, WORDS_BYTES)
+    python, numpy = parts.held[state.python], parts.held[state.numpy]
+    position, *words = _WORDS.unpack_from(python)
+    has_gauss, gauss = GAUSS.unpack_from(python, WORDS_BYTES)
     random.setstate((_PYTHON_VERSION, (*words, position), gauss if has_gauss else None))
-    if state.numpy:
-        _restore_numpy(state.numpy)
-    restore_generator(torch.default_generator, state.torch_cpu)
-    for name, blob in state.devices.items():
-        restore_generator(_device_generator(name), blob)
+    if numpy:
+        _restore_numpy(numpy)
+    torch_cpu = parts.held[state.torch_cpu]
+    if _torch_address is None:
+        restore_generator(torch.default_generator, torch_cpu)
+    else:
+        ctypes.memmove(_torch_address, torch_cpu, TORCH_BYTES)
+    for name, number in state.devices.items():
+        restore_generator(_device_generator(name), parts.held[number])
 
 
 def capture_generator(generator: torch.Generator) -> bytes:
@@ -105,28 +114,23 @@ def restore_generator(generator: torch.Generator, state: bytes) -> None:
     generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
-_read_python = python_reader()
-
-
 def _python_state() -> bytes:
-    if _read_python is not None:
-        return _read_python()
     _, (*words, position), gauss = random.getstate()
     return _WORDS.pack(position, *words) + GAUSS.pack(gauss is not None, gauss or 0.0)
 
 
-_read_numpy = functools.lru_cache(maxsize=1)(numpy_reader)
-
-
-def _numpy_state() -> bytes:
+def _read_numpy() -> bytes:
     module = sys.modules.get("numpy.random")
     if module is None or not hasattr(module, "get_state"):  # absent, or half imported
         return b""
-    read = _read_numpy(module)
-    return (b"" if read is None else read()) or _numpy_state_by_library(module)
+    read = _numpy_reader(module)
+    return (b"" if read is None else read()) or _numpy_state(module)
 
 
-def _numpy_state_by_library(module: Any) -> bytes:
+_numpy_reader = functools.lru_cache(maxsize=1)(numpy_reader)
+
+
+def _numpy_state(module: Any) -> bytes:
     state = module.get_state()
     if not isinstance(state, tuple):  # numpy.random.set_bit_generator put another kind in place
         raise StateMismatchError(
@@ -176,3 +180,15 @@ def _device_generator(name: str) -> torch.Generator:
         )
     generator: torch.Generator = generators[int(index)]
     return generator
+
+
+def _read_torch() -> bytes:
+    if _torch_address is None:
+        return capture_generator(torch.default_generator)
+    return read_torch(_torch_address)
+
+
+_read_python = python_reader() or _python_state
+_torch_address = torch_address(torch.default_generator)
+_last: RngState | None = None  # the newest state
+_seen: tuple[bytes, bytes, bytes, Mapping[str, bytes]] = (b"", b"", b"", _NO_DEVICES)  # what it was made of

@@ -1,12 +1,15 @@
-"""Reads the words of Python's and of NumPy's global generator where they lie in memory.
+"""Reads the global random generators where they lie in memory.
 
-`random.getstate` makes 625 integers and `numpy.random.get_state` copies word by word: 15 and 30 microseconds, four
-times a step. Their memory holds the same 2,500 bytes, read here in less than one.
+`random.getstate` makes 625 integers, `numpy.random.get_state` copies word by word and `Generator.get_state` fills a new
+tensor: 50 microseconds in a loop, several times that in a process whose caches are cold, and a step asks four times.
+Their memory holds the same 2,500 bytes each, read here in less than one microsecond.
 
-Read in CPython 3.10 to 3.13 (`_randommodule.c`: the object's head, an int for the index, 624 words) and NumPy 1.26 to
+Read in CPython 3.10 to 3.13 (`_randommodule.c`: the object's head, an int for the position, 624 words), NumPy 1.26 to
 2.4 (`mt19937.h`: 624 words and an int, at the public `bit_generator.ctypes.state_address`; `aug_bitgen_t` inside
-RandomState: an int for "has a second Gauss draw" in the eight bytes before that draw). Each place is tried out with
-known values before it is used; a reader is None where it is not found, and the caller asks the library instead.
+RandomState: an int for "has a second Gauss draw" in the eight bytes before that draw) and torch 2.6 to 2.13
+(`CPUGeneratorImpl.h`: the engine's seed, position and 624 words, then the second draws of pairs). Each place is tried
+out with known values before it is used: a function returns None where it finds something else, and the library is
+asked each time instead.
 """
 
 from __future__ import annotations
@@ -17,28 +20,42 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["GAUSS", "WORDS_BYTES", "numpy_reader", "python_reader"]
+import torch
+
+__all__ = [
+    "GAUSS",
+    "TORCH_BYTES",
+    "WORDS_BYTES",
+    "numpy_reader",
+    "python_reader",
+    "read_torch",
+    "torch_address",
+]
 
 WORDS_BYTES = 2500  # 624 words of four bytes, and the position in them
 GAUSS = struct.Struct("<Bd")
 _FLAG = struct.Struct("<i4xd")
 _PROBE = 0.7310585786300049  # any number that is in no object by chance
+# Seed and left, seeded, next, words, optional<float>, optional<double>.
+_TORCH = struct.Struct("<12s?3x4s2496s4x4s?3x8s?7x")
+_TORCH_WORDS = 20  # where the words begin in it
+TORCH_BYTES = _TORCH.size
+_at = ctypes.string_at
 
 Reader = Callable[[], bytes]
 """Gives no bytes when the library has to be asked after all."""
 
 
 def python_reader() -> Reader | None:
-    """Reads the module random: the position, the words, then whether there is a second Gauss draw, and that."""
+    """Reads the module random: position, words, `GAUSS`."""
     owner: Any = getattr(random.getstate, "__self__", None)
-    trial = random.Random(20)
-    if not hasattr(owner, "gauss_next") or not _is_at_head(trial):
+    if not hasattr(owner, "gauss_next") or not _is_at_head(random.Random(20)):
         return None
     address = id(owner) + object.__basicsize__
 
     def read() -> bytes:
         gauss = owner.gauss_next
-        return ctypes.string_at(address, WORDS_BYTES) + GAUSS.pack(gauss is not None, gauss or 0.0)
+        return _at(address, WORDS_BYTES) + GAUSS.pack(gauss is not None, gauss or 0.0)
 
     return read
 
@@ -48,11 +65,11 @@ def _is_at_head(trial: random.Random) -> bool:
     words = trial.getstate()[1]
     expected = struct.pack("<625I", words[-1], *words[:-1])
     enough = type(trial).__basicsize__ >= object.__basicsize__ + WORDS_BYTES
-    return enough and bool(ctypes.string_at(id(trial) + object.__basicsize__, WORDS_BYTES) == expected)
+    return enough and bool(_at(id(trial) + object.__basicsize__, WORDS_BYTES) == expected)
 
 
 def numpy_reader(module: Any) -> Reader | None:
-    """Reads `numpy.random`: the words, the position, then whether there is a second Gauss draw, and that."""
+    """Reads the legacy generator of `numpy.random`: words, position, `GAUSS`."""
     offset = _flag_offset(module.RandomState)
     owner: Any = getattr(module.get_state, "__self__", None)
     generator = getattr(owner, "_bit_generator", None)
@@ -63,8 +80,8 @@ def numpy_reader(module: Any) -> Reader | None:
     def read() -> bytes:
         if owner._bit_generator is not generator:  # numpy.random.set_bit_generator put another one in place
             return b""
-        has_gauss, gauss = _FLAG.unpack(ctypes.string_at(flag, _FLAG.size))
-        return ctypes.string_at(words, WORDS_BYTES) + GAUSS.pack(has_gauss, gauss)
+        has_gauss, gauss = _FLAG.unpack(_at(flag, _FLAG.size))
+        return _at(words, WORDS_BYTES) + GAUSS.pack(has_gauss, gauss)
 
     return read
 
@@ -74,15 +91,44 @@ def _flag_offset(kind: Any) -> int | None:
     trial = kind(20)
     name, key, position, _, _ = trial.get_state()
     trial.set_state((name, key, position, 1, _PROBE))
-    held = ctypes.string_at(id(trial), kind.__basicsize__)
+    held = _at(id(trial), kind.__basicsize__)
     offset = held.find(_FLAG.pack(1, _PROBE))
     if offset < 0 or held.count(struct.pack("<d", _PROBE)) != 1:
         return None
     trial.set_state((name, key, position, 0, _PROBE))
-    return offset if ctypes.string_at(id(trial) + offset, _FLAG.size) == _FLAG.pack(0, _PROBE) else None
+    return offset if _at(id(trial) + offset, _FLAG.size) == _FLAG.pack(0, _PROBE) else None
 
 
 def _has_words(generator: Any) -> bool:
     inner = generator.state["state"]
     expected = inner["key"].tobytes() + struct.pack("<i", inner["pos"])
-    return bool(ctypes.string_at(generator.ctypes.state_address, WORDS_BYTES) == expected)
+    return bool(_at(generator.ctypes.state_address, WORDS_BYTES) == expected)
+
+
+def torch_address(generator: torch.Generator) -> int | None:
+    """Where the TORCH_BYTES of a generator on the CPU are, to be read and to be written."""
+    trial = torch.Generator().manual_seed(20)
+    state = trial.get_state().numpy().tobytes()
+    words = struct.pack("<624I", *struct.unpack_from("<624Q", state, 24))
+    start: int = trial._cdata  # type: ignore[attr-defined]
+    offset = _at(start, 256).find(words[:32])
+    if offset < _TORCH_WORDS or _at(start + offset, len(words)) != words:
+        return None
+    offset -= _TORCH_WORDS
+    return generator._cdata + offset if _can_be_put_back(trial, start + offset) else None  # type: ignore[attr-defined]
+
+
+def read_torch(address: int) -> bytes:
+    """What is at this address, the same for equal states: padding and absent second draws are zero."""
+    *engine, single, has_single, double, has_double = _TORCH.unpack(_at(address, TORCH_BYTES))
+    single, double = single if has_single else b"", double if has_double else b""
+    return _TORCH.pack(*engine, single, has_single, double, has_double)
+
+
+def _can_be_put_back(trial: torch.Generator, address: int) -> bool:
+    """Whether the bytes at this address are all that the next draws depend on."""
+    torch.randn(1, generator=trial)  # the second draw of the pair takes nothing from the words
+    kept, state = read_torch(address), trial.get_state()
+    torch.randn(2, generator=trial), torch.rand(700, generator=trial)
+    ctypes.memmove(address, kept, TORCH_BYTES)
+    return torch.equal(trial.get_state(), state)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -394,9 +395,10 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path) -> None:
 FRESH_PROCESS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from memory_session import Session
+from memory_session import Content, Session
 from test_loaders import IN_PROCESS, passes_over
-session = Session(open(sys.argv[2], "rb").read())
+import msgspec
+session = Session(msgspec.msgpack.decode(open(sys.argv[2], "rb").read(), type=Content))
 passes_over(IN_PROCESS["shuffle"])(session)
 open(sys.argv[3], "w").write(repr(session.trace))
 """
@@ -408,7 +410,7 @@ def test_a_fresh_process_goes_on_where_the_slot_says(tmp_path: Path) -> None:
     dying = Session(None, whole.moments // 2)
     with pytest.raises(Killed):
         script(dying)
-    (tmp_path / "slot").write_bytes(dying.slot)
+    (tmp_path / "slot").write_bytes(msgspec.msgpack.encode(dying.slot))
     arguments = [str(Path(__file__).parent), str(tmp_path / "slot"), str(tmp_path / "trace")]
     subprocess.run([sys.executable, "-c", FRESH_PROCESS, *arguments], check=True)
     assert repr(whole.trace[len(dying.trace) :]) == (tmp_path / "trace").read_text()

@@ -1,4 +1,4 @@
-"""A slot holds the old blob or the new one whatever happens to its writer."""
+"""A slot holds the old content or the new one whatever happens to its writer."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ import sys
 import pytest
 
 from checkpointless_elastic.errors import StateMismatchError
-from checkpointless_elastic.state.slot import Slot
+from checkpointless_elastic.state.slot import Content, Slot
 
 WRITER = """
 import os, sys
 from checkpointless_elastic.state.slot import Slot
 slot = Slot.open(sys.argv[1])
 number = int(sys.argv[2])
+parts = {}
 os.write(1, b"go")
 while True:
     number += 1
     size = 8 * (1 + number * 7919 % 9000)
     blob = number.to_bytes(8, "little") * (size // 8)
-    slot.write(blob)
+    kept = {key: part for key, part in parts.items() if number % 3 and key > number - 3}
+    parts = {**kept, number: number.to_bytes(8, "little") * (1 + number % 5 * 100)}
+    slot.write(blob, parts)
     slot.append(blob[: size // 4 // 8 * 8 + 8])
     if number % 50 == 0:
         slot.clear_entries()
@@ -46,7 +49,8 @@ def killed_writer(path: str, start: int, reads: int) -> None:
     assert child.stdout.read(2) == b"go"
     with Slot.open(path) as slot:
         for _ in range(reads):
-            number_of(slot.read() or b"\0" * 8)
+            content = slot.read()
+            assert content is None or number_of_all(content) >= 0
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
@@ -57,6 +61,15 @@ def number_of(blob: bytes) -> int:
     assert len(blob) % 8 == 0
     assert blob == blob[:8] * (len(blob) // 8), "the blob is a mix of two"
     return int.from_bytes(blob[:8], "little")
+
+
+def number_of_all(content: Content) -> int:
+    """The number of the blob; its last part has it too, those before it are of the writes before."""
+    number = number_of(content.blob)
+    for key, part in content.parts.items():
+        assert number_of(part) == key
+    assert list(content.parts) == list(range(number - len(content.parts) + 1, number + 1))
+    return number
 
 
 def test_a_new_slot_has_no_blob_and_no_entries(path: str) -> None:
@@ -82,15 +95,39 @@ def test_the_last_blob_is_read_whatever_its_size(path: str, sizes: list[int]) ->
         for number, size in enumerate(sizes):
             blob = bytes([number]) * size
             slot.write(blob)
-            assert reader.read() == slot.read() == blob
+            assert reader.read() == slot.read() == Content(blob, {})
 
 
-def test_two_objects_may_write_in_turn(path: str) -> None:
-    with Slot.create(path) as one, Slot.open(path) as two:
-        for turn in range(10):
-            (one, two)[turn % 2].write(b"%d" % turn)
-            (one, two)[turn % 2].append(b"x")
-            assert one.read() == two.read() == b"%d" % turn
+def test_each_writer_goes_on_where_the_one_before_it_was_lost(path: str) -> None:
+    Slot.create(path).close()
+    for turn in range(10):
+        with Slot.open(path) as slot, Slot.open(path) as reader:
+            for _ in range(3):
+                slot.write(b"%d" % turn, {turn: b"part %d" % turn})
+            slot.append(b"x")
+            assert slot.read() == reader.read() == Content(b"%d" % turn, {turn: b"part %d" % turn})
+            assert len(reader.entries()) == turn + 1
+
+
+def test_parts_that_stay_are_not_written_again_and_others_share_the_room(path: str) -> None:
+    with Slot.create(path) as slot, Slot.open(path) as reader:
+        lasting = b"stays" * 1000
+        for number in range(50):
+            parts = {1: lasting, 2 + number: b"%d" % number * 500, 1000 + number // 2: b"small"}
+            slot.write(b"blob %d" % number, parts)
+            assert reader.read() == Content(b"blob %d" % number, parts)
+        assert os.path.getsize(path) < 80_000
+
+
+def test_writers_that_are_lost_again_and_again_leave_no_growing_file(path: str) -> None:
+    Slot.create(path).close()
+    for number in range(40):
+        with Slot.open(path) as slot:
+            for step in range(4):
+                slot.write(
+                    b"blob", {number * 5: b"%d" % number * 2000, number * 5 + step + 1: b"%d" % step * 2000}
+                )
+    assert os.path.getsize(path) < 120_000
 
 
 def test_entries_come_back_in_order(path: str) -> None:
@@ -126,7 +163,7 @@ def test_a_damaged_entry_gives_the_blob_before_it(path: str, byte: int) -> None:
         value = file.read(1)[0]
         file.seek(64 + byte)
         file.write(bytes([value ^ 1]))
-    assert Slot.open(path).read() == b"old"
+    assert Slot.open(path).read() == Content(b"old", {})
 
 
 def test_a_first_write_that_was_torn_counts_as_none(path: str) -> None:
@@ -161,8 +198,8 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_blob(path: str) -> None:
     for _ in range(40):
         killed_writer(path, last, chance.randrange(1000))
         with Slot.open(path) as slot:
-            blob, entries = slot.read(), slot.entries()
-        number = number_of(blob) if blob is not None else 0
+            content, entries = slot.read(), slot.entries()
+        number = number_of_all(content) if content is not None else 0
         assert number >= last
         numbers = [number_of(entry) for entry in entries]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else True
@@ -180,7 +217,7 @@ def test_a_reader_beside_a_writer_never_sees_a_mix(path: str) -> None:
         assert child.stdout is not None
         child.stdout.read(2)
         with Slot.open(path) as slot:
-            seen = [number_of(blob) for _ in range(500) if (blob := slot.read()) is not None]
+            seen = [number_of_all(content) for _ in range(500) if (content := slot.read()) is not None]
         assert seen == sorted(seen)
         assert child.poll() is None
     finally:
@@ -204,4 +241,4 @@ def test_a_full_file_system_is_an_error_that_says_what_to_do(path: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, before)
         assert raised.value.errno == errno.EFBIG
-        assert slot.read() == b"old"
+        assert slot.read() == Content(b"old", {})

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.random
 import pytest
@@ -13,7 +17,6 @@ import torch
 
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.worker import rng, rng_memory
-from checkpointless_elastic.worker.packing import pack, unpack
 
 
 def draws() -> list[object]:
@@ -47,23 +50,107 @@ def test_a_restored_state_repeats_all_draws_and_gauss_caches(gauss: int) -> None
     assert draws() == first
 
 
-def test_a_state_survives_packing_and_equal_parts_are_written_once() -> None:
+def test_a_part_is_kept_once_and_as_long_as_a_state_has_it() -> None:
+    gc.collect()
+    first = rng.capture()
+    before = set(rng.parts.held)
     states = []
     for _ in range(4):
         torch.rand(1)
         states.append(rng.capture())
-    packed = pack(states)
-    assert unpack(packed, list[rng.RngState]) == states
-    assert len(packed) < 4 * len(states[0].torch_cpu) + len(states[0].python) + len(states[0].numpy) + 200
+    assert len(set(rng.parts.held) - before) == 4
+    assert {state.python for state in states} == {first.python}
+    last = states.pop()
+    del states
+    gc.collect()
+    assert set(rng.parts.held) - before == {last.torch_cpu}
 
 
-def test_python_and_numpy_are_read_from_memory_and_as_the_library_says() -> None:
-    assert rng_memory.python_reader() is not None
-    read = rng_memory.numpy_reader(np.random)
-    assert read is not None
+def test_a_state_that_another_process_wrote_is_put_back(tmp_path: Path) -> None:
+    script = (
+        "import msgspec, sys, torch\n"
+        "from checkpointless_elastic.worker import rng\n"
+        "torch.manual_seed(8)\n"
+        "state = rng.capture()\n"
+        "open(sys.argv[1], 'wb').write(msgspec.msgpack.encode((state, rng.parts.held)))\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "state")], check=True)
+    written = (tmp_path / "state").read_bytes()
+    state, parts = msgspec.msgpack.decode(written, type=tuple[rng.RngState, dict[int, bytes]])
+    rng.adopt(state, parts)
+    rng.restore(state)
+    found = torch.rand(3)
+    torch.manual_seed(8)
+    assert torch.equal(found, torch.rand(3))
+    with pytest.raises(KeyError):
+        rng.adopt(rng.RngState(1, 2, 3), parts)
+
+
+def test_all_generators_are_found_in_memory_and_read_as_the_library_says() -> None:
+    python, legacy = rng_memory.python_reader(), rng_memory.numpy_reader(np.random)
+    assert python is not None, "random.Random is laid out in another way: see rng_memory"
+    assert legacy is not None, "numpy's RandomState is laid out in another way: see rng_memory"
+    assert rng_memory.torch_address(torch.default_generator) is not None, (
+        "CPUGeneratorImpl is laid out otherwise"
+    )
     for _ in range(3):
-        np.random.randn()
-        assert read() == rng._numpy_state_by_library(np.random)
+        random.gauss(0, 1), np.random.randn()
+        assert python() == rng._python_state()
+        assert legacy() == rng._numpy_state(np.random)
+
+
+@pytest.mark.parametrize("missing", ["_read_python", "_numpy_reader", "_torch_address"])
+def test_what_is_not_found_in_memory_is_asked_of_the_library(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = {
+        "_read_python": rng._python_state,
+        "_numpy_reader": lambda module: None,
+        "_torch_address": None,
+    }
+    monkeypatch.setattr(rng, missing, library[missing])
+    draws()
+    state = rng.capture()
+    first = draws()
+    rng.restore(state)
+    assert rng.capture() == state
+    assert draws() == first
+    monkeypatch.undo()
+    rng.capture()
+
+
+DRAWS: dict[str, Callable[[], object]] = {
+    "random": random.random,
+    "gauss": lambda: random.gauss(0, 1),
+    "shuffle": lambda: random.shuffle(list(range(700))),
+    "numpy rand": np.random.rand,
+    "numpy randn": np.random.randn,
+    "numpy permutation": lambda: np.random.permutation(2000),
+    "torch rand": lambda: torch.rand(1),
+    "torch randn": lambda: torch.randn(1),
+    "torch double normal": lambda: torch.normal(0.0, 1.0, (1,), dtype=torch.float64),
+    "torch dropout": lambda: torch.nn.functional.dropout(torch.ones(1, 1)),
+    "torch many": lambda: torch.rand(624),
+    "torch permutation": lambda: torch.randperm(100),
+    "torch seed": lambda: torch.manual_seed(random.getrandbits(30)),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_each_draw_is_noticed(draw: str) -> None:
+    for _ in range(1500):
+        before = rng.capture()
+        DRAWS[draw]()
+        after = rng.capture()
+        assert after != before
+        rng.restore(before)
+        assert rng.capture() == before
+        rng.restore(after)
+
+
+def test_nothing_is_taken_anew_where_nothing_was_drawn() -> None:
+    draws()
+    assert rng.capture() is rng.capture()
 
 
 def test_the_state_is_the_one_that_the_libraries_give() -> None:
@@ -99,7 +186,7 @@ def test_taking_a_state_imports_neither_numpy_random_nor_a_device() -> None:
         "import sys, torch\n"
         "from checkpointless_elastic.worker import rng\n"
         "state = rng.capture()\n"
-        "assert state.numpy == b'' and 'numpy.random' not in sys.modules\n"
+        "assert rng.parts.held[state.numpy] == b'' and 'numpy.random' not in sys.modules\n"
         "assert not torch.cuda.is_initialized() and state.devices == {}\n"
         "rng.restore(state)\n"
         "assert rng.capture() == state\n"
@@ -119,7 +206,7 @@ def test_another_kind_of_numpy_generator_is_refused() -> None:
 
 def test_a_state_of_a_device_that_is_not_here_is_refused() -> None:
     here = rng.capture()
-    state = rng.RngState(here.python, here.numpy, here.torch_cpu, {"cuda:99": b"\0" * 16})
+    state = rng.RngState(here.python, here.numpy, here.torch_cpu, {"cuda:99": here.torch_cpu})
     with pytest.raises(StateMismatchError, match="cuda:99"):
         rng.restore(state)
 
