@@ -14,7 +14,7 @@ import torch
 
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.state.arena import Arena
-from checkpointless_elastic.state.pieces import GRADIENT, OPTIMIZER, PieceInfo, describe, make_tensor
+from checkpointless_elastic.state.pieces import MADE, PieceInfo, describe, make_tensor
 
 __all__ = ["Found", "Holder", "Maker", "ParamNames"]
 
@@ -63,7 +63,7 @@ class Maker:
 
     def __init__(self, pieces: tuple[PieceInfo, ...]) -> None:
         self._wanted = {info.key: info for info in pieces}
-        self._arena = Arena(info for info in pieces if info.role in (OPTIMIZER, GRADIENT))
+        self._arena = Arena(info for info in pieces if info.role in MADE)
 
     def wanted(self, key: str) -> PieceInfo | None:
         """The description of a piece, or None if the survivors do not have it."""

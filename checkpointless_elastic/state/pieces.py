@@ -32,6 +32,7 @@ BUFFER = "buffer"
 GRADIENT = "gradient"
 OPTIMIZER = "optimizer"
 OBJECT = "object"
+MADE = (OPTIMIZER, GRADIENT)  # by a replacement, where its script has not made them
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 

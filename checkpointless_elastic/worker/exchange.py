@@ -11,7 +11,8 @@ import msgspec
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision
-from checkpointless_elastic.state.pieces import Manifest, Piece
+from checkpointless_elastic.state import arena
+from checkpointless_elastic.state.pieces import MADE, Manifest, Piece
 from checkpointless_elastic.state.plan import PieceSize, Plan, plan
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.transfer import ChunkDigest, Receiver
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 RESERVED = "state"
+EXPECTED = "expected"
+"""File that says how much memory a replacement will need."""
 RESERVE_LIMIT = 1 << 30
 """Bytes of state up to which its shared memory is kept from the first step on: making its pages when a rank is lost
 would take time from the replacement. It is one more copy of the state per node."""
@@ -87,6 +90,24 @@ def reserve(run: Run, run_dir: str, index: int, count: int) -> None:
     low, high = nbytes * index // count, nbytes * (index + 1) // count
     run.reserved = Segment.share(Path(run_dir), RESERVED, nbytes, low, high - low)
     run.reserved.populate(write=True)
+    if index == 0:
+        partial = Path(run_dir) / f"{EXPECTED}.partial"
+        partial.write_bytes(msgspec.json.encode(_expected(run.inventory.pieces())))
+        partial.replace(Path(run_dir) / EXPECTED)
+
+
+def _expected(pieces: list[Piece]) -> tuple[int, int]:
+    """Bytes that a replacement makes itself, and that its script takes: a gradient and a place in a bucket each."""
+    made = arena.size_of(piece.info for piece in pieces if piece.info.role in MADE)
+    script = arena.size_of(piece.info for piece in pieces if piece.info.role not in MADE)
+    return made, script + 2 * arena.size_of(piece.info for piece in pieces if piece.tensor.requires_grad)
+
+
+def expect(run_dir: str) -> None:
+    """In a replacement, before its script: get the memory ready that will be needed. Returns at once."""
+    path = Path(run_dir) / EXPECTED
+    if path.exists():
+        arena.prepare(*msgspec.json.decode(path.read_bytes(), type=tuple[int, int]))
 
 
 def _reserved(run: Run, run_dir: str, nbytes: int) -> Segment | None:

@@ -46,6 +46,7 @@ from checkpointless_elastic.protocol.messages import (
 from checkpointless_elastic.protocol.messages import Resume as Resumed
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.channel import Channel
+from checkpointless_elastic.worker.exchange import expect
 from checkpointless_elastic.worker.private import slot_path
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def connect_from_env() -> Session | None:
     incarnation = int(os.environ["CHECKPOINTLESS_INCARNATION"])
     channel = Channel(path, rank, incarnation, os.environ["CHECKPOINTLESS_TOKEN"])
     _session = Session(channel, rank, os.environ["CHECKPOINTLESS_RUN_DIR"])
+    if _session.shadow:
+        expect(_session.run_dir)
     _session.registry.install()
     channel.listen(_session.take)
     return _session

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import threading
 
 import pytest
 import torch
 
-from checkpointless_elastic.state.arena import Arena
+from checkpointless_elastic.state.arena import Arena, prepare, size_of
 from checkpointless_elastic.state.pieces import PieceInfo, describe
 
 _SHAPES = [((1 << 20,), torch.float32), ((), torch.float32), ((3, 5), torch.bfloat16), ((7,), torch.bool)]
@@ -55,3 +56,19 @@ def test_little_state_is_left_to_torch(count: int) -> None:
     info = describe("small", "optimizer", torch.empty(100))
     arena = Arena([info] * count)
     assert arena.tensor(info) is None
+
+
+def test_memory_made_beforehand_is_used_once_and_holds_what_is_written() -> None:
+    infos = _described()
+    prepare(size_of(infos) + 4096, 48 << 20)
+    for thread in threading.enumerate():
+        if thread.name == "checkpointless-memory":
+            thread.join()
+    arena, later = Arena(infos), Arena(infos)
+    first = [tensor for info in infos if (tensor := arena.tensor(info)) is not None]
+    second = [tensor for info in infos if (tensor := later.tensor(info)) is not None]
+    for number, tensor in enumerate([*first, *second]):
+        tensor.fill_(number % 2)
+    assert [bool((t == n % 2).all()) for n, t in enumerate([*first, *second])] == [True] * 2 * len(infos)
+    blocks = [torch.full((3 << 20,), float(number)) for number in range(6)]  # out of the heap
+    assert [float(block.sum()) for block in blocks] == [number * float(3 << 20) for number in range(6)]

@@ -72,7 +72,7 @@ def test_three_survivors_in_processes_of_their_own_fill_a_replacement_bit_by_bit
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert bits(target) == bits(expected)
     assert report.nbytes == layout.nbytes == sum(piece.info.nbytes for piece in expected.pieces())
-    assert 0 < report.verify_seconds < report.seconds
+    assert report.seconds > 0
 
 
 def _large() -> list[Piece]:
