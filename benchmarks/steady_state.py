@@ -12,10 +12,15 @@ most of a step of 100 ms is a wait, as for an accelerator: workers outnumber the
 a step that they spend computing varies by 15 % and more, which hides an overhead of 1 %. The second,
 compute_bound in the report, trains 5 million parameters and keeps all cores busy; mind its interval.
 
-Two small figures are measured inside one job of ours, where protected and native calls take turns: gate_us, a
-replayable function that only calls optimizer.step() on one small parameter, less the same call unprotected
-(optimizer_step_us says how much of it lies inside optimizer.step(), where the ranks wait for each other); and
-collective_us, an all_reduce of one number on a native group and on an elastic one.
+Small figures are measured inside one job of ours, where protected and native calls take turns:
+
+    gate_us        median time from the moment when the last rank comes to a gate until the first rank leaves it,
+                   by the clock that the processes share: the vote, the decision and its way back
+    gate_last_us   the same until the last rank has left it; with fewer cores than ranks this one waits for a
+                   core that the first ranks use for their update
+    call_us        what a replayable function that only calls optimizer.step() on one small parameter takes more
+                   than that call alone, with all ranks at it at once
+    collective_us  an all_reduce of one number on a native group and on an elastic one
 
 A script given by --script is judged by the files that it writes, and should do at least BENCH_STEPS steps:
 """
@@ -195,15 +200,17 @@ def small_calls(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     with Job(plan) as job:
         job.finish(timeout=120)
     found = [json.loads((plan.folder / f"micro-{rank}.json").read_text()) for rank in range(options.ranks)]
+    gates = list(zip(*(rank["gates"] for rank in found), strict=True))
     return {
-        "gate_us": max(rank["gate_us"] for rank in found),
+        "gate_us": median(min(left for _, left in gate) - max(came for came, _ in gate) for gate in gates),
+        "gate_last_us": median(
+            max(left for _, left in gate) - max(came for came, _ in gate) for gate in gates
+        ),
+        "call_us": max(rank["call_us"] for rank in found),
+        "optimizer_step_us": max(rank["plain_step_us"] for rank in found),
         "collective_us": {
             "native": max(rank["native_us"] for rank in found),
             "elastic": max(rank["native_us"] for rank in found) + max(rank["added_us"] for rank in found),
-        },
-        "optimizer_step_us": {
-            "plain": max(rank["plain_step_us"] for rank in found),
-            "protected": max(rank["protected_step_us"] for rank in found),
         },
     }
 
@@ -217,7 +224,11 @@ def show(report: dict[str, Any], options: argparse.Namespace) -> None:
                 f"{part['overhead_percent']:+.2f} % (95 %: {low:+.2f} to {high:+.2f}, {part['pairs']} pairs)"
             )
     native, elastic = report["collective_us"]["native"], report["collective_us"]["elastic"]
-    print(f"optimizer.step(): {report['optimizer_step_us']} us; all_reduce: {native:.0f} us native")
+    print(f"the last rank leaves a gate after {report['gate_last_us']:.0f} us")
+    print(
+        f"a replayable call of optimizer.step(): {report['call_us']:.0f} us more than the "
+        f"{report['optimizer_step_us']:.0f} us of that step; all_reduce: {native:.0f} us native"
+    )
     print_bars(
         [
             Bar("overhead", report["overhead_percent"], 1.0, " %"),

@@ -1,6 +1,7 @@
 """Times the gate and one small collective, protected and native calls in turns, inside the same processes.
 
-Writes micro-<rank>.json: medians over many pairs of blocks, in microseconds per call.
+Writes micro-<rank>.json: medians over many pairs of blocks, in microseconds per call, and when this rank came to each
+gate and left it, by the clock that all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -75,13 +76,16 @@ def main() -> None:
     run = ce.Run(model=model, optimizer=optimizer)
     number = torch.zeros(1)
 
-    inside: list[float] = []
+    came: list[float] = []
+    left: list[float] = []
+    optimizer.register_step_pre_hook(
+        lambda *_: left.append(time.perf_counter() * 1e6)
+    )  # runs right after the gate
 
     @run.replayable
     def protected_step() -> None:
-        start = time.perf_counter()
+        came.append(time.perf_counter() * 1e6)
         optimizer.step()
-        inside.append((time.perf_counter() - start) * 1e6)
 
     @run.replayable
     def block(group: dist.ProcessGroup | None) -> float:
@@ -91,12 +95,12 @@ def main() -> None:
     for _ in range(3):
         protected_step()
         other.step()
-    step_us, gate_us = in_turns(run.steps(PAIRS), lambda: timed(other.step), lambda: timed(protected_step))
+    step_us, call_us = in_turns(run.steps(PAIRS), lambda: timed(other.step), lambda: timed(protected_step))
     native_us, added_us = in_turns(run.steps(PAIRS), lambda: block(native), lambda: block(None))
     found = {
-        "gate_us": gate_us,
+        "gates": list(zip(came, left, strict=True)),
+        "call_us": call_us,
         "plain_step_us": step_us,
-        "protected_step_us": median(inside),
         "native_us": native_us,
         "added_us": added_us,
     }

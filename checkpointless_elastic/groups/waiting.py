@@ -102,11 +102,11 @@ class AbortableFuture:
         future: what is handed out. DDP's reducer takes the list of tensors out of it.
     """
 
+    __slots__ = ("_error", "_link", "_outputs", "_trigger", "future")
+
     def __init__(self, native: Any, outputs: Callable[[], list[torch.Tensor]], link: Any) -> None:
         self._outputs = outputs
         self._link = link
-        self._lock = threading.Lock()
-        self._done = False
         self._error: Exception | None = None
         self._trigger: torch.futures.Future[None] = torch.futures.Future()
         # An exception that is set on a Python future is copied by C++ callers without the interpreter's lock, which
@@ -114,9 +114,7 @@ class AbortableFuture:
         self.future: torch.futures.Future[list[torch.Tensor]] = self._trigger.then(self._outcome)
         link.futures.add(self)
         native.add_done_callback(self._ended)
-        if (
-            link.void
-        ):  # an abort on another thread may have looked at `link.futures` before this one was there
+        if link.void:  # an abort on another thread may have looked at `futures` before this one was there
             give_up_soon([self])
 
     def _outcome(self, _trigger: Any) -> list[torch.Tensor]:
@@ -126,23 +124,23 @@ class AbortableFuture:
 
     def _ended(self, native: Any) -> None:
         """On a thread of gloo, or at once."""
+        error: Exception | None = None
         try:
             native.value()
-        except Exception as error:
-            self._complete(None if self._link.void else error)
-        else:
-            self._complete(None)
+        except Exception as failure:
+            error = None if self._link.void else failure
+        self._complete(error)
 
     def give_up(self) -> None:
         """Complete it with the outputs as they are, unless it has ended. Any thread."""
         self._complete(None)
 
     def _complete(self, error: Exception | None) -> None:
-        with self._lock:
-            if self._done:
-                return
-            self._done, self._error = True, error
-        self._link.futures.discard(self)
+        try:
+            self._link.futures.remove(self)  # by one thread only
+        except KeyError:
+            return
+        self._error = error
         self._trigger.set_result(None)
 
 

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 __all__ = ["Observer", "observe"]
 
-_observers: weakref.WeakSet[Observer] = weakref.WeakSet()
+_observers: tuple[weakref.ref[Observer], ...] = ()  # a WeakSet is slow to iterate
 _installed = False
 
 
@@ -47,14 +47,18 @@ class Observer(ABC):
 
 def observe(observer: Observer) -> None:
     """Tell `observer` from now on, for as long as it lives; patches torch at the first call in a process."""
-    global _installed
+    global _installed, _observers
     if not _installed:
         _installed = True
         Optimizer.zero_grad = _zero_grad(Optimizer.zero_grad, _optimizer_params)  # type: ignore[method-assign]
         nn.Module.zero_grad = _zero_grad(nn.Module.zero_grad, _module_params)  # type: ignore[method-assign]
         torch.autograd.backward = _backward(torch.autograd.backward)
         register_optimizer_step_post_hook(_stepped)
-    _observers.add(observer)
+    _observers = (*(known for known in _observers if known() is not None), weakref.ref(observer))
+
+
+def _living() -> list[Observer]:
+    return [observer for known in _observers if (observer := known()) is not None]
 
 
 def _zero_grad(
@@ -62,7 +66,7 @@ def _zero_grad(
 ) -> Callable[..., None]:
     @functools.wraps(original)
     def zero_grad(self: Any, set_to_none: bool = True) -> None:
-        observers = list(_observers)
+        observers = _living()
         params = params_of(self) if observers else []
         for observer in observers:
             observer.before_zero_grad(params, set_to_none)
@@ -76,7 +80,7 @@ def _zero_grad(
 def _backward(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def backward(*args: Any, **kwargs: Any) -> None:
-        for observer in list(_observers):
+        for observer in _living():
             observer.before_backward()
         original(*args, **kwargs)
 
@@ -84,7 +88,7 @@ def _backward(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _stepped(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[Any, Any]) -> None:
-    for observer in list(_observers):
+    for observer in _living():
         observer.after_optimizer_step(optimizer)
 
 

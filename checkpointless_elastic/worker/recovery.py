@@ -63,6 +63,7 @@ class Recovery:
         self._segment: Segment | None = None
         self._store: Store | None = None
         self._state: PrivateState | None = None
+        self._ready: rng.RngState | None = None  # at the last gate
         self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
         self._groups: list[GroupSignature] = []
         self.last_value: bytes | None = None
@@ -273,20 +274,31 @@ class Recovery:
         """The step is computed: keep what a replacement needs if it is committed."""
         start = self._state
         assert start is not None
-        ready, tensors = rng.capture(), self._run.read_private()
-        self._between = None
+        self._ready, self._between = rng.capture(), None
+        tensors = self._run.read_private()
         write_state(
             self._session.slot,
             PrivateState(
-                start.step, At.READY, start.cursor, start.rng, start.tensors, ready, tensors, start.issued
+                start.step,
+                At.READY,
+                start.cursor,
+                start.rng,
+                start.tensors,
+                self._ready,
+                tensors,
+                start.issued,
             ),
         )
 
     def save_end(self, value: Any) -> None:
         """The call has returned ``value``."""
+        cursor, state = self._session.cursor, rng.capture()
         self.last_value = encode_value(value)
-        self._session.cursor.commit(self.last_value, rng.capture())
-        self.save_between()
+        cursor.commit(self.last_value, state)
+        same = state is self._ready and not self._run.private
+        adds_nothing = value is None and same and len(cursor.stack) > 1
+        if not adds_nothing:  # else it is what a replacement makes of the state at the gate
+            self.save_between()
 
 
 def _decode(data: bytes) -> Publication:

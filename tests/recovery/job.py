@@ -149,6 +149,8 @@ final = {
     "values": (run.step, float(loss), float(average), accuracy),
 }
 torch.save(final, f"{OUT}/final-{rank}.pt")
-sys.stdout.write(f"rank {rank} finished, run {run_id[0]}\n")  # in one piece: print writes the end of the line by itself
+sys.stdout.write(
+    f"rank {rank} finished, run {run_id[0]}\n"
+)  # in one piece: print writes the end of the line by itself
 dist.destroy_process_group()
 moment("destroyed", run.step)

@@ -28,6 +28,7 @@ def _layout(pieces: list[Piece], sources: list[int]) -> Plan:
 
 
 def _trained() -> World:
+    torch.set_num_threads(1)  # a sum over threads has other bits
     world = build(0, _ADAMW)
     for batch in batches(3):
         world.step(batch)
@@ -36,7 +37,6 @@ def _trained() -> World:
 
 def _survivor(rank: int, sources: list[int], directory: str, pipe: Connection) -> None:
     """A process that trained alike and publishes its stripe of the parent's segment."""
-    torch.set_num_threads(1)
     inventory = _trained().inventory()
     pieces = inventory.pieces()
     layout = _layout(pieces, sources)
