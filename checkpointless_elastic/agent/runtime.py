@@ -114,8 +114,8 @@ class EventLoop:
 
     def _step(self, deadline: float | None) -> None:
         events = self._epoll.poll(self._wait(deadline))
-        self._fire_timers()
         ready = [(fd, mask, self._watched[fd]) for fd, mask in events if fd in self._watched]
+        self._fire_timers()
         for fd, mask, entry in sorted(ready, key=_not_first):
             self._serve(fd, mask, entry)
 

@@ -6,6 +6,7 @@ It subclasses torch's Work, so that a wait in C++ reaches `wait` below. Read in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -90,10 +91,15 @@ class ElasticWork(Work):
     def get_future(self) -> Any:
         """A future of the outputs. That of a gloo collective in flight ends with them as they are if it is void."""
         if self.native is not None and self.link is not None and self.link.device is None:
-            return AbortableFuture(self.native.get_future(), self._outputs, self.link).future
+            return AbortableFuture(self.native.get_future(), self._later(), self.link).future
         if self.native is not None:
             return self.native.get_future()
         return _completed(self._outputs())
+
+    def _later(self) -> Callable[[], list[torch.Tensor]]:
+        """Gives the outputs, and holds neither this work nor the native one: a thread of gloo may let go of it last."""
+        op, args, kwargs, rank, size = self.op, self.args, self.kwargs, self.group.rank(), self.group.size()
+        return lambda: op.call(args, kwargs, rank, size).tensors(0)
 
     def _outputs(self) -> list[torch.Tensor]:
         return self.call().tensors(0)

@@ -28,6 +28,7 @@ _MMAP_THRESHOLD = (
     32 << 20
 )  # from which malloc maps memory anew each time: the most that glibc goes up to by itself
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_INT_MAX = 2**31 - 1
 _MADV_POPULATE_WRITE = 23
 _libc = ctypes.CDLL(None)
 _libc.malloc.restype = ctypes.c_void_p
@@ -41,7 +42,8 @@ def prepare(arena: int, heap: int) -> None:
     if arena >= _WORTH_IT:
         _prepared = _anonymous(arena)
         stretches.append((ctypes.addressof(ctypes.c_char.from_buffer(_prepared)), arena))
-    threading.Thread(target=_touch, args=(stretches,), name="checkpointless-memory", daemon=True).start()
+    work = (stretches, _prepared)  # the thread holds the mapping, so that its addresses stay its own
+    threading.Thread(target=_touch, args=work, name="checkpointless-memory", daemon=True).start()
 
 
 def _free_heap(nbytes: int) -> list[tuple[int, int]]:
@@ -53,14 +55,14 @@ def _free_heap(nbytes: int) -> list[tuple[int, int]]:
     if not hasattr(_libc, "mallopt"):
         return []
     _libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
-    _libc.mallopt(_M_TRIM_THRESHOLD, 2 * max(nbytes, _MMAP_THRESHOLD))
+    _libc.mallopt(_M_TRIM_THRESHOLD, min(2 * max(nbytes, _MMAP_THRESHOLD), _INT_MAX))
     blocks = [ctypes.c_void_p(_libc.malloc(_BLOCK)) for _ in range(-(-nbytes // _BLOCK))]
     for block in blocks:
         _libc.free(block)
     return [(block.value, _BLOCK) for block in blocks if block.value]
 
 
-def _touch(stretches: list[tuple[int, int]]) -> None:
+def _touch(stretches: list[tuple[int, int]], held: mmap.mmap | None) -> None:
     """Create all pages; what is in them stays. A kernel before 5.14 cannot: pages come as they are used."""
     for start, length in stretches:
         for offset in range(0, length, _STRETCH):

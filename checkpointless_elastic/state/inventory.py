@@ -22,7 +22,7 @@ from checkpointless_elastic.state.holder import Found, Holder, Maker, ParamNames
 from checkpointless_elastic.state.modules import ModuleHolder
 from checkpointless_elastic.state.objects import ObjectHolder, TensorHolder
 from checkpointless_elastic.state.optimizers import OptimizerHolder
-from checkpointless_elastic.state.pieces import GRADIENT, Manifest, Piece, PieceInfo, describe
+from checkpointless_elastic.state.pieces import GRADIENT, Manifest, Piece, PieceInfo, describe, gradient_key
 
 __all__ = ["Inventory", "Scan"]
 
@@ -76,7 +76,7 @@ class Inventory:
         seen: set[object] = {_memory(piece.tensor, piece.info.nbytes) for piece in pieces}
         for key, param in found.params:
             if param.grad is not None:
-                _add(pieces, seen, Found(f"{key}:grad", GRADIENT, param.grad))
+                _add(pieces, seen, Found(gradient_key(key), GRADIENT, param.grad))
         return pieces
 
     def manifest(self) -> Manifest:
@@ -114,7 +114,7 @@ class Inventory:
         for holder in self.holders:
             holder.adopt(plain[holder.name], maker)
         for key, param in self.scan().params:
-            _adopt_gradient(param, f"{key}:grad", maker)
+            _adopt_gradient(param, gradient_key(key), maker)
         _compare([piece.info for piece in self.pieces()], manifest.pieces)
 
     def load_meta(self, manifest: Manifest) -> None:

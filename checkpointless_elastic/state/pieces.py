@@ -23,6 +23,8 @@ __all__ = [
     "carrier",
     "describe",
     "dtype_of",
+    "gradient_key",
+    "is_gradient",
     "make_tensor",
     "normal_strides",
 ]
@@ -33,7 +35,18 @@ GRADIENT = "gradient"
 OPTIMIZER = "optimizer"
 OBJECT = "object"
 MADE = (OPTIMIZER, GRADIENT)  # by a replacement, where its script has not made them
+_GRADIENT_SUFFIX = ":grad"
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+def gradient_key(parameter: str) -> str:
+    """The key of a parameter's gradient."""
+    return parameter + _GRADIENT_SUFFIX
+
+
+def is_gradient(key: str) -> bool:
+    """Whether a key is that of a gradient."""
+    return key.endswith(_GRADIENT_SUFFIX)
 
 
 class PieceInfo(msgspec.Struct, frozen=True):

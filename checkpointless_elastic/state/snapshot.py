@@ -22,7 +22,16 @@ from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.state.arguments import ArgumentGuard
 from checkpointless_elastic.state.gradients import GradientNote
 from checkpointless_elastic.state.inventory import Inventory, Scan
-from checkpointless_elastic.state.pieces import BUFFER, GRADIENT, OBJECT, OPTIMIZER, Piece, carrier, describe
+from checkpointless_elastic.state.pieces import (
+    BUFFER,
+    GRADIENT,
+    OBJECT,
+    OPTIMIZER,
+    Piece,
+    carrier,
+    describe,
+    gradient_key,
+)
 
 __all__ = ["ArgumentGuard", "AttemptSnapshot"]
 
@@ -134,7 +143,9 @@ class AttemptSnapshot:
         changed = self._changed()
         missed = sorted(changed.difference(known.indices))
         self._unprepared = [pieces[number].key for number in missed]
-        self._unprepared += [f"{self._view.scan.params[index][0]}:grad" for index in self._gradients.gate()]
+        self._unprepared += [
+            gradient_key(self._view.scan.params[index][0]) for index in self._gradients.gate()
+        ]
         if self._open and (changed or known.learning):
             self._learn({pieces[number].key for number in changed} | self._replaced())
         self._open = False
@@ -188,7 +199,7 @@ class AttemptSnapshot:
         for index in accumulated:
             key, param = self._view.scan.params[index]
             if param.grad is not None:
-                pieces.append(Piece(describe(f"{key}:grad", GRADIENT, param.grad), param.grad))
+                pieces.append(Piece(describe(gradient_key(key), GRADIENT, param.grad), param.grad))
         return pieces
 
     def _look(self) -> _View:

@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 def pack(value: Any) -> Content:
     """A value of msgspec structs; some microseconds. The parts are those of all states that live in this process."""
+    rng.parts.settle()
     return Content(_encode(value), rng.parts.held)
 
 

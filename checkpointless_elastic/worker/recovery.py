@@ -22,6 +22,7 @@ from checkpointless_elastic.groups import spec as groups
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore, Stage
 from checkpointless_elastic.protocol.messages import Resume as ResumeNow
+from checkpointless_elastic.state.pieces import is_gradient
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.worker import rng
 from checkpointless_elastic.worker.exchange import (
@@ -63,7 +64,6 @@ class Recovery:
         self._segment: Segment | None = None
         self._store: Store | None = None
         self._state: PrivateState | None = None
-        self._ready: rng.RngState | None = None  # at the last gate
         self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
         self._groups: list[GroupSignature] = []
         self.last_value: bytes | None = None
@@ -238,14 +238,20 @@ class Recovery:
     def _private_tensors(self) -> dict[str, bytes]:
         state = self._state
         assert state is not None
-        return state.ready_tensors if state.step < self._session.step else state.tensors
+        if state.step == self._session.step:
+            return state.tensors
+        here = {
+            piece.key for piece in self._run.inventory.pieces()
+        }  # others may have dropped gradients since
+        return {key: data for key, data in state.ready_tensors.items() if key in here or not is_gradient(key)}
 
     # ---- the slot
 
     def save_between(self) -> None:
         """Write the cursor, between steps."""
-        self._between = self._now(At.BETWEEN, None)
-        write_state(self._session.slot, self._between)
+        between, self._between = self._now(At.BETWEEN, None), None
+        write_state(self._session.slot, between)
+        self._between = between
 
     def save_start(self, state: rng.RngState) -> None:
         """A step begins with this random state."""
@@ -274,8 +280,8 @@ class Recovery:
         """The step is computed: keep what a replacement needs if it is committed."""
         start = self._state
         assert start is not None
-        self._ready, self._between = rng.capture(), None
-        tensors = self._run.read_private()
+        ready, tensors = rng.capture(), self._run.read_private()
+        self._between = None
         write_state(
             self._session.slot,
             PrivateState(
@@ -284,7 +290,7 @@ class Recovery:
                 start.cursor,
                 start.rng,
                 start.tensors,
-                self._ready,
+                ready,
                 tensors,
                 start.issued,
             ),
@@ -292,13 +298,9 @@ class Recovery:
 
     def save_end(self, value: Any) -> None:
         """The call has returned ``value``."""
-        cursor, state = self._session.cursor, rng.capture()
         self.last_value = encode_value(value)
-        cursor.commit(self.last_value, state)
-        same = state is self._ready and not self._run.private
-        adds_nothing = value is None and same and len(cursor.stack) > 1
-        if not adds_nothing:  # else it is what a replacement makes of the state at the gate
-            self.save_between()
+        self._session.cursor.commit(self.last_value, rng.capture())
+        self.save_between()
 
 
 def _decode(data: bytes) -> Publication:

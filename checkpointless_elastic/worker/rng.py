@@ -10,7 +10,6 @@ its parts, see `worker.parts`."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import random
 import struct
@@ -26,12 +25,12 @@ from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.worker.parts import Parts
 from checkpointless_elastic.worker.rng_memory import (
     GAUSS,
-    TORCH_BYTES,
     WORDS_BYTES,
     numpy_reader,
     python_reader,
     read_torch,
     torch_address,
+    write_torch,
 )
 
 __all__ = ["RngState", "adopt", "capture", "capture_generator", "parts", "restore", "restore_generator"]
@@ -99,9 +98,17 @@ def restore(state: RngState) -> None:
     if _torch_address is None:
         restore_generator(torch.default_generator, torch_cpu)
     else:
-        ctypes.memmove(_torch_address, torch_cpu, TORCH_BYTES)
+        _put_back_torch(_torch_address, torch_cpu)
     for name, number in state.devices.items():
         restore_generator(_device_generator(name), parts.held[number])
+
+
+def _put_back_torch(address: int, state: bytes) -> None:
+    if not write_torch(address, state):
+        raise StateMismatchError(
+            "The state of torch's CPU generator was taken while another thread drew from it; "
+            "give that thread a torch.Generator of its own."
+        )
 
 
 def capture_generator(generator: torch.Generator) -> bytes:

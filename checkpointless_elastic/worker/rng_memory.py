@@ -30,6 +30,7 @@ __all__ = [
     "python_reader",
     "read_torch",
     "torch_address",
+    "write_torch",
 ]
 
 WORDS_BYTES = 2500  # 624 words of four bytes, and the position in them
@@ -125,10 +126,18 @@ def read_torch(address: int) -> bytes:
     return _TORCH.pack(*engine, single, has_single, double, has_double)
 
 
+def write_torch(address: int, state: bytes) -> bool:
+    """Put it back. False, without a change, if the position in it cannot be: it was read while a thread was drawing."""
+    left, position = struct.unpack_from("<i", state, 8)[0], struct.unpack_from("<I", state, 16)[0]
+    if len(state) != TORCH_BYTES or (left, position) != (1, 0) and left + position != 625:
+        return False
+    ctypes.memmove(address, state, TORCH_BYTES)
+    return True
+
+
 def _can_be_put_back(trial: torch.Generator, address: int) -> bool:
     """Whether the bytes at this address are all that the next draws depend on."""
     torch.randn(1, generator=trial)  # the second draw of the pair takes nothing from the words
     kept, state = read_torch(address), trial.get_state()
     torch.randn(2, generator=trial), torch.rand(700, generator=trial)
-    ctypes.memmove(address, kept, TORCH_BYTES)
-    return torch.equal(trial.get_state(), state)
+    return write_torch(address, kept) and torch.equal(trial.get_state(), state)

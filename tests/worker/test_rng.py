@@ -6,6 +6,7 @@ import gc
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def test_a_restored_state_repeats_all_draws_and_gauss_caches(gauss: int) -> None
 
 def test_a_part_is_kept_once_and_as_long_as_a_state_has_it() -> None:
     gc.collect()
+    rng.parts.settle()
     first = rng.capture()
     before = set(rng.parts.held)
     states = []
@@ -63,7 +65,33 @@ def test_a_part_is_kept_once_and_as_long_as_a_state_has_it() -> None:
     last = states.pop()
     del states
     gc.collect()
+    rng.parts.settle()
     assert set(rng.parts.held) - before == {last.torch_cpu}
+
+
+def test_an_owner_that_ends_on_another_thread_changes_nothing_before_the_main_thread_looks() -> None:
+    torch.rand(1)
+    states = [rng.capture()]
+    number = states[0].torch_cpu
+    torch.rand(1)
+    rng.capture()
+    thread = threading.Thread(target=states.clear)
+    thread.start()
+    thread.join()
+    assert number in rng.parts.held
+    rng.parts.settle()
+    assert number not in rng.parts.held
+
+
+def test_a_torch_state_that_was_read_in_the_middle_of_a_draw_is_not_put_back() -> None:
+    state = rng.capture()
+    torn = bytearray(rng.parts.held[state.torch_cpu])
+    torn[16:20] = (2**31).to_bytes(4, "little")
+    here = torch.get_rng_state()
+    number = rng.parts.take(bytes(torn))
+    with pytest.raises(StateMismatchError, match="another thread"):
+        rng.restore(rng.RngState(state.python, state.numpy, number))
+    assert torch.equal(torch.get_rng_state(), here)
 
 
 def test_a_state_that_another_process_wrote_is_put_back(tmp_path: Path) -> None:
