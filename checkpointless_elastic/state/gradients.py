@@ -92,10 +92,25 @@ class GradientNote(Observer):
                     param.grad = grad
 
     def private(self) -> list[int]:
-        """Parameters whose gradients are present, not zero, and are added to by later calls."""
-        if not self.accumulated:
-            return []
-        return [i for i, start in self._starts.items() if i in self.accumulated and not start.zero]
+        """Parameters whose gradients stand now, are not known to be zero, and are added to by later calls."""
+        return [index for index in sorted(self.accumulated) if self._stands(index)]
+
+    def ended(self) -> None:
+        """A call without an optimizer step has returned: what it wrote is for later calls to add to."""
+        for index, param in enumerate(self._params):
+            start, grad = self._starts.get(index), param.grad
+            untouched = (
+                start is not None
+                and start.tensor is grad
+                and grad is not None
+                and grad._version == start.version
+            )
+            if not untouched and self._stands(index):
+                self.accumulated.add(index)
+
+    def _stands(self, index: int) -> bool:
+        grad = self._params[index].grad
+        return grad is not None and self._zeroed.get(index) != (id(grad), grad._version)
 
     def before_backward(self) -> None:
         """Copy what stands and is about to be added to."""

@@ -172,12 +172,19 @@ class AttemptSnapshot:
             holder.put_back(noted)
         self.begin(known.name)
 
+    def returned(self, stepped: bool) -> None:
+        """The call has returned; `stepped`: it made an optimizer step."""
+        if not stepped:
+            self._gradients.ended()
+
     def learn(self, keys: Iterable[str], functions: Iterable[object]) -> None:
         """Take over from a survivor which pieces functions write before their gate (see `written_before_gate`).
 
         `functions`: those that it has called; they need not be learned here again by copying all.
         """
         self._told, self._known_elsewhere = set(keys), set(functions)
+        names = [gradient_key(key) for key, _ in self._view.scan.params]
+        self._gradients.accumulated.update(index for index, key in enumerate(names) if key in self._told)
         self._own = None
         for known in self._functions.values():
             known.scan = None
@@ -186,7 +193,7 @@ class AttemptSnapshot:
         """Live pieces that the functions write before their gate, apart from parameters and optimizer state.
 
         They are private to the rank (running statistics of BatchNorm, gradients accumulated over several calls): no
-        other rank has the bytes. Gradients are as of the last `begin`.
+        other rank has the bytes.
         """
         if self._own is None:
             written = self._told.union(*(known.written for known in self._functions.values()))

@@ -15,6 +15,7 @@ from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.state.digest import digest
 from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.modules import ModuleHolder
+from checkpointless_elastic.state.pieces import GRADIENT
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
 from checkpointless_elastic.worker import gate, private_tensors, rng, session
@@ -209,6 +210,7 @@ class Run:
         first = not self._gates
         self._gates[name] = max(call.optimizer_steps, self._gates.get(name, 1))
         self.step += call.optimizer_steps > 0
+        self._snapshot.returned(call.optimizer_steps > 0)
         self.private = self.read_private()
         recovery.save_end(value)
         if first:
@@ -229,7 +231,9 @@ class Run:
         self.private = dict(tensors)
 
     def _digests(self) -> dict[str, int]:
-        return {p.key: digest(p.tensor) for p in self.inventory.pieces() if p.key not in self.private}
+        """Of what must be equal on all ranks; gradients may be each rank's own until they are reduced."""
+        pieces = [p for p in self.inventory.pieces() if p.info.role != GRADIENT and p.key not in self.private]
+        return {piece.key: digest(piece.tensor) for piece in pieces}
 
     def signature(self) -> list[GroupSignature]:
         """The process groups of this rank."""

@@ -1,5 +1,5 @@
-"""Ways to train, by KIND: two optimizers, a closure, a grad scaler, accumulation, an own optimizer, no loops, unused
-parameters, a manual data parallel loop. Rank 1 dies once at step 4, at the moment that DIE names."""
+"""Ways to train, by KIND: two optimizers, a closure, a grad scaler, accumulation in one call and over several, an own
+optimizer, no loops, unused parameters, a manual data parallel loop. Rank 1 dies once at step 4, at the moment that DIE names."""
 
 from __future__ import annotations
 
@@ -148,6 +148,29 @@ def train_accumulate(x: torch.Tensor) -> None:
     optimizer.zero_grad()
 
 
+@run.replayable
+def gather(x: torch.Tensor) -> None:
+    with model.no_sync():
+        loss_of(x).backward()
+    moment("gathered")
+
+
+@run.replayable
+def finish(x: torch.Tensor) -> None:
+    loss_of(x + 1).backward()
+    moment("backward")
+    optimizer.step()
+    moment("stepped")
+    optimizer.zero_grad()
+
+
+def train_several(x: torch.Tensor) -> None:
+    gather(x)
+    moment("between")
+    finish(x)
+    moment("finished")
+
+
 def train_manual(x: torch.Tensor) -> None:
     loss_of(x).backward()
     moment("forward")
@@ -175,7 +198,8 @@ def stream() -> Iterator[torch.Tensor]:
         yield batch()
 
 
-train = run.replayable(globals().get(f"train_{KIND}", train_plainly))
+train = globals().get(f"train_{KIND}", train_plainly)
+train = train if KIND == "several" else run.replayable(train)
 if KIND == "iterable":
     for number, x in run.numbered(stream()):
         train(x)
