@@ -99,13 +99,14 @@ class GradientNote(Observer):
         """A call without an optimizer step has returned: what it wrote is for later calls to add to."""
         for index, param in enumerate(self._params):
             start, grad = self._starts.get(index), param.grad
-            untouched = (
+            if (
                 start is not None
-                and start.tensor is grad
                 and grad is not None
-                and grad._version == start.version
-            )
-            if not untouched and self._stands(index):
+                and start.tensor is grad
+                and start.version == grad._version
+            ):
+                continue
+            if self._stands(index):
                 self.accumulated.add(index)
 
     def _stands(self, index: int) -> bool:

@@ -1,5 +1,6 @@
 """Ways to train, by KIND: two optimizers, a closure, a grad scaler, accumulation in one call and over several, an own
-optimizer, no loops, unused parameters, a manual data parallel loop. Rank 1 dies once at step 4, at the moment that DIE names."""
+optimizer, no loops, unused parameters, a manual data parallel loop. Rank 1 dies once at step 4, at the moment that DIE
+names."""
 
 from __future__ import annotations
 
