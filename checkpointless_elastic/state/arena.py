@@ -10,9 +10,9 @@ others. The *heap* is for what the script allocates: parameters, and later gradi
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
-import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -35,15 +35,16 @@ _libc.malloc.restype = ctypes.c_void_p
 _prepared: mmap.mmap | None = None
 
 
-def prepare(arena: int, heap: int) -> None:
-    """Make so many bytes of each kind on a thread beside. Returns at once."""
+def prepare(arena: int, heap: int) -> Callable[[], None]:
+    """Get so many bytes of each kind, and return what creates their pages: to be called on a thread beside."""
     global _prepared
     stretches = _free_heap(heap) if heap >= _WORTH_IT else []
     if arena >= _WORTH_IT:
         _prepared = _anonymous(arena)
         stretches.append((ctypes.addressof(ctypes.c_char.from_buffer(_prepared)), arena))
-    work = (stretches, _prepared)  # the thread holds the mapping, so that its addresses stay its own
-    threading.Thread(target=_touch, args=work, name="checkpointless-memory", daemon=True).start()
+    return functools.partial(
+        _touch, stretches, _prepared
+    )  # holds the mapping, so that its addresses stay its own
 
 
 def _free_heap(nbytes: int) -> list[tuple[int, int]]:

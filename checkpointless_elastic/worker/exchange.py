@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ import msgspec
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision
-from checkpointless_elastic.state import arena
+from checkpointless_elastic.state import arena, digest
 from checkpointless_elastic.state.pieces import MADE, Manifest, Piece
 from checkpointless_elastic.state.plan import PieceSize, Plan, plan
 from checkpointless_elastic.state.segment import Segment
@@ -104,10 +106,18 @@ def _expected(pieces: list[Piece]) -> tuple[int, int]:
 
 
 def expect(run_dir: str) -> None:
-    """In a replacement, before its script: get the memory ready that will be needed. Returns at once."""
+    """In a replacement, before its script: get ready, beside, what the transfer and the first step need."""
     path = Path(run_dir) / EXPECTED
     if path.exists():
-        arena.prepare(*msgspec.json.decode(path.read_bytes(), type=tuple[int, int]))
+        make_pages = arena.prepare(*msgspec.json.decode(path.read_bytes(), type=tuple[int, int]))
+        threading.Thread(
+            target=_get_ready, args=(make_pages,), name="checkpointless-ready", daemon=True
+        ).start()
+
+
+def _get_ready(make_pages: Callable[[], None]) -> None:
+    digest.get_ready()
+    make_pages()
 
 
 def _reserved(run: Run, run_dir: str, nbytes: int) -> Segment | None:

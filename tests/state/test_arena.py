@@ -60,10 +60,9 @@ def test_little_state_is_left_to_torch(count: int) -> None:
 
 def test_memory_made_beforehand_is_used_once_and_holds_what_is_written() -> None:
     infos = _described()
-    prepare(size_of(infos) + 4096, 48 << 20)
-    for thread in threading.enumerate():
-        if thread.name == "checkpointless-memory":
-            thread.join()
+    thread = threading.Thread(target=prepare(size_of(infos) + 4096, 48 << 20))
+    thread.start()
+    thread.join()
     arena, later = Arena(infos), Arena(infos)
     first = [tensor for info in infos if (tensor := arena.tensor(info)) is not None]
     second = [tensor for info in infos if (tensor := later.tensor(info)) is not None]
