@@ -26,7 +26,7 @@ _STRETCH = 4 << 20  # touched in one call, so that other threads can map memory 
 _BLOCK = 16 << 20  # of the heap
 _MMAP_THRESHOLD = (
     32 << 20
-)  # from which malloc maps memory anew each time: the most that glibc goes up to by itself
+)  # larger blocks are mapped anew each time: the most that glibc goes up to by itself
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _INT_MAX = 2**31 - 1
 _MADV_POPULATE_WRITE = 23
@@ -44,7 +44,7 @@ def prepare(arena: int, heap: int) -> Callable[[], None]:
         stretches.append((ctypes.addressof(ctypes.c_char.from_buffer(_prepared)), arena))
     return functools.partial(
         _touch, stretches, _prepared
-    )  # holds the mapping, so that its addresses stay its own
+    )  # holds the mapping, whose addresses stay its own then
 
 
 def _free_heap(nbytes: int) -> list[tuple[int, int]]:

@@ -99,14 +99,9 @@ class GradientNote(Observer):
         """A call without an optimizer step has returned: what it wrote is for later calls to add to."""
         for index, param in enumerate(self._params):
             start, grad = self._starts.get(index), param.grad
-            if (
-                start is not None
-                and grad is not None
-                and start.tensor is grad
-                and start.version == grad._version
-            ):
-                continue
-            if self._stands(index):
+            known = start is not None and start.tensor is grad
+            untouched = known and grad is not None and start.version == grad._version  # type: ignore[union-attr]
+            if not untouched and self._stands(index):
                 self.accumulated.add(index)
 
     def _stands(self, index: int) -> bool:

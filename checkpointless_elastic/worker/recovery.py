@@ -240,9 +240,7 @@ class Recovery:
         assert state is not None
         if state.step == self._session.step:
             return state.tensors
-        here = {
-            piece.key for piece in self._run.inventory.pieces()
-        }  # others may have dropped gradients since
+        here = {piece.key for piece in self._run.inventory.pieces()}  # gradients may have been dropped since
         return {key: data for key, data in state.ready_tensors.items() if key in here or not is_gradient(key)}
 
     # ---- the slot
