@@ -35,8 +35,9 @@ def steady_lines(report: dict[str, Any]) -> Iterator[str]:
     collective = report["collective_us"]
     yield (
         f"* Steps of {report['step_ms']['plain']:.0f} ms take {report['overhead_percent']:.2f} % longer when "
-        f"protected (95 % interval {low:.2f} to {high:.2f}, {report['pairs']} pairs). A replayable call costs "
-        f"{report['gate_us']:.0f} µs, a small all-reduce {collective['elastic'] - collective['native']:.0f} µs more "
+        f"protected (95 % interval {low:.2f} to {high:.2f}, {report['pairs']} pairs). A gate takes "
+        f"{report['gate_us']:.0f} µs, a replayable call {report['call_us']:.0f} µs more than "
+        f"its step, a small all-reduce {collective['elastic'] - collective['native']:.0f} µs more "
         f"than the native {collective['native']:.0f} µs."
     )
 

@@ -87,9 +87,7 @@ class Slot:
         self._written: tuple[_Entry, _Entry, int] | None = None  # see `_begin`
         self._cells: dict[int, _Cell] = {}  # of the current record, by number
         self._table = _table(())  # these cells, as they stand in a record
-        self._free: dict[
-            int, list[int]
-        ] = {}  # by capacity, offsets of cells that the current record does not use
+        self._free: dict[int, list[int]] = {}  # by capacity, offsets of cells that are in no use
         self._gaps: list[tuple[int, int]] = []  # start and end of what is not handed out
 
     @classmethod

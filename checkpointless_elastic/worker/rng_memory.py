@@ -2,14 +2,13 @@
 
 `random.getstate` makes 625 integers, `numpy.random.get_state` copies word by word and `Generator.get_state` fills a new
 tensor: 50 microseconds in a loop, several times that in a process whose caches are cold, and a step asks four times.
-Their memory holds the same 2,500 bytes each, read here in less than one microsecond.
+Their memory holds the same 2,500 bytes each, read here in about one microsecond.
 
-Read in CPython 3.10 to 3.13 (`_randommodule.c`: the object's head, an int for the position, 624 words), NumPy 1.26 to
-2.4 (`mt19937.h`: 624 words and an int, at the public `bit_generator.ctypes.state_address`; `aug_bitgen_t` inside
-RandomState: an int for "has a second Gauss draw" in the eight bytes before that draw) and torch 2.6 to 2.13
-(`CPUGeneratorImpl.h`: the engine's seed, position and 624 words, then the second draws of pairs). Each place is tried
-out with known values before it is used: a function returns None where it finds something else, and the library is
-asked each time instead.
+Found in CPython 3.11 (the object's head, an int for the position, 624 words), NumPy 2.4 (624 words and an int at the
+public `bit_generator.ctypes.state_address`; inside RandomState an int for "has a second Gauss draw" in the eight bytes
+before that draw) and torch 2.13 (the engine's seed, position and 624 words, then the second draws of pairs). Other
+versions were not tried: each place is tried out with known values before it is used, a function returns None where it
+finds something else, and the library is asked each time instead.
 """
 
 from __future__ import annotations
