@@ -15,17 +15,29 @@ import torch
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.state.arena import Arena
 from checkpointless_elastic.state.pieces import MADE, PieceInfo, describe, make_tensor
+from checkpointless_elastic.state.sharding import EVERYBODY, Ranks, is_sharded, replicas, wrap
 
 __all__ = ["Found", "Holder", "Maker", "ParamNames"]
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A tensor that a holder found in its object."""
+    """A tensor that a holder found in its object.
+
+    Attributes:
+        replicas: the ranks that hold the same bytes; None where the holder knows only what the tensor says itself.
+    """
 
     key: str
     role: str
     tensor: torch.Tensor
+    replicas: Ranks | None = None
+
+    def claimed(self) -> Ranks:
+        """The ranks that hold the same bytes: by the holder, by a DTensor's placements, else everybody."""
+        if self.replicas is not None:
+            return self.replicas
+        return replicas(self.tensor) if is_sharded(self.tensor) else EVERYBODY
 
 
 @dataclass
@@ -34,12 +46,18 @@ class ParamNames:
 
     _keys: dict[int, str] = field(default_factory=dict)
     _params: dict[str, torch.Tensor] = field(default_factory=dict)
+    _replicas: dict[int, Ranks] = field(default_factory=dict)
 
-    def add(self, key: str, param: torch.Tensor) -> None:
-        """Name a parameter, unless it has a name (tied weights keep their first)."""
+    def add(self, key: str, param: torch.Tensor, replicas: Ranks | None = None) -> None:
+        """Name a parameter, unless it has a name (tied weights keep their first), and say who has the same."""
         if id(param) not in self._keys:
             self._keys[id(param)] = key
             self._params[key] = param
+            self._replicas[id(param)] = Found(key, "", param, replicas).claimed()
+
+    def replicas(self, param: torch.Tensor) -> Ranks:
+        """The ranks that hold the same bytes of a named parameter."""
+        return self._replicas[id(param)]
 
     def key(self, param: torch.Tensor) -> str | None:
         """The parameter's name, or None."""
@@ -74,13 +92,15 @@ class Maker:
         info = self._wanted.get(key)
         if info is None:
             raise StateMismatchError(f"The survivors' manifest mentions {key} but does not describe it.")
-        if existing is not None and describe(key, info.role, existing) == info:
+        if existing is not None and describe(key, info.role, existing, info.replicas) == info:
             return existing
         device = (
             near.device if near is not None and near.device.type == info.device else torch.device(info.device)
         )
         made = self._arena.tensor(info) if device.type == "cpu" else None
-        return make_tensor(info, device) if made is None else made
+        if made is None:
+            made = make_tensor(info, device)
+        return made if info.sharding is None else wrap(made, info.sharding, near, key)
 
 
 class Holder(ABC):
@@ -108,6 +128,9 @@ class Holder(ABC):
     @abstractmethod
     def load(self, plain: Any, live: Mapping[str, torch.Tensor]) -> None:
         """Take over `plain`; the tensors are filled. No live tensor is replaced if the object allows it."""
+
+    def settle(self) -> None:  # noqa: B027
+        """Bring the object to rest: at the start and the gate of an attempt, and to undo one. Contacts nobody."""
 
     def stale(self) -> bool:
         """Whether `tensors` would find others than last time, where `containers` does not show it.
