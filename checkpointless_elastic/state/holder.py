@@ -33,17 +33,16 @@ class Found:
     tensor: torch.Tensor
     replicas: Ranks | None = None
 
-    def claimed(self) -> Ranks:
-        """The ranks that hold the same bytes: by the holder, by a DTensor's placements, else everybody."""
-        if self.replicas is not None:
-            return self.replicas
-        return replicas(self.tensor) if is_sharded(self.tensor) else EVERYBODY
-
 
 @dataclass
 class ParamNames:
-    """Names of the parameters: those of the modules, and of an optimizer where no module has them."""
+    """Names of the parameters: those of the modules, and of an optimizer where no module has them.
 
+    Attributes:
+        declared: by the beginning of a name, the ranks that the user says hold the same.
+    """
+
+    declared: dict[str, Ranks] = field(default_factory=dict)
     _keys: dict[int, str] = field(default_factory=dict)
     _params: dict[str, torch.Tensor] = field(default_factory=dict)
     _replicas: dict[int, Ranks] = field(default_factory=dict)
@@ -53,7 +52,16 @@ class ParamNames:
         if id(param) not in self._keys:
             self._keys[id(param)] = key
             self._params[key] = param
-            self._replicas[id(param)] = Found(key, "", param, replicas).claimed()
+            self._replicas[id(param)] = self.claimed(Found(key, "", param, replicas))
+
+    def claimed(self, found: Found) -> Ranks:
+        """The ranks that hold the same bytes: as declared, else as the holder or the tensor says, else everybody."""
+        declared = [ranks for key, ranks in self.declared.items() if f"{found.key}.".startswith(f"{key}.")]
+        if declared:
+            return declared[-1]
+        if found.replicas is not None:
+            return found.replicas
+        return replicas(found.tensor) if is_sharded(found.tensor) else EVERYBODY
 
     def replicas(self, param: torch.Tensor) -> Ranks:
         """The ranks that hold the same bytes of a named parameter."""

@@ -53,13 +53,21 @@ class Inventory:
     def __init__(self, objects: Mapping[str, Any]) -> None:
         self._objects = dict(objects)
         self.holders: list[Holder] = []
-        self._names = ParamNames()
         self._declared: dict[str, Ranks] = {}
+        self._names = ParamNames(self._declared)
         self.scan()
         self.check()
 
     def declare(self, key: str, ranks: Ranks) -> None:
-        """Say which ranks hold the same bytes of all state whose name is `key` or begins with it and a dot."""
+        """Say which ranks hold the same bytes of all state whose name is `key` or begins with it and a dot.
+
+        What an optimizer keeps for a parameter follows the parameter. Raises ConfigError if nothing has such a name.
+        """
+        known = [holder.name for holder in self.holders] + [piece.key for piece in self.pieces()]
+        if not any(f"{name}.".startswith(f"{key}.") for name in known):
+            raise ConfigError(
+                f"Nothing in Run(...) is called {key}; the objects are {', '.join(self._objects)}."
+            )
         self._declared[key] = ranks
 
     def settle(self) -> None:
@@ -69,7 +77,7 @@ class Inventory:
 
     def scan(self) -> Scan:
         """Look at all objects again. Costs some µs per tensor; `pieces` and `manifest` do it on their own."""
-        self._names = ParamNames()
+        self._names = ParamNames(self._declared)
         self.holders = list(_holders(self._objects, self._names))
         pieces: list[Piece] = []
         seen: set[object] = set()
@@ -92,8 +100,7 @@ class Inventory:
         return pieces
 
     def _add(self, pieces: list[Piece], seen: set[object], found: Found) -> None:
-        declared = [ranks for key, ranks in self._declared.items() if f"{found.key}.".startswith(f"{key}.")]
-        piece = piece_of(found.key, found.role, found.tensor, declared[-1] if declared else found.claimed())
+        piece = piece_of(found.key, found.role, found.tensor, self._names.claimed(found))
         memory = _memory(piece.tensor, piece.info.nbytes)
         if memory not in seen:
             seen.add(memory)

@@ -22,6 +22,7 @@ from checkpointless_elastic.groups import spec as groups
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore, Stage
 from checkpointless_elastic.protocol.messages import Resume as ResumeNow
+from checkpointless_elastic.state import pipelines
 from checkpointless_elastic.state.pieces import is_gradient
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.worker import rng
@@ -76,6 +77,7 @@ class Recovery:
         while True:
             try:
                 self._follow()
+                pipelines.start_over()
                 if session.resumed(self._exchanged):
                     return
             except (Superseded, groups.Superseded):
@@ -127,6 +129,7 @@ class Recovery:
     def reserve(self) -> None:
         """Get the memory ready that a recovery needs; after the first step, when all state is there."""
         reserve(self._run, self._session.run_dir, self._session.rank, int(os.environ["LOCAL_WORLD_SIZE"]))
+        pipelines.find()
         self._job_store()  # a new connection may wait seconds for a name server
 
     def _job_store(self) -> Store:
@@ -152,6 +155,7 @@ class Recovery:
     def join(self) -> None:
         """In a replacement, where the survivors wait: returns when it is a rank like all others."""
         self.prepare()
+        pipelines.find()
         self._compare_groups()
         if self._state is not None and self._state.step == self._session.step:
             self._session.registry.catch_up(self._state.issued)

@@ -84,17 +84,14 @@ class Run:
         """Say which ranks hold the same bytes, where torch does not: ``run.declare_replicas(model=group)``.
 
         Each argument names an object of the Run, or a part of it (``**{"model.experts": group}``), and gives a process
-        group, a device mesh or a sequence of global ranks; this rank must be among them. To be called before the first
-        step, on every rank. Without it DTensors (FSDP2, tensor parallel) and DDP's groups say it, and what
+        group, a device mesh or a sequence of global ranks; this rank must be among them. What an optimizer keeps for a
+        parameter follows the parameter. To be called before the first step, on every rank. Without it DTensors (FSDP2, tensor parallel) and DDP's groups say it, and what
         they do not reach is taken to be equal on all ranks. Raises ConfigError for a name that nothing has, or ranks
         without this one.
         """
-        keys = [piece.key for piece in self.inventory.pieces()]
         rank = dist.get_rank() if dist.is_initialized() else 0
         for name, group in groups.items():
             ranks = group_ranks(group)
-            if not any(f"{key}.".startswith(f"{name}.") for key in keys):
-                raise ConfigError(f"declare_replicas({name}=...): no state has a name that begins with it.")
             if ranks and rank not in ranks:
                 raise ConfigError(f"declare_replicas({name}=...): rank {rank} is not among {list(ranks)}.")
             self.inventory.declare(name, ranks)
