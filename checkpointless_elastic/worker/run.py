@@ -85,9 +85,9 @@ class Run:
 
         Each argument names an object of the Run, or a part of it (``**{"model.experts": group}``), and gives a process
         group, a device mesh or a sequence of global ranks; this rank must be among them. What an optimizer keeps for a
-        parameter follows the parameter. To be called before the first step, on every rank. Without it DTensors (FSDP2, tensor parallel) and DDP's groups say it, and what
-        they do not reach is taken to be equal on all ranks. Raises ConfigError for a name that nothing has, or ranks
-        without this one.
+        parameter follows the parameter. To be called before the first step, on every rank. Without it DTensors (FSDP2,
+        tensor parallel) and DDP's groups say it, and what they do not reach is taken to be equal on all ranks. Raises
+        ConfigError for a name that nothing has, or ranks without this one.
         """
         rank = dist.get_rank() if dist.is_initialized() else 0
         for name, group in groups.items():
