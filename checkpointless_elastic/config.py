@@ -30,6 +30,7 @@ class Config:
         settle_timeout: limit for survivors to come out of a void step and for groups to be rebuilt; then rung 4.
         join_timeout: limit for a replacement to run the script up to its first step; then rung 4.
         max_faults_per_step: faults without one committed step between them, after which the job stops.
+        mirror_every: each rank copies its state to host memory at the start of every so-manieth step; 0: never.
         events: file for the JSON lines of recoveries; empty: ``recoveries.jsonl`` in the log directory.
     """
 
@@ -43,6 +44,9 @@ class Config:
     max_faults_per_step: int = _setting(
         8, "faults without a committed step between them before the job stops"
     )  # type: ignore[assignment]
+    mirror_every: int = _setting(
+        0, "copy the state to host memory every so many steps, for shards without a replica; 0: never"
+    )  # type: ignore[assignment]
     events: str = _setting(
         "", "file for the JSON lines of recoveries; empty: recoveries.jsonl in the log directory"
     )  # type: ignore[assignment]
@@ -53,6 +57,8 @@ class Config:
                 raise ConfigError(f"{name} must be a positive number of seconds, not {getattr(self, name)}.")
         if self.max_faults_per_step < 1:
             raise ConfigError(f"max_faults_per_step must be at least 1, not {self.max_faults_per_step}.")
+        if self.mirror_every < 0:
+            raise ConfigError(f"mirror_every must be 0 or a number of steps, not {self.mirror_every}.")
 
     @classmethod
     def parse(cls, options: Mapping[str, object], env: Mapping[str, str]) -> Config:

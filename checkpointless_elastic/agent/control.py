@@ -21,6 +21,7 @@ from checkpointless_elastic.protocol.events import (
     Action,
     Broadcast,
     Deadline,
+    End,
     Event,
     ExitedEarly,
     LeftEarly,
@@ -56,6 +57,7 @@ from checkpointless_elastic.protocol.messages import (
 )
 from checkpointless_elastic.protocol.node import Node
 from checkpointless_elastic.state.slot import Slot
+from checkpointless_elastic.worker.mirror import newest
 from checkpointless_elastic.worker.private import in_loop, slot_path
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,7 @@ class AgentControl:
         self._handlers: dict[type[Action], Callable[..., None]] = {
             Broadcast: self._broadcast,
             Replace: self._replace,
+            End: self._end_worker,
             Restart: self._restart,
             Stop: self._stop,
             Succeed: self._succeed,
@@ -108,7 +111,10 @@ class AgentControl:
         """A new set of workers starts: nothing of the one before it counts."""
         self._fresh = False
         ranks = frozenset(self._workers.ranks)
-        self._coordinator = Coordinator(ranks, self._settings.max_faults_per_step, self.generation)
+        settings = self._settings
+        self._coordinator = Coordinator(
+            ranks, settings.max_faults_per_step, self.generation, settings.mirror_every
+        )
         self._node = Node(ranks, self.generation)
         self._gone: dict[int, int] = {}
         self._failed: dict[int, str] = {}
@@ -146,7 +152,8 @@ class AgentControl:
         cause = f"failed: {error}" if error else cause
         self._known_lost.add((rank, self._incarnations[rank]))
         self._recoveries.noticed(rank, cause, seen)
-        self._handle(Lost(rank, cause, error))
+        mirrored = newest(self._workers.run_dir, rank) if self._settings.mirror_every else -1
+        self._handle(Lost(rank, cause, error, mirrored))
 
     def exited(self, rank: int, incarnation: int, status: int) -> None:
         if self._incarnations.get(rank) != incarnation or (rank, incarnation) in self._known_lost:
@@ -177,7 +184,8 @@ class AgentControl:
             return Refused(f"wrong token for incarnation {hello.incarnation} of rank {hello.rank}.")
         if hello.channel == "vote" and self._coordinator.decision is not None:
             self._loop.call_later(0.0, lambda: self._catch_up(hello.rank))
-        return Welcome(self._coordinator.generation, hello.rank in self._replaced)
+        shadow = hello.rank in self._replaced
+        return Welcome(self._coordinator.generation, shadow, self._settings.mirror_every)
 
     def _catch_up(self, rank: int) -> None:
         if self._coordinator.decision is not None:
@@ -221,10 +229,11 @@ class AgentControl:
                 "share it with run.declare_replicas.",
                 differ,
             )
-        elif exposed:
+        elif exposed and not self._settings.mirror_every:
             logger.warning(
                 "%d of %d ranks hold state that no other rank holds (%s): the loss of one of them cannot be recovered "
-                "live. Train with more than one replica of each shard (a mesh with a replicate dimension).",
+                "live. Train with more than one replica of each shard (a mesh with a replicate dimension), or set "
+                "mirror_every.",
                 len(exposed),
                 len(self._workers.ranks),
                 ", ".join(map(str, exposed)),
@@ -260,6 +269,9 @@ class AgentControl:
         self._replaced.add(action.rank)
         self._gone.pop(action.rank, None)
         self._workers.replace(action.rank)
+
+    def _end_worker(self, action: End) -> None:
+        self._workers.kill(action.rank)
 
     def _opened(self, action: Opened) -> None:
         self.generation = action.generation

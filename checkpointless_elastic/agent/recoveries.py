@@ -71,6 +71,8 @@ class Recoveries:
         if point == "frozen":
             self._current.step = details["step"]
             self._current.decision = details["decision"]
+            self._current.rung = details.get("rung", self._current.rung)
+            self._current.reason = details.get("reason", self._current.reason)
         if point == "resumed":
             reports = [
                 msgspec.msgpack.decode(p, type=RebuiltReport) for p in details["reports"].values() if p

@@ -18,6 +18,7 @@ from checkpointless_elastic.protocol.events import (
     AllFrozen,
     Broadcast,
     Deadline,
+    End,
     Event,
     ExitedEarly,
     LeftEarly,
@@ -45,6 +46,7 @@ from checkpointless_elastic.protocol.messages import (
     Resume,
     Stage,
 )
+from checkpointless_elastic.protocol.mirrors import last_due
 
 
 class State(str, enum.Enum):
@@ -59,13 +61,18 @@ class State(str, enum.Enum):
 
 
 class Coordinator:
-    """Decides for one run of the script by ``ranks``.
+    """Decides for one run of the script by ``ranks``, which keep mirrors of every ``mirror_every``-th step (0: none).
+
+    A lost rank without a live twin takes its state from its mirror, if that is of the step at which all go on. If it is
+    older, all go back to it: the survivors are ended too, and every rank goes on from its mirror.
 
     Attributes:
         step: the step that is committed next; 0 before the first commit.
     """
 
-    def __init__(self, ranks: frozenset[int], max_faults_per_step: int, generation: int = 0) -> None:
+    def __init__(
+        self, ranks: frozenset[int], max_faults_per_step: int, generation: int = 0, mirror_every: int = 0
+    ) -> None:
         self.ranks = ranks
         self.generation = generation
         self.state = State.RUNNING
@@ -85,6 +92,10 @@ class Coordinator:
         self._unprotected: set[int] = set(ranks)
         self._held: dict[int, Replicas] = {}
         self._twins: dict[int, frozenset[int]] = {}  # of each rank, those that hold all that it holds
+        self._mirror_every = mirror_every
+        self._mirrored: dict[int, int] = {}  # of lost ranks, the step of their newest mirror
+        self._back_to: int | None = None  # the step to which all ranks go back
+        self._ended: set[int] = set()  # survivors that were ended for it and are not yet gone
         self.distrust = ""  # why live recovery would not give the right state; empty: it would
         self._frozen: dict[int, Frozen] = {}
         self._reports: dict[Stage, dict[int, bytes]] = {}
@@ -170,9 +181,11 @@ class Coordinator:
     # ---- a fault
 
     def _lost(self, event: Lost) -> list[Action]:
-        stop = self._repeated(event)
+        stop = None if event.rank in self._ended else self._repeated(event)
         if stop:
             return self._end(stop)
+        self._ended.discard(event.rank)
+        self._mirrored[event.rank] = event.mirrored
         newly = {event.rank} | self.exited
         self.exited = set()
         self.lost |= newly
@@ -180,13 +193,16 @@ class Coordinator:
         self.pending |= newly
         if not self.protected:
             return self._end(Restart(3, self._why_not_live(event)))
-        stranded = [
-            rank for rank in sorted(self.pending) if not self._twins.get(rank, self.ranks) & self.whole
-        ]
-        if stranded:
+        stranded = self._stranded()
+        if stranded and not self._mirror_every:
             return self._end(Restart(3, f"no survivor holds the state of rank {stranded[0]}"))
         replaced: list[Action] = [Replace(rank) for rank in sorted(newly)]
-        return replaced + self._open(event.cause)
+        actions = replaced + self._open(event.cause)
+        return actions if self.whole else actions + self._decide()
+
+    def _stranded(self) -> list[int]:
+        """Lost ranks of which no live rank holds all that they held."""
+        return [rank for rank in sorted(self.pending) if not self._twins.get(rank, self.ranks) & self.whole]
 
     def _why_not_live(self, event: Lost) -> str:
         if self.distrust:
@@ -244,6 +260,8 @@ class Coordinator:
         return self._decide()
 
     def _decide(self) -> list[Action]:
+        if self._back_to is not None:
+            return [] if self.whole else self._settle(self._back_to, "back")
         answers = {rank: self._frozen[rank] for rank in self.whole}
         target = max([self.step] + [answer.step for answer in answers.values()])
         behind = [
@@ -255,13 +273,29 @@ class Coordinator:
             rank = min(behind)
             reason = f"rank {rank} is at step {answers[rank].step}, not ready, while step {target - 1} was committed"
             return self._end(Restart(3, reason))
+        if any(self._mirrored.get(rank) != target for rank in self._stranded()):
+            return self._go_back(target, f"no survivor holds the state of rank {self._stranded()[0]}")
         forward = [rank for rank, answer in answers.items() if answer.step == target - 1]
+        return self._settle(target, "roll_forward" if forward else "void")
+
+    def _go_back(self, target: int, reason: str) -> list[Action]:
+        """No step is committed before every rank has the last mirror that was due: each has that one, or a newer too."""
+        back = last_due(target - 1, self._mirror_every)
+        if back is None:
+            return self._end(Restart(3, f"{reason}, and the first mirror is not yet due at step {target}"))
+        self._back_to, self._ended = back, set(self.whole)
+        return [End(rank) for rank in sorted(self.whole)] if self.whole else self._settle(back, "back")
+
+    def _settle(self, target: int, kind: str) -> list[Action]:
         self.step = target
         self.state = State.SETTLING
         self.decision = Decision(self.generation, target, sorted(self.whole), sorted(self.pending))
-        kind = "roll_forward" if forward else "void"
+        details: dict[str, object] = {"step": target, "decision": kind}
+        stranded = self._stranded()
+        if stranded:
+            details |= {"rung": 2, "reason": f"rank {stranded[0]} goes on from its mirror of step {target}"}
         return [
-            Reached(self.generation, "frozen", {"step": target, "decision": kind}),
+            Reached(self.generation, "frozen", details),
             Broadcast(self.decision),
             Deadline(self.generation, self.state.value, "join_timeout"),
         ]
@@ -291,7 +325,7 @@ class Coordinator:
             return []
         self.state = State.REBUILDING
         self.whole |= self.pending
-        self.pending = set()
+        self.pending, self._back_to = set(), None
         return [
             Reached(self.generation, "restored"),
             Broadcast(Rebuild(self.generation, sorted(self.lost | self.left))),
@@ -308,6 +342,11 @@ class Coordinator:
         return [Reached(self.generation, "resumed", details), Broadcast(Resume(self.generation))]
 
     def _unfit(self, event: Unfit) -> list[Action]:
+        if event.rank in self._ended:
+            return []
+        if self._mirror_every and event.rank in self.whole and self.state is State.SETTLING:
+            self.state = State.FREEZING
+            return self._go_back(self.step, f"rank {event.rank} cannot recover live: {event.reason}")
         return self._end(Restart(3, f"rank {event.rank} cannot recover live: {event.reason}"))
 
     def _overdue(self, event: Overdue) -> list[Action]:

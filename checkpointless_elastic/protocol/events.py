@@ -31,11 +31,15 @@ class AllFrozen(Event):
 
 @dataclass(frozen=True)
 class Lost(Event):
-    """A worker is gone. ``cause`` completes "rank 3 ..."; ``error``: its own exception, if that is why."""
+    """A worker is gone. ``cause`` completes "rank 3 ..."; ``error``: its own exception, if that is why.
+
+    ``mirrored``: the newest step of which it left a whole mirror, -1 without one.
+    """
 
     rank: int
     cause: str
     error: str = ""
+    mirrored: int = -1
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,13 @@ class Broadcast(Action):
 @dataclass(frozen=True)
 class Replace(Action):
     """Fork the next incarnation of this rank at once."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class End(Action):
+    """End this worker, whose loss then comes as any other: all ranks go back to their mirrors."""
 
     rank: int
 

@@ -116,10 +116,14 @@ class Learned(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The connection is accepted. ``shadow``: this worker is a replacement and contacts no peer until it joins."""
+    """The connection is accepted. ``shadow``: this worker is a replacement and contacts no peer until it joins.
+
+    ``mirror_every``: of which steps it keeps mirrors, see `protocol.mirrors`.
+    """
 
     generation: int
     shadow: bool
+    mirror_every: int = 0
 
 
 class Refused(Message, frozen=True):

@@ -6,7 +6,6 @@ hold it fill in stripes. What is not a tensor comes from a *twin*: a rank that h
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -19,51 +18,24 @@ from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision
 from checkpointless_elastic.state import arena, digest
-from checkpointless_elastic.state.pieces import MADE, Manifest, Piece
+from checkpointless_elastic.state.pieces import MADE, Piece
 from checkpointless_elastic.state.plan import PieceSize, Plan, plan
 from checkpointless_elastic.state.segment import Segment
-from checkpointless_elastic.state.sharding import EVERYBODY, Ranks
-from checkpointless_elastic.state.transfer import ChunkDigest, Receiver
+from checkpointless_elastic.state.sharding import Ranks
+from checkpointless_elastic.state.transfer import Receiver
 from checkpointless_elastic.state.transfer import publish as publish_stripe
+from checkpointless_elastic.worker import mirror
+from checkpointless_elastic.worker.blocks import Shared, Stripe, block_name, blocks, holds, twins
 
 if TYPE_CHECKING:
     from checkpointless_elastic.worker.run import Run
 
 
-RESERVED = "state"
 EXPECTED = "expected"
 """File that says how much memory the replacement of a rank will need."""
 RESERVE_LIMIT = 1 << 30
 """Bytes of state on this node up to which shared memory for it is kept from the first step on: making its pages when a
 rank is lost would take time from the replacement. It is one more copy of the state per node."""
-
-
-class Shared(msgspec.Struct, frozen=True):
-    """What is the same on all twins; the lowest of them that lives publishes it.
-
-    Attributes:
-        twins: the ranks that it is for.
-        manifest: description of all pieces, and state that is not a tensor.
-        steps: committed training steps.
-        last_value: encoded return value of the last committed call.
-        gates: optimizer steps that each replayable function makes.
-        written: keys of pieces that replayable functions write before their gate.
-    """
-
-    twins: Ranks
-    manifest: Manifest
-    steps: int
-    last_value: bytes | None
-    gates: dict[str, int]
-    written: list[str]
-
-
-class Stripe(msgspec.Struct, frozen=True):
-    """One survivor's part of a block: of which block, in which segment, and the digests of its chunks."""
-
-    replicas: Ranks
-    path: str
-    digests: list[ChunkDigest]
 
 
 class Publication(msgspec.Struct, frozen=True):
@@ -90,7 +62,7 @@ def publish(
     buckets = run.bucket_orders()
     stripes, segments = [], []
     for ranks, block in blocks(pieces).items():
-        if not any(_in(ranks, lost) for lost in decision.pending):
+        if not any(holds(ranks, lost) for lost in decision.pending):
             continue
         layout = _layout(block, ranks, decision.sources)
         stripe = layout.stripes[rank]
@@ -98,49 +70,24 @@ def publish(
         end = stripe[-1].segment_offset + stripe[-1].length if stripe else 0
         segment = _reserved(run, run_dir, ranks, layout.segment_bytes)
         if segment is None:
-            name = f"{_name(ranks)}-{decision.generation}"
+            name = f"{block_name(ranks)}-{decision.generation}"
             segment = Segment.share(Path(run_dir), name, layout.segment_bytes, start, end - start)
             segments.append(segment)
         stripes.append(Stripe(ranks, str(segment.path), publish_stripe(block, layout, rank, segment)))
     own = twins(pieces)
-    speaks = rank == min(source for source in decision.sources if _in(own, source))
-    wanted = speaks and any(_in(own, lost) for lost in decision.pending)
+    speaks = rank == min(source for source in decision.sources if holds(own, source))
+    wanted = speaks and any(holds(own, lost) for lost in decision.pending)
     common = run.shared(own, last_value) if wanted else None
     return Publication(stripes, run.signature(), buckets, common), segments
 
 
-def blocks(pieces: Sequence[Piece]) -> dict[Ranks, list[Piece]]:
-    """The pieces by the ranks that hold them, in an order that is the same on all these ranks."""
-    found: dict[Ranks, list[Piece]] = {}
-    for piece in pieces:
-        found.setdefault(piece.info.replicas, []).append(piece)
-    return found
-
-
-def twins(pieces: Sequence[Piece]) -> Ranks:
-    """The ranks that hold all of these pieces."""
-    limited = [set(ranks) for ranks in blocks(pieces) if ranks]
-    return tuple(sorted(set.intersection(*limited))) if limited else EVERYBODY
-
-
-def _in(ranks: Ranks, rank: int) -> bool:
-    return ranks == EVERYBODY or rank in ranks
-
-
 def _layout(block: Sequence[Piece], ranks: Ranks, sources: Sequence[int]) -> Plan:
     """Which of the live ranks that hold a block sends what. StateMismatchError if none lives."""
-    live = [rank for rank in sources if _in(ranks, rank)]
+    live = [rank for rank in sources if holds(ranks, rank)]
     layout = plan([PieceSize(piece.info.nbytes) for piece in block], live)
     if layout.unsourced:
         raise StateMismatchError(f"no survivor holds {block[layout.unsourced[0]].key}")
     return layout
-
-
-def _name(ranks: Ranks) -> str:
-    """A file name for a block."""
-    if ranks == EVERYBODY:
-        return RESERVED
-    return f"{RESERVED}-{hashlib.blake2s(repr(ranks).encode(), digest_size=8).hexdigest()}"
 
 
 def reserve(run: Run, run_dir: str, rank: int, count: int) -> None:
@@ -162,7 +109,7 @@ def reserve(run: Run, run_dir: str, rank: int, count: int) -> None:
         at = holders.index(rank)
         low = layout.segment_bytes * at // len(holders)
         high = layout.segment_bytes * (at + 1) // len(holders)
-        name = _name(ranks)
+        name = block_name(ranks)
         run.reserved[name] = Segment.share(Path(run_dir), name, layout.segment_bytes, low, high - low)
         run.reserved[name].populate(write=True)
 
@@ -198,7 +145,7 @@ def _get_ready(make_pages: Callable[[], None]) -> None:
 
 def _reserved(run: Run, run_dir: str, ranks: Ranks, nbytes: int) -> Segment | None:
     """The reserved memory, if it is there and large enough; the same answer on all ranks of the node."""
-    name = _name(ranks)
+    name = block_name(ranks)
     path = Path(run_dir) / name
     if not path.exists() or path.stat().st_size < nbytes:
         return None
@@ -207,17 +154,17 @@ def _reserved(run: Run, run_dir: str, ranks: Ranks, nbytes: int) -> Segment | No
     return run.reserved[name]
 
 
-def shared(publications: dict[int, Publication], rank: int) -> Shared:
-    """What a twin of this rank says. Raises StateMismatchError if none lives."""
+def shared(publications: dict[int, Publication], rank: int) -> Shared | None:
+    """What a twin of this rank says; None if none lives."""
     for publication in publications.values():
-        if publication.shared is not None and _in(publication.shared.twins, rank):
+        if publication.shared is not None and holds(publication.shared.twins, rank):
             return publication.shared
-    raise StateMismatchError(f"no survivor holds all state that rank {rank} held")
+    return None
 
 
 def bucket_orders(publications: dict[int, Publication], twins: Ranks) -> list[bytes | None]:
     """The order on which all twins agree. Raises StateMismatchError if they do not."""
-    orders = {rank: found.buckets for rank, found in publications.items() if _in(twins, rank)}
+    orders = {rank: found.buckets for rank, found in publications.items() if holds(twins, rank)}
     lowest = min(orders)
     for rank, buckets in orders.items():
         if buckets != orders[lowest]:
@@ -227,24 +174,36 @@ def bucket_orders(publications: dict[int, Publication], twins: Ranks) -> list[by
     return orders[lowest]
 
 
-def receive(run: Run, decision: Decision, publications: dict[int, Publication], common: Shared) -> int:
-    """Fill this replacement's state from the segments, verified; bytes that were copied."""
+def receive(
+    run: Run, decision: Decision, publications: dict[int, Publication], common: Shared, run_dir: str
+) -> int:
+    """Fill this replacement's state from live replicas, else from mirrors, verified; bytes that were copied."""
     run.inventory.adopt(common.manifest)
     moved = 0
     for ranks, block in blocks(run.inventory.pieces()).items():
-        layout = _layout(block, ranks, decision.sources)
-        parts = {rank: _stripe(publications[rank], ranks) for rank in layout.stripes}
-        paths = {part.path for part in parts.values()}
-        if len(paths) != 1:
-            raise StateMismatchError(f"the survivors published in different places: {sorted(paths)}")
-        segment = Segment.open(Path(paths.pop()), layout.segment_bytes)
-        receiver = Receiver(block, layout, segment)
-        for rank, part in parts.items():
-            receiver.receive(rank, part.digests)
-        moved += receiver.finish().nbytes
-        segment.close()
+        live = [rank for rank in decision.sources if holds(ranks, rank)]
+        if live:
+            layout = plan([PieceSize(piece.info.nbytes) for piece in block], live)
+            parts = {rank: _stripe(publications[rank], ranks) for rank in layout.stripes}
+        else:
+            keeper = mirror.lead(ranks)
+            layout = mirror.layout(block, keeper)
+            parts = {keeper: mirror.find(run_dir, keeper, decision.step).stripe(ranks)}
+        moved += _fill(block, layout, parts)
     run.inventory.load_meta(common.manifest)
     return moved
+
+
+def _fill(block: list[Piece], layout: Plan, parts: dict[int, Stripe]) -> int:
+    paths = {part.path for part in parts.values()}
+    if len(paths) != 1:
+        raise StateMismatchError(f"the survivors published in different places: {sorted(paths)}")
+    segment = Segment.open(Path(paths.pop()), layout.segment_bytes)
+    receiver = Receiver(block, layout, segment)
+    for rank, part in parts.items():
+        receiver.receive(rank, part.digests)
+    segment.close()
+    return receiver.finish().nbytes
 
 
 def _stripe(publication: Publication, ranks: Ranks) -> Stripe:

@@ -26,21 +26,24 @@ class Call:
     """One attempt of one replayable call.
 
     ``commit()`` is called at the gate; it returns once the step is committed, or raises VoidAttempt.
+    ``before_update()`` is called before each update by an optimizer, also of those before the gate.
 
     Attributes:
         optimizer_steps: optimizer steps seen in this attempt.
         committed: the gate was passed.
     """
 
-    def __init__(self, expected: int, commit: Callable[[], None]) -> None:
+    def __init__(self, expected: int, commit: Callable[[], None], before_update: Callable[[], None]) -> None:
         self._expected = expected
         self._commit = commit
+        self._before_update = before_update
         self.optimizer_steps = 0
         self.committed = False
 
     def optimizer_step(self) -> None:
         """An optimizer is about to apply its update."""
         self.optimizer_steps += 1
+        self._before_update()
         if self.optimizer_steps >= self._expected:
             self.gate()
 

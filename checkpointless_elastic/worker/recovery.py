@@ -25,7 +25,7 @@ from checkpointless_elastic.protocol.messages import Resume as ResumeNow
 from checkpointless_elastic.state import pipelines
 from checkpointless_elastic.state.pieces import is_gradient
 from checkpointless_elastic.state.segment import Segment
-from checkpointless_elastic.worker import rng
+from checkpointless_elastic.worker import mirror, rng
 from checkpointless_elastic.worker.exchange import (
     Publication,
     bucket_orders,
@@ -67,6 +67,8 @@ class Recovery:
         self._state: PrivateState | None = None
         self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
         self._groups: dict[int, list[GroupSignature]] = {}
+        every = session.channel.welcome.mirror_every
+        self.mirror = mirror.Mirror(run, session.run_dir, session.rank, every)
         self.last_value: bytes | None = None
 
     # ---- following a decision
@@ -202,23 +204,32 @@ class Recovery:
 
     def _restore(self, decision: Decision, publications: dict[int, Publication]) -> None:
         started = time.perf_counter()
-        twin = shared(publications, self._session.rank)
-        moved = receive(self._run, decision, publications, twin)
-        self._run.adopt(twin, bucket_orders(publications, twin.twins))
-        self._replica_value = twin.last_value
+        run_dir, rank = self._session.run_dir, self._session.rank
+        twin, kept = shared(publications, rank), None
+        if twin is None:
+            kept = mirror.find(run_dir, rank, decision.step)
+            twin, buckets = kept.shared, kept.buckets
+        else:
+            buckets = bucket_orders(publications, twin.twins)
+        moved = receive(self._run, decision, publications, twin, run_dir)
+        self._run.adopt(twin, buckets)
+        self.mirror.continue_at(decision.step)
+        self._replica_value = self.last_value = twin.last_value
         self._groups = {rank: publication.groups for rank, publication in publications.items()}
         if self._session.resume is None:
-            self._take_private(decision.step)
+            self._take_private(decision.step, kept)
         self._session.step = decision.step
         self._run.restore_private(self._private_tensors())
         self._restored = RestoredReport(moved, time.perf_counter() - started)
 
-    def _take_private(self, step: int) -> None:
+    def _take_private(self, step: int, kept: mirror.Entry | None) -> None:
         """Adopt the lost rank's own state: its cursor, and the random state to join with."""
         session = self._session
         state = read_state(session.slot)
         if state is None:
             raise StateMismatchError(f"rank {session.rank} left no private state in its slot")
+        if kept is not None and state.step > step:  # all ranks go back
+            state = kept.private_state()
         cursor = state.cursor
         if state.step == step - 1 and state.at is At.READY:
             cursor.commit(None, state.ready_rng)
@@ -263,6 +274,7 @@ class Recovery:
         if not self._says_all(self._state):
             self._between = None
             write_state(self._session.slot, self._state)
+        self.mirror.begin(self._state, self.last_value)
 
     def _says_all(self, start: PrivateState) -> bool:
         """Whether the slot says already what a replacement must know here; nothing was drawn since then."""

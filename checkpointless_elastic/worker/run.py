@@ -21,8 +21,8 @@ from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks, group_ranks
 from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
 from checkpointless_elastic.worker import gate, private_tensors, rng, session
+from checkpointless_elastic.worker.blocks import Shared, blocks
 from checkpointless_elastic.worker.channel import AgentGone
-from checkpointless_elastic.worker.exchange import Shared, blocks
 from checkpointless_elastic.worker.recovery import Recovery
 
 __all__ = ["Run", "is_replacement"]
@@ -137,7 +137,7 @@ class Run:
     def _plain(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.attempt = 1
         try:
-            with gate.Call(1, _nothing) as call:
+            with gate.Call(1, _nothing, _nothing) as call:
                 value = function(*args, **kwargs)
         finally:
             self.attempt = 0
@@ -186,7 +186,9 @@ class Run:
         self._snapshot.begin(name)
         self.private = self.read_private()
         recovery.save_start(start)
-        call = gate.Call(self._gates.get(name, 1), functools.partial(self._commit, host, recovery))
+        call = gate.Call(
+            self._gates.get(name, 1), functools.partial(self._commit, host, recovery), recovery.mirror.wait
+        )
         host.in_call, host.committed, host.void_outputs = True, False, 0
         try:
             with call:
@@ -209,6 +211,7 @@ class Run:
 
     def _commit(self, host: session.Session, recovery: Recovery) -> None:
         self._snapshot.gate()
+        recovery.mirror.wait()
         recovery.save_ready()
         if not host.vote():
             raise gate.VoidAttempt
@@ -275,6 +278,10 @@ class Run:
         self._left = False
         return orders
 
+    def known_bucket_orders(self) -> list[bytes | None]:
+        """Bucket order of each DDP module, as it is now."""
+        return [ddp.bucket_order(module) for module in self._ddp_modules()]
+
     def shared(self, twins: Ranks, last_value: bytes | None) -> Shared:
         """What is the same on all twins of this rank."""
         return Shared(
@@ -305,4 +312,4 @@ class Run:
 
 
 def _nothing() -> None:
-    """The gate of an unprotected call."""
+    """What an unprotected call does at its gate and before its updates."""

@@ -1,0 +1,221 @@
+"""Mirrors: this rank's state in host memory that outlives it, for shards that no other rank holds.
+
+At the start of every `mirror_every`-th step the state is copied into shared memory, beside the step: its tensors do not
+change until the first optimizer step, which waits for the copy. What forward or backward may write is copied first. Two
+buffers take turns, and a slot names those that are whole, so a copy that was cut short is never used. Each block is
+kept by the lowest of the ranks that hold it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.protocol.mirrors import is_due
+from checkpointless_elastic.state.pieces import OPTIMIZER, PARAMETER, Piece, carrier, make_tensor
+from checkpointless_elastic.state.plan import PieceSize, Plan, plan
+from checkpointless_elastic.state.segment import Segment
+from checkpointless_elastic.state.sharding import Ranks
+from checkpointless_elastic.state.slot import Content, Slot
+from checkpointless_elastic.state.transfer import publish
+from checkpointless_elastic.worker.blocks import Shared, Stripe, block_name, blocks, twins
+from checkpointless_elastic.worker.packing import pack, unpack
+from checkpointless_elastic.worker.private import PrivateState
+
+if TYPE_CHECKING:
+    from checkpointless_elastic.worker.run import Run
+
+__all__ = ["Entry", "Mirror", "find", "lead", "newest"]
+
+logger = logging.getLogger(__name__)
+
+_version = attrgetter("_version")
+_STILL = (PARAMETER, OPTIMIZER)  # do not change before the first optimizer step
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A mirror that is whole.
+
+    Attributes:
+        step: the state is the one from which this step is computed.
+        stripes: the blocks that this rank keeps, each with one source, this rank.
+        shared: what a twin of this rank would publish.
+        buckets: bucket order of each DDP module.
+        private: the rank's private state, a blob.
+        parts: what the blob names.
+    """
+
+    step: int
+    stripes: list[Stripe]
+    shared: Shared
+    buckets: list[bytes | None]
+    private: bytes
+    parts: dict[int, bytes]
+
+    def private_state(self) -> PrivateState:
+        """The private state of then."""
+        return unpack(Content(self.private, self.parts), PrivateState, PrivateState.states)
+
+    def stripe(self, ranks: Ranks) -> Stripe:
+        """The block of these ranks. StateMismatchError if it is not kept here."""
+        for stripe in self.stripes:
+            if stripe.replicas == ranks:
+                return stripe
+        raise StateMismatchError(
+            f"the mirror of step {self.step} does not hold what ranks {list(ranks)} share"
+        )
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Entry).decode
+
+
+def lead(ranks: Ranks) -> int:
+    """The rank that keeps a block."""
+    return ranks[0] if ranks else 0
+
+
+def layout(block: Sequence[Piece], rank: int) -> Plan:
+    """A block as one rank has it in its mirror."""
+    return plan([PieceSize(piece.info.nbytes) for piece in block], [rank])
+
+
+def _path(run_dir: str, rank: int) -> str:
+    return os.path.join(run_dir, f"mirror-{rank}")
+
+
+def _entries(run_dir: str, rank: int) -> dict[int, bytes]:
+    """The mirrors of a rank that are whole, encoded, by step."""
+    path = _path(run_dir, rank)
+    if not os.path.exists(path):
+        return {}
+    with Slot.open(path) as slot:
+        content = slot.read()
+    return dict(content.parts) if content is not None else {}
+
+
+def newest(run_dir: str, rank: int) -> int:
+    """The newest step of which a rank has a whole mirror; -1 if there is none."""
+    return max(_entries(run_dir, rank), default=-1)
+
+
+def find(run_dir: str, rank: int, step: int) -> Entry:
+    """The mirror of a step. StateMismatchError if there is none that is whole."""
+    found = _entries(run_dir, rank).get(step)
+    if found is None:
+        raise StateMismatchError(f"rank {rank} has no whole mirror of step {step}")
+    return _decode(found)
+
+
+class Mirror:
+    """This rank's mirrors: the two newest that are whole, in two buffers. Its methods belong to the main thread."""
+
+    def __init__(self, run: Run, run_dir: str, rank: int, every: int) -> None:
+        self._run, self._run_dir, self._rank, self._every = run, run_dir, rank, every
+        self._pool = ThreadPoolExecutor(1, "checkpointless-mirror") if every else None
+        self._copying: Future[None] | None = None
+        self._slot: Slot | None = None
+        self._whole: dict[int, bytes] = {}
+        self._segments: dict[str, Segment] = {}
+
+    def begin(self, private: PrivateState, last_value: bytes | None) -> None:
+        """Start the mirror of the step that begins, if it is due and not there. Blocks for what forward may write."""
+        step = private.step
+        if self._pool is None or not is_due(step, self._every) or step in self._whole:
+            return
+        pieces = self._run.inventory.pieces()
+        kept = {ranks: block for ranks, block in blocks(pieces).items() if lead(ranks) == self._rank}
+        copies = {ranks: list(map(_still, block)) for ranks, block in kept.items()}
+        content = pack(private)
+        numbers = {number for state in private.states() if state for number in state.numbers()}
+        entry = Entry(
+            step,
+            [],
+            self._run.shared(twins(pieces), last_value),
+            self._run.known_bucket_orders(),
+            content.blob,
+            {number: content.parts[number] for number in numbers},
+        )
+        self._copying = self._pool.submit(self._copy, entry, copies)
+
+    def wait(self) -> None:
+        """Return when no copy is under way: before the first update, and before this rank is ready."""
+        if self._copying is not None:
+            self._copying.result()
+            self._copying = None
+
+    def continue_at(self, step: int) -> None:
+        """In a replacement that goes on at this step: mirrors of later steps are of a run that was given up."""
+        if self._pool is not None:
+            self._whole = {at: data for at, data in _entries(self._run_dir, self._rank).items() if at <= step}
+            self._write()
+
+    def _copy(self, entry: Entry, copies: dict[Ranks, list[Piece]]) -> None:
+        """On the thread of the pool."""
+        try:
+            self._keep(entry, copies)
+        except OSError as error:
+            self._pool = None
+            logger.error(
+                "[rank %d] mirrors end at step %d: %s. Enlarge the shared memory, or set mirror_every=0.",
+                self._rank,
+                entry.step,
+                error,
+            )
+
+    def _keep(self, entry: Entry, copies: dict[Ranks, list[Piece]]) -> None:
+        """The older of two mirrors is given up first."""
+        while len(self._whole) > 1:
+            del self._whole[min(self._whole)]
+        self._write()
+        watched = [
+            tensor for block in copies.values() for piece in block for tensor in (piece.tensor, piece.outer)
+        ]
+        versions = list(map(_version, watched))
+        used = {stripe.path for data in self._whole.values() for stripe in _decode(data).stripes}
+        for ranks, block in copies.items():
+            whole = layout(block, self._rank)
+            segment = self._segment(block_name(ranks), whole.segment_bytes, used)
+            entry.stripes.append(Stripe(ranks, str(segment.path), publish(block, whole, self._rank, segment)))
+        if list(map(_version, watched)) != versions:
+            logger.warning(
+                "[rank %d] the mirror of step %d is torn, since a parameter was written before the optimizer's step",
+                self._rank,
+                entry.step,
+            )
+            return
+        self._whole[entry.step] = _encode(entry)
+        self._write()
+
+    def _segment(self, block: str, nbytes: int, used: set[str]) -> Segment:
+        """The one of two segments for this block that no whole mirror uses."""
+        names = [f"mirror-{self._rank}-{buffer}-{block}" for buffer in "ab"]
+        name = next(name for name in names if not any(path.endswith(f"/{name}") for path in used))
+        held = self._segments.get(name)
+        if held is None or held.nbytes != nbytes:
+            held = self._segments[name] = Segment.share(Path(self._run_dir), name, nbytes, 0, nbytes)
+        return held
+
+    def _write(self) -> None:
+        """Say which mirrors are whole, in one go."""
+        if self._slot is None:
+            path = _path(self._run_dir, self._rank)
+            self._slot = Slot.open(path) if os.path.exists(path) else Slot.create(path)
+        self._slot.write(b"", self._whole)
+
+
+def _still(piece: Piece) -> Piece:
+    """The piece itself where nothing writes it before the first optimizer step, else a copy."""
+    if piece.info.role in _STILL:
+        return piece
+    made = make_tensor(piece.info, piece.tensor.device)
+    carrier(made).copy_(carrier(piece.tensor))
+    return Piece(piece.info, made, made)
