@@ -74,7 +74,7 @@ class Coordinator:
         self, ranks: frozenset[int], max_faults_per_step: int, generation: int = 0, mirror_every: int = 0
     ) -> None:
         self.ranks = ranks
-        self.generation = generation
+        self.generation = self._ran_in = generation  # now, and when the job last ran
         self.state = State.RUNNING
         self.step = 0
         self.whole = set(ranks)
@@ -246,8 +246,8 @@ class Coordinator:
         return Freeze(self.generation, sorted(self.lost), sorted(self.left))
 
     def _left_early(self, event: LeftEarly) -> list[Action]:
-        if event.generation != self.generation or event.rank in self.left:
-            return []
+        if event.generation <= self._ran_in or event.rank in self.left or event.rank not in self.whole:
+            return []  # of a recovery that has ended, or of a worker that is gone
         self.left.add(event.rank)
         return [Broadcast(self._freeze())]
 
@@ -279,7 +279,7 @@ class Coordinator:
         return self._settle(target, "roll_forward" if forward else "void")
 
     def _go_back(self, target: int, reason: str) -> list[Action]:
-        """No step is committed before every rank has the last mirror that was due: each has that one, or a newer too."""
+        """To the last mirror due at a committed step: a step is committed when all have it, and each keeps two."""
         back = last_due(target - 1, self._mirror_every)
         if back is None:
             return self._end(Restart(3, f"{reason}, and the first mirror is not yet due at step {target}"))
@@ -338,6 +338,7 @@ class Coordinator:
         details: dict[str, object] = {"reports": dict(self._reports[Stage.REBUILT])}
         self.state = State.RUNNING
         self.lost, self.left, self.resumed, self.decision = set(), set(), True, None
+        self._ran_in = self.generation
         self._reports = {}
         return [Reached(self.generation, "resumed", details), Broadcast(Resume(self.generation))]
 

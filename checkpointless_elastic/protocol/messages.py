@@ -78,7 +78,7 @@ class Frozen(Message, frozen=True):
 
 
 class Left(Message, frozen=True):
-    """This rank left its void attempt through an exception: it no longer issues the collectives its peers do."""
+    """This rank does not issue the collectives that its peers may: it left its void attempt, or never began it."""
 
     generation: int
 

@@ -237,7 +237,10 @@ class Session:
             return True
 
     def left_early(self) -> None:
-        """This rank left its void attempt through an exception: groups it shares with survivors are affected too."""
+        """This rank does not issue what its peers may: groups it shares with survivors are affected too.
+
+        It left its void attempt through an exception, never began it, or stands outside of attempts.
+        """
         if self.registry.has_live_groups():
             self.channel.control.send(Left(self.frozen))
 
@@ -268,6 +271,7 @@ class Session:
         if self.shadow and self.recovery is not None:
             self.recovery.join()
         else:
+            self.left_early()
             self.settle()
 
     def record(self, entry: LoggedCollective) -> None:
