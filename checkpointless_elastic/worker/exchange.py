@@ -33,7 +33,7 @@ would take time from the replacement. It is one more copy of the state per node.
 
 
 class Shared(msgspec.Struct, frozen=True):
-    """What is the same on all survivors; the lowest of them publishes it.
+    """What is the same on all survivors, and what they are compared by; the lowest of them publishes it.
 
     Attributes:
         manifest: description of all pieces, and state that is not a tensor.
@@ -41,7 +41,7 @@ class Shared(msgspec.Struct, frozen=True):
         last_value: encoded return value of the last committed call.
         gates: optimizer steps that each replayable function makes.
         written: keys of pieces that replayable functions write before their gate.
-        groups: process groups in order of creation.
+        groups: process groups of the lowest survivor in order of creation.
     """
 
     manifest: Manifest

@@ -65,7 +65,8 @@ class Recovery:
         self._store: Store | None = None
         self._state: PrivateState | None = None
         self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
-        self._groups: list[GroupSignature] = []
+        self._groups: list[GroupSignature] = []  # those of the lowest survivor
+        self._leader = 0  # that survivor
         self.last_value: bytes | None = None
 
     # ---- following a decision
@@ -164,16 +165,21 @@ class Recovery:
         self._join_rng = None
 
     def _compare_groups(self) -> None:
-        """Raises ScriptMismatchError where this rank's groups are not those of the survivors."""
-        own = self._run.signature()
-        for number, (theirs, mine) in enumerate(zip(self._groups, own, strict=False)):
+        """Raises ScriptMismatchError where this rank's groups are not those of the lowest survivor.
+
+        Compared are those that both belong to: ranks of one job have different groups.
+        """
+        common = [group for group in self._groups if self._session.rank in group.ranks]
+        own = [group for group in self._run.signature() if self._leader in group.ranks]
+        for number, (theirs, mine) in enumerate(zip(common, own, strict=False)):
             if theirs != mine:
                 raise ScriptMismatchError(
                     f"process group {number} is {mine} in the replacement, {theirs} elsewhere."
                 )
-        if len(self._groups) != len(own):
+        if len(common) != len(own):
             raise ScriptMismatchError(
-                f"The replacement has made {len(own)} process groups when it joins, the survivors {len(self._groups)}."
+                f"The replacement has made {len(own)} process groups with rank {self._leader} when it joins, "
+                f"rank {self._leader} has {len(common)} with it."
             )
 
     def enter_call(self) -> tuple[bool, Any]:
@@ -202,7 +208,7 @@ class Recovery:
         moved = receive(self._run, decision, publications, self._session.run_dir)
         self._run.adopt(leader, bucket_orders(publications))
         self._replica_value = leader.last_value
-        self._groups = leader.groups
+        self._groups, self._leader = leader.groups, min(decision.sources)
         if self._session.resume is None:
             self._take_private(decision.step)
         self._session.step = decision.step
