@@ -142,6 +142,8 @@ class Run:
         try:
             while True:
                 if host.is_frozen():
+                    if self.attempt == 0:  # others may be in their attempt already, and wait for this rank
+                        host.left_early()
                     recovery.settle()
                 self.attempt += 1
                 value = self._try(host, recovery, name, function, *guard.arguments())

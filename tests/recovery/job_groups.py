@@ -1,7 +1,8 @@
 """Four ranks and several groups: all (used at the start and the end), two halves (each step), a pair (as all).
 
-With DIE set, rank 1 dies once at step 5, when ranks 2 and 3 have done their part of it. Both halves are given the same
-batches, so that all ranks hold the same state.
+Rank 1 dies once at step 5. DIE=late: when ranks 2 and 3 have done their part of it. DIE=early: when rank 2 is about to
+wait for rank 3, which begins the step after it has heard of the loss. Both halves are given the same batches, so that
+all ranks hold the same state.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch.distributed as dist
 from torch import nn
 
 import checkpointless_elastic as ce
+from checkpointless_elastic.worker import session
 
-OUT, DIE = os.environ["OUT"], bool(os.environ.get("DIE"))
+OUT, DIE = os.environ["OUT"], os.environ.get("DIE", "")
 STEPS, LOST_AT = 9, 5
 
 dist.init_process_group("gloo")
@@ -36,8 +38,8 @@ def pass_on(value: float) -> float:
 
 
 def die_once() -> None:
-    """Rank 1, when the other half has finished its part of this step."""
-    store.wait(["reduced/2", "reduced/3"])
+    """Rank 1, when the other half is where DIE says."""
+    store.wait(["reduced/2", "reduced/3"] if DIE == "late" else ["begun/2"])
     try:
         os.close(os.open(f"{OUT}/died", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -54,11 +56,19 @@ run = ce.Run(model=model, optimizer=optimizer)
 torch.manual_seed(10 + rank % 2)
 
 
+def has_heard() -> bool:
+    """True once this rank knows of the loss."""
+    found = session.current()
+    return found is not None and found.is_frozen()
+
+
 @run.replayable
 def train_step(x: torch.Tensor) -> None:
     model(x).square().mean().backward()
     if DIE and rank == 1 and run.step == LOST_AT:
         die_once()
+    if run.step == LOST_AT:
+        store.set(f"begun/{rank}", "done")
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad, group=half)
     if run.step == LOST_AT:
@@ -68,6 +78,8 @@ def train_step(x: torch.Tensor) -> None:
 
 
 for _ in run.steps(STEPS):
+    while DIE == "early" and rank == 3 and run.step == LOST_AT and not has_heard():
+        os.sched_yield()
     train_step(torch.randn(8, 16))
 passed = pass_on(7.5)
 dist.all_reduce(total := torch.tensor([rank + 1.0]))
