@@ -49,18 +49,25 @@ class Lazy:
 class Sleepers:
     """The lazy groups of this rank, and the thread that connects them."""
 
-    def __init__(self, connect: Callable[[ElasticProcessGroup, Lazy, Store], None]) -> None:
-        """`connect`: connects one group with a store client that nobody else uses, and sets `ended`."""
+    def __init__(
+        self,
+        connect: Callable[[ElasticProcessGroup, Lazy, Store], None],
+        free: Callable[[Store], Store],
+    ) -> None:
+        """`connect`: connects one group and sets `ended`. `free`: the store client, or another if it is busy."""
         self._connect = connect
+        self._free = free
         self._groups: dict[str, tuple[ElasticProcessGroup, Lazy]] = {}
         self._next = 0  # the first place of the sequence that this rank has not read
         self._thread: threading.Thread | None = None
 
     def put(self, groups: list[tuple[ElasticProcessGroup, Lazy]], store: Store) -> None:
-        """These are lazy from now on. Main thread; contacts nobody."""
-        alive = {key: (group, lazy) for key, (group, lazy) in self._groups.items() if not lazy.ended.is_set()}
+        """These are lazy from now on, and no rank uses one before all have put theirs. Main thread; contacts nobody."""
+        alive = {
+            key: (group, lazy) for key, (group, lazy) in [*self._groups.items()] if not lazy.ended.is_set()
+        }
         self._groups = alive | {lazy.key(group.spec.name): (group, lazy) for group, lazy in groups}
-        if groups and self._thread is None:
+        if groups and (self._thread is None or not self._thread.is_alive()):
             self._thread = threading.Thread(
                 target=self._follow, args=(store,), name="checkpointless-lazy", daemon=True
             )
@@ -78,16 +85,17 @@ class Sleepers:
             raise lazy.error
 
     def _follow(self, store: Store) -> None:
-        client = store.clone() if hasattr(store, "clone") else store
-        wanted = PrefixStore(_PREFIX, client)
         try:
+            own = store.clone() if hasattr(store, "clone") else store
             while True:
-                place = str(self._next)
+                client = self._free(own)
+                wanted, place = PrefixStore(_PREFIX, client), str(self._next)
                 wanted.wait([place], _NO_LIMIT)
                 key = wanted.get(place).decode()
                 self._next += 1
-                if key in self._groups:
-                    self._connect(*self._groups[key], client)
+                found = self._groups.pop(key, None)
+                if found is not None:
+                    self._connect(*found, client)
         except BaseException as error:  # raised by whoever uses one of the groups
             _logger.debug("lazy groups are not connected any more: %s", error)
             for _, lazy in [*self._groups.values()]:

@@ -63,7 +63,7 @@ class Registry:
         self._lock = threading.Lock()
         self._running: list[_Running] = []
         self._left_alone: list[tuple[Store, threading.Thread]] = []
-        self._sleepers = Sleepers(self._connect_lazy)
+        self._sleepers = Sleepers(self._connect_lazy, self._client)
         self._store: Store | None = None
 
     def install(self) -> None:
@@ -219,7 +219,7 @@ class Registry:
                 return
             self._running.append(running)
         try:
-            (link,) = self._connect_all(running, [group], self._client(store), _connect_in_turn)
+            (link,) = self._connect_all(running, [group], store, _connect_in_turn)
             self._take_over(running, group, link)
         except Superseded as error:
             _logger.debug("%s", error)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from checkpointless_elastic.groups import RebuildReport, registry
+from checkpointless_elastic.groups import LoggedCollective, RebuildReport, Situation, registry
 from tests.groups.listener import Listener, begin, lose
 from tests.groups.processes import LIMIT, Job, Worker
 
@@ -270,6 +270,30 @@ def test_one_member_that_uses_a_group_has_it_connected_by_all() -> None:
     with Job(use_on_one_rank_only) as job:
         lose_and_replace(job, use_on_one_rank_only)
         assert job.results() == [(("0",), (), 6.0)] * 3
+
+
+def sent_by_the_lost_rank(worker: Worker) -> Any:
+    """Rank 2 had broadcast before it was lost, as its log says; the others come to that broadcast after the rebuild."""
+    sent = torch.tensor([3.5])
+    worker.host.old_log = [LoggedCollective("0", "broadcast", (sent.numpy().tobytes(),))]
+    listener = begin(worker)
+    worker.registry.committed(CALLS)
+    if worker.registry.shadow:
+        worker.host.where = Situation.OUTSIDE
+        dist.broadcast(sent, 2)
+        worker.host.where = Situation.ATTEMPT
+        report = listener.rebuild()
+        worker.meet("rebuilt 1")
+    else:
+        report = meet_a_loss(worker, listener)
+        dist.broadcast(sent := torch.zeros(1), 2)
+    return report.rebuilt, sent.item(), total(worker.rank)
+
+
+def test_a_group_whose_use_only_the_lost_rank_knew_of_is_connected_and_what_it_sent_is_sent_again() -> None:
+    with Job(sent_by_the_lost_rank) as job:
+        lose_and_replace(job, sent_by_the_lost_rank)
+        assert job.results() == [(("0",), 3.5, 6.0)] * 3
 
 
 @pytest.mark.parametrize(("calls", "eager"), [(0, True), (1, True), (2, False)])
