@@ -207,14 +207,28 @@ class AgentControl:
         elif isinstance(message, Failed):
             self._failed[rank] = message.error
         elif isinstance(message, Replicas):
-            differ = self._coordinator.compare(rank, message.digests)
-            if differ:
-                logger.warning(
-                    "A lost rank cannot be recovered live: %s. Leave it out of Run, or make it equal.", differ
-                )
+            self._compare(rank, message)
         elif isinstance(message, Learned) and not self._learned:
             self._learned = True
             self._workers.learn(message.modules)
+
+    def _compare(self, rank: int, held: Replicas) -> None:
+        differ = self._coordinator.compare(rank, held)
+        exposed = self._coordinator.exposed()
+        if differ:
+            logger.warning(
+                "A lost rank cannot be recovered live: %s. Leave it out of Run, make it equal, or name the ranks that "
+                "share it with run.declare_replicas.",
+                differ,
+            )
+        elif exposed:
+            logger.warning(
+                "%d of %d ranks hold state that no other rank holds (%s): the loss of one of them cannot be recovered "
+                "live. Train with more than one replica of each shard (a mesh with a replicate dimension).",
+                len(exposed),
+                len(self._workers.ranks),
+                ", ".join(map(str, exposed)),
+            )
 
     # ---- what the coordinator decides
 

@@ -40,6 +40,7 @@ from checkpointless_elastic.protocol.messages import (
     Phase,
     Rebuild,
     Release,
+    Replicas,
     Restore,
     Resume,
     Stage,
@@ -82,7 +83,8 @@ class Coordinator:
         self._faults_since_commit = 0
         self._errors: dict[int, tuple[int, str]] = {}
         self._unprotected: set[int] = set(ranks)
-        self._digests: dict[int, dict[str, int]] = {}
+        self._held: dict[int, Replicas] = {}
+        self._twins: dict[int, frozenset[int]] = {}  # of each rank, those that hold all that it holds
         self.distrust = ""  # why live recovery would not give the right state; empty: it would
         self._frozen: dict[int, Frozen] = {}
         self._reports: dict[Stage, dict[int, bytes]] = {}
@@ -96,20 +98,25 @@ class Coordinator:
         """Can a loss be answered by rung 1, as far as is known now?"""
         return self.step > 0 and not self._unprotected and not self.distrust
 
-    def compare(self, rank: int, digests: dict[str, int]) -> str:
-        """Take the digests of a rank's pieces; a sentence when all are in and replicas differ, else ''."""
-        self._digests[rank] = digests
-        if self._digests.keys() != self.ranks:
+    def compare(self, rank: int, held: Replicas) -> str:
+        """Take what a rank holds; a sentence when all are in and are not as they claim, else ''."""
+        self._held[rank] = held
+        if self._held.keys() != self.ranks:
             return ""
-        lowest = min(self.ranks)
+        holders: dict[tuple[str, frozenset[int]], dict[int, int]] = {}
         for other in sorted(self.ranks):
-            for key in sorted(self._digests[lowest].keys() | self._digests[other].keys()):
-                if self._digests[lowest].get(key) != self._digests[other].get(key):
-                    self.distrust = (
-                        f"{key} differs between ranks {lowest} and {other}, so they are no replicas"
-                    )
-                    return self.distrust
-        return ""
+            claims = [frozenset(claim) or self.ranks for claim in self._held[other].claims]
+            self._twins[other] = self.ranks.intersection(*claims)
+            for key, (claim, digest) in self._held[other].pieces.items():
+                holders.setdefault((key, claims[claim]), {})[other] = digest
+        self.distrust = next(
+            filter(None, (_disagreement(key, ranks, held) for (key, ranks), held in holders.items())), ""
+        )
+        return self.distrust
+
+    def exposed(self) -> list[int]:
+        """Ranks that hold something that no other rank holds, as far as is known."""
+        return [rank for rank, twins in sorted(self._twins.items()) if twins == {rank}]
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event. Raises ProtocolError if the event is not allowed in this state."""
@@ -173,8 +180,11 @@ class Coordinator:
         self.pending |= newly
         if not self.protected:
             return self._end(Restart(3, self._why_not_live(event)))
-        if not self.whole:
-            return self._end(Restart(3, "no rank that holds the state is left"))
+        stranded = [
+            rank for rank in sorted(self.pending) if not self._twins.get(rank, self.ranks) & self.whole
+        ]
+        if stranded:
+            return self._end(Restart(3, f"no survivor holds the state of rank {stranded[0]}"))
         replaced: list[Action] = [Replace(rank) for rank in sorted(newly)]
         return replaced + self._open(event.cause)
 
@@ -317,6 +327,17 @@ class Coordinator:
 
     def _nothing(self, event: Event) -> list[Action]:
         return []
+
+
+def _disagreement(key: str, ranks: frozenset[int], digests: dict[int, int]) -> str:
+    """Why these ranks are not replicas of one piece; empty if they are."""
+    first = min(digests)
+    for rank in sorted(ranks):
+        if rank not in digests:
+            return f"{key} of rank {first} should be the same on rank {rank}, which has no such state"
+        if digests[rank] != digests[first]:
+            return f"{key} differs between ranks {first} and {rank}, so they are no replicas"
+    return ""
 
 
 COMPLETED: dict[Stage, Callable[[Coordinator], list[Action]]] = {

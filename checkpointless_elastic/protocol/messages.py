@@ -97,9 +97,13 @@ class Mismatch(Message, frozen=True):
 
 
 class Replicas(Message, frozen=True):
-    """After the first step: key and digest of each piece that this rank holds to be a replica of its peers'."""
+    """After the first step: what this rank holds, and which ranks should hold the same bytes.
 
-    digests: dict[str, int]
+    ``claims``: sets of ranks, an empty one for all. ``pieces``: by key, the number of its claim and its digest.
+    """
+
+    claims: list[list[int]]
+    pieces: dict[str, tuple[int, int]]
 
 
 class Learned(Message, frozen=True):

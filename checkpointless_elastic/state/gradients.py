@@ -14,6 +14,7 @@ from operator import attrgetter
 import torch
 from torch.optim import Optimizer
 
+from checkpointless_elastic.state.sharding import local
 from checkpointless_elastic.state.watch import Observer, observe
 
 __all__ = ["GradientNote"]
@@ -73,8 +74,8 @@ class GradientNote(Observer):
         self._starts = {}
         for index, grad in enumerate(map(_grad, self._params)):
             if grad is not None:
-                zero = self._zeroed.get(index) == (id(grad), grad._version)
-                self._starts[index] = _Start(index, grad, grad._version, zero=zero)
+                zero = self._zeroed.get(index) == (id(grad), _version(grad))
+                self._starts[index] = _Start(index, grad, _version(grad), zero=zero)
 
     def gate(self) -> list[int]:
         """End of what can be undone; the parameters whose gradients were changed by something not watched."""
@@ -100,13 +101,13 @@ class GradientNote(Observer):
         for index, param in enumerate(self._params):
             start, grad = self._starts.get(index), param.grad
             known = start is not None and start.tensor is grad
-            untouched = known and grad is not None and start.version == grad._version  # type: ignore[union-attr]
+            untouched = known and grad is not None and start.version == _version(grad)  # type: ignore[union-attr]
             if not untouched and self._stands(index):
                 self.accumulated.add(index)
 
     def _stands(self, index: int) -> bool:
         grad = self._params[index].grad
-        return grad is not None and self._zeroed.get(index) != (id(grad), grad._version)
+        return grad is not None and self._zeroed.get(index) != (id(grad), _version(grad))
 
     def before_backward(self) -> None:
         """Copy what stands and is about to be added to."""
@@ -144,7 +145,7 @@ class GradientNote(Observer):
         for param in params:
             index = self._index.get(id(param))
             if index is not None and param.grad is not None:
-                self._zeroed[index] = (id(param.grad), param.grad._version)
+                self._zeroed[index] = (id(param.grad), _version(param.grad))
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         """From now on the gradients of this attempt were used."""
@@ -153,11 +154,16 @@ class GradientNote(Observer):
             self.stepped.append(optimizer)
 
 
+def _version(grad: torch.Tensor) -> int:
+    """Goes up with each write, also of the local part of a DTensor, which FSDP2 adds to."""
+    return grad._version if type(grad) is torch.Tensor else grad._version + local(grad)._version
+
+
 def _lost(start: _Start) -> bool:
     """Whether the gradient changed without a copy."""
     if start.tensor is None or start.zero or start.copy is not None:
         return False
-    return start.tensor._version != start.version
+    return _version(start.tensor) != start.version
 
 
 def _restored(start: _Start, param: torch.Tensor) -> torch.Tensor | None:

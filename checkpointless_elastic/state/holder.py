@@ -15,31 +15,57 @@ import torch
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.state.arena import Arena
 from checkpointless_elastic.state.pieces import MADE, PieceInfo, describe, make_tensor
+from checkpointless_elastic.state.sharding import EVERYBODY, Ranks, is_sharded, replicas, wrap
 
 __all__ = ["Found", "Holder", "Maker", "ParamNames"]
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A tensor that a holder found in its object."""
+    """A tensor that a holder found in its object.
+
+    Attributes:
+        replicas: the ranks that hold the same bytes; None where the holder knows only what the tensor says itself.
+    """
 
     key: str
     role: str
     tensor: torch.Tensor
+    replicas: Ranks | None = None
 
 
 @dataclass
 class ParamNames:
-    """Names of the parameters: those of the modules, and of an optimizer where no module has them."""
+    """Names of the parameters: those of the modules, and of an optimizer where no module has them.
 
+    Attributes:
+        declared: by the beginning of a name, the ranks that the user says hold the same.
+    """
+
+    declared: dict[str, Ranks] = field(default_factory=dict)
     _keys: dict[int, str] = field(default_factory=dict)
     _params: dict[str, torch.Tensor] = field(default_factory=dict)
+    _replicas: dict[int, Ranks] = field(default_factory=dict)
 
-    def add(self, key: str, param: torch.Tensor) -> None:
-        """Name a parameter, unless it has a name (tied weights keep their first)."""
+    def add(self, key: str, param: torch.Tensor, replicas: Ranks | None = None) -> None:
+        """Name a parameter, unless it has a name (tied weights keep their first), and say who has the same."""
         if id(param) not in self._keys:
             self._keys[id(param)] = key
             self._params[key] = param
+            self._replicas[id(param)] = self.claimed(Found(key, "", param, replicas))
+
+    def claimed(self, found: Found) -> Ranks:
+        """The ranks that hold the same bytes: as declared, else as the holder or the tensor says, else everybody."""
+        declared = [ranks for key, ranks in self.declared.items() if f"{found.key}.".startswith(f"{key}.")]
+        if declared:
+            return declared[-1]
+        if found.replicas is not None:
+            return found.replicas
+        return replicas(found.tensor) if is_sharded(found.tensor) else EVERYBODY
+
+    def replicas(self, param: torch.Tensor) -> Ranks:
+        """The ranks that hold the same bytes of a named parameter."""
+        return self._replicas[id(param)]
 
     def key(self, param: torch.Tensor) -> str | None:
         """The parameter's name, or None."""
@@ -74,13 +100,15 @@ class Maker:
         info = self._wanted.get(key)
         if info is None:
             raise StateMismatchError(f"The survivors' manifest mentions {key} but does not describe it.")
-        if existing is not None and describe(key, info.role, existing) == info:
+        if existing is not None and describe(key, info.role, existing, info.replicas) == info:
             return existing
         device = (
             near.device if near is not None and near.device.type == info.device else torch.device(info.device)
         )
         made = self._arena.tensor(info) if device.type == "cpu" else None
-        return make_tensor(info, device) if made is None else made
+        if made is None:
+            made = make_tensor(info, device)
+        return made if info.sharding is None else wrap(made, info.sharding, near, key)
 
 
 class Holder(ABC):
@@ -108,6 +136,9 @@ class Holder(ABC):
     @abstractmethod
     def load(self, plain: Any, live: Mapping[str, torch.Tensor]) -> None:
         """Take over `plain`; the tensors are filled. No live tensor is replaced if the object allows it."""
+
+    def settle(self) -> None:  # noqa: B027
+        """Bring the object to rest: at the start and the gate of an attempt, and to undo one. Contacts nobody."""
 
     def stale(self) -> bool:
         """Whether `tensors` would find others than last time, where `containers` does not show it.

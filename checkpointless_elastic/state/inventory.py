@@ -22,7 +22,8 @@ from checkpointless_elastic.state.holder import Found, Holder, Maker, ParamNames
 from checkpointless_elastic.state.modules import ModuleHolder
 from checkpointless_elastic.state.objects import ObjectHolder, TensorHolder
 from checkpointless_elastic.state.optimizers import OptimizerHolder
-from checkpointless_elastic.state.pieces import GRADIENT, Manifest, Piece, PieceInfo, describe, gradient_key
+from checkpointless_elastic.state.pieces import GRADIENT, Manifest, Piece, PieceInfo, gradient_key, piece_of
+from checkpointless_elastic.state.sharding import Ranks
 
 __all__ = ["Inventory", "Scan"]
 
@@ -52,19 +53,37 @@ class Inventory:
     def __init__(self, objects: Mapping[str, Any]) -> None:
         self._objects = dict(objects)
         self.holders: list[Holder] = []
-        self._names = ParamNames()
+        self._declared: dict[str, Ranks] = {}
+        self._names = ParamNames(self._declared)
         self.scan()
         self.check()
 
+    def declare(self, key: str, ranks: Ranks) -> None:
+        """Say which ranks hold the same bytes of all state whose name is `key` or begins with it and a dot.
+
+        What an optimizer keeps for a parameter follows the parameter. Raises ConfigError if nothing has such a name.
+        """
+        known = [holder.name for holder in self.holders] + [piece.key for piece in self.pieces()]
+        if not any(f"{name}.".startswith(f"{key}.") for name in known):
+            raise ConfigError(
+                f"Nothing in Run(...) is called {key}; the objects are {', '.join(self._objects)}."
+            )
+        self._declared[key] = ranks
+
+    def settle(self) -> None:
+        """Bring all objects to rest, see `Holder.settle`."""
+        for holder in self.holders:
+            holder.settle()
+
     def scan(self) -> Scan:
         """Look at all objects again. Costs some µs per tensor; `pieces` and `manifest` do it on their own."""
-        self._names = ParamNames()
+        self._names = ParamNames(self._declared)
         self.holders = list(_holders(self._objects, self._names))
         pieces: list[Piece] = []
         seen: set[object] = set()
         for holder in self.holders:
             for found in holder.tensors():
-                _add(pieces, seen, found)
+                self._add(pieces, seen, found)
         containers = tuple(content for holder in self.holders for content in holder.containers())
         _check_unique(pieces)
         return Scan(tuple(pieces), tuple(self._names.items()), containers)
@@ -76,8 +95,16 @@ class Inventory:
         seen: set[object] = {_memory(piece.tensor, piece.info.nbytes) for piece in pieces}
         for key, param in found.params:
             if param.grad is not None:
-                _add(pieces, seen, Found(gradient_key(key), GRADIENT, param.grad))
+                claimed = self._names.replicas(param)
+                self._add(pieces, seen, Found(gradient_key(key), GRADIENT, param.grad, claimed))
         return pieces
+
+    def _add(self, pieces: list[Piece], seen: set[object], found: Found) -> None:
+        piece = piece_of(found.key, found.role, found.tensor, self._names.claimed(found))
+        memory = _memory(piece.tensor, piece.info.nbytes)
+        if memory not in seen:
+            seen.add(memory)
+            pieces.append(piece)
 
     def manifest(self) -> Manifest:
         """The description of this rank's state, for a replacement."""
@@ -120,7 +147,7 @@ class Inventory:
     def load_meta(self, manifest: Manifest) -> None:
         """Take over what is not a tensor; to be called once the tensors are filled."""
         plain = _load(manifest.meta)
-        live = {piece.key: piece.tensor for piece in self.pieces()}
+        live = {piece.key: piece.outer for piece in self.pieces()}
         for holder in self.holders:
             holder.load(plain[holder.name], live)
 
@@ -172,14 +199,6 @@ def _memory(tensor: torch.Tensor, nbytes: int) -> object:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _add(pieces: list[Piece], seen: set[object], found: Found) -> None:
-    info = describe(found.key, found.role, found.tensor)
-    memory = _memory(found.tensor, info.nbytes)
-    if memory not in seen:
-        seen.add(memory)
-        pieces.append(Piece(info, found.tensor))
-
-
 def _check_unique(pieces: list[Piece]) -> None:
     keys: set[str] = set()
     for piece in pieces:
@@ -209,7 +228,10 @@ def _compare(mine: list[PieceInfo], theirs: tuple[PieceInfo, ...]) -> None:
 def _words(info: PieceInfo | None) -> str:
     if info is None:
         return "nothing"
-    return f"{info.key} ({info.role}, {info.dtype} {list(info.shape)} strides {list(info.stride)} on {info.device})"
+    shape = f"{info.dtype} {list(info.shape)} strides {list(info.stride)} on {info.device}"
+    shared = f", shared with {list(info.replicas)}" if info.replicas else ""
+    sharded = f", {info.sharding.placements} of {info.sharding.mesh}" if info.sharding else ""
+    return f"{info.key} ({info.role}, {shape}{shared}{sharded})"
 
 
 def _dump(value: Any) -> bytes:

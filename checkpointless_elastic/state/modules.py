@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.state import sharding
 from checkpointless_elastic.state.holder import Found, Holder, Maker, ParamNames
 from checkpointless_elastic.state.pieces import BUFFER, PARAMETER
+from checkpointless_elastic.state.sharding import Ranks
 from checkpointless_elastic.state.tree import copy_plain, same
 
 __all__ = ["ModuleHolder"]
@@ -32,16 +34,19 @@ class ModuleHolder(Holder):
         self._flat: list[nn.Module] = []
         self._extra: list[tuple[str, nn.Module]] = []
         self._params: list[torch.Tensor] = []
+        self._sharded: list[Any] = []
+        self._replicated: dict[str, Ranks] = {}
+        self._mesh: Ranks | None = None
 
     def tensors(self) -> Iterator[Found]:
         self._walk()
         for path, module in self._modules:
             for key, param in module._parameters.items():
                 if param is not None:
-                    yield Found(f"{path}.{key}", PARAMETER, param)
+                    yield Found(f"{path}.{key}", PARAMETER, param, self._names.replicas(param))
             for key, buffer in module._buffers.items():
                 if buffer is not None:
-                    yield Found(f"{path}.{key}", BUFFER, buffer)
+                    yield Found(f"{path}.{key}", BUFFER, buffer, self._replicas(path, buffer))
 
     def _walk(self) -> None:
         """Find the modules again, name the parameters."""
@@ -49,13 +54,30 @@ class ModuleHolder(Holder):
         self._modules = [(f"{self.name}.{path}" if path else self.name, module) for path, module in named]
         self._flat = [module for _, module in self._modules]
         self._extra = [(path, module) for path, module in self._modules if _has_extra_state(module)]
-        found = {}
-        for path, module in self._modules:
-            for key, param in module._parameters.items():
-                if param is not None:
-                    self._names.add(f"{path}.{key}", param)
-                    found[id(param)] = param
-        self._params = list(found.values())
+        self._sharded = sharding.fsdp_roots(self._flat)
+        self.settle()
+        named_params = [
+            (f"{path}.{key}", path, param)
+            for path, module in self._modules
+            for key, param in module._parameters.items()
+            if param is not None
+        ]
+        self._replicated = dict(sharding.ddp_of(self._modules))
+        self._mesh = sharding.mesh_ranks(param for _, _, param in named_params)
+        for key, path, param in named_params:
+            self._names.add(key, param, self._replicas(path, param))
+        self._params = list({id(param): param for _, _, param in named_params}.values())
+
+    def _replicas(self, path: str, tensor: torch.Tensor) -> Ranks | None:
+        """The ranks of the DDP around it, else what a DTensor says; else those that the model's DTensors are on."""
+        for around, ranks in self._replicated.items():
+            if path == around or path.startswith(f"{around}."):
+                return ranks
+        return None if sharding.is_sharded(tensor) else self._mesh
+
+    def settle(self) -> None:
+        for root in self._sharded:
+            sharding.settle(root)
 
     def containers(self) -> Iterator[dict[Any, Any]]:
         for module in self._flat:

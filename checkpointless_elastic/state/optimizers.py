@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.state.holder import Found, Holder, Maker, ParamNames
 from checkpointless_elastic.state.pieces import OPTIMIZER, PARAMETER
+from checkpointless_elastic.state.sharding import Ranks, is_sharded, replicas
 from checkpointless_elastic.state.tree import pack, tensors_of, unpack
 
 __all__ = ["OptimizerHolder"]
@@ -39,10 +40,19 @@ class OptimizerHolder(Holder):
                     self._names.add(f"{self.name}.group{number}.params.{index}", param)
                     yield Found(f"{self.name}.group{number}.params.{index}", PARAMETER, param)
             for path, tensor in tensors_of(_hyper(group), f"{self.name}.group{number}"):
-                yield Found(path, OPTIMIZER, tensor)
-        for path, _, value in self._states():
+                yield Found(
+                    path, OPTIMIZER, tensor, self._replicas(next(iter(group["params"]), None), tensor)
+                )
+        for path, param, value in self._states():
             for key, tensor in tensors_of(value, path):
-                yield Found(key, OPTIMIZER, tensor)
+                yield Found(key, OPTIMIZER, tensor, self._replicas(param, tensor))
+
+    def _replicas(self, param: Any, tensor: torch.Tensor) -> Ranks | None:
+        """Those that hold the parameter too; a DTensor whose placements differ from the parameter's says it itself."""
+        if not isinstance(param, torch.Tensor):
+            return None
+        own = is_sharded(tensor) and replicas(tensor) != replicas(param)
+        return None if own else self._names.replicas(param)
 
     def _states(self) -> Iterator[tuple[str, Any, Any]]:
         """Path, key in `optimizer.state` and value, in the order of the groups."""

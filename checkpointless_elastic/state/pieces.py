@@ -1,4 +1,4 @@
-"""A piece of state: one live tensor, its description, and its bytes as they travel.
+"""A piece of state: one live tensor, or this rank's part of one, its description, and its bytes as they travel.
 
 A piece travels as raw bytes in the order of its memory ("carrier"): dimensions sorted by stride, dimensions of stride
 zero (expanded) sent once. A dense tensor of any memory format is therefore copied without a detour. A tensor with
@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.state.sharding import EVERYBODY, Ranks, Sharding, local, sharding
 
 __all__ = [
     "Manifest",
@@ -27,6 +28,7 @@ __all__ = [
     "is_gradient",
     "make_tensor",
     "normal_strides",
+    "piece_of",
 ]
 
 PARAMETER = "parameter"
@@ -60,6 +62,8 @@ class PieceInfo(msgspec.Struct, frozen=True):
         shape: the tensor's shape.
         stride: strides of a tensor of this shape and memory order without holes; zero for expanded dimensions.
         nbytes: bytes that travel.
+        replicas: the ranks that hold the same bytes, EVERYBODY for all.
+        sharding: what makes a DTensor of it, where it is the local part of one.
     """
 
     key: str
@@ -69,6 +73,8 @@ class PieceInfo(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     nbytes: int
+    replicas: Ranks = EVERYBODY
+    sharding: Sharding | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -85,10 +91,17 @@ class Manifest(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """One live tensor of the Run's objects; it is read and written in place."""
+    """One live tensor of the Run's objects; it is read and written in place.
+
+    Attributes:
+        info: its description.
+        tensor: the memory that this rank has of it.
+        outer: the tensor that the objects hold: the same one, or the DTensor that `tensor` is the local part of.
+    """
 
     info: PieceInfo
     tensor: torch.Tensor
+    outer: torch.Tensor
 
     @property
     def key(self) -> str:
@@ -133,8 +146,14 @@ def byte_view(tensor: torch.Tensor) -> torch.Tensor | None:
     return view.view(-1).view(torch.uint8) if view.is_contiguous() else None
 
 
-def describe(key: str, role: str, tensor: torch.Tensor) -> PieceInfo:
+def piece_of(key: str, role: str, tensor: torch.Tensor, replicas: Ranks = EVERYBODY) -> Piece:
+    """The piece that is this tensor. Raises as `describe` does."""
+    return Piece(describe(key, role, tensor, replicas), local(tensor), tensor)
+
+
+def describe(key: str, role: str, outer: torch.Tensor, replicas: Ranks = EVERYBODY) -> PieceInfo:
     """The description of a tensor, or StateMismatchError if tensors of its kind cannot be brought back."""
+    tensor = local(outer)
     if (
         type(tensor) not in _PLAIN_TYPES
         or tensor.layout != torch.strided
@@ -150,7 +169,9 @@ def describe(key: str, role: str, tensor: torch.Tensor) -> PieceInfo:
     strides = _dense(shape) if tensor.is_contiguous() else normal_strides(tensor)
     cells = tensor.numel() if 0 not in strides else carrier(tensor).numel()
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return PieceInfo(key, role, dtype, tensor.device.type, shape, strides, cells * tensor.element_size())
+    nbytes = cells * tensor.element_size()
+    device = tensor.device.type
+    return PieceInfo(key, role, dtype, device, shape, strides, nbytes, replicas, sharding(outer))
 
 
 def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:

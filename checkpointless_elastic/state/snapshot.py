@@ -29,8 +29,8 @@ from checkpointless_elastic.state.pieces import (
     OPTIMIZER,
     Piece,
     carrier,
-    describe,
     gradient_key,
+    piece_of,
 )
 
 __all__ = ["ArgumentGuard", "AttemptSnapshot"]
@@ -71,9 +71,17 @@ class _View:
         self.scan = scan
         self.pieces = scan.pieces
         self.params = [param for _, param in scan.params]
-        self.number = {id(piece.tensor): number for number, piece in enumerate(self.pieces)}
-        self.watched_numbers = [n for n, piece in enumerate(self.pieces) if piece.info.role != OPTIMIZER]
-        self.watched = [self.pieces[number].tensor for number in self.watched_numbers]
+        self.number = {id(piece.outer): number for number, piece in enumerate(self.pieces)}
+        watched = [
+            (number, tensor)
+            for number, piece in enumerate(self.pieces)
+            if piece.info.role != OPTIMIZER
+            for tensor in dict.fromkeys(
+                [piece.tensor, piece.outer]
+            )  # either may be written, each has its own version
+        ]
+        self.watched_numbers = [number for number, _ in watched]
+        self.watched = [tensor for _, tensor in watched]
         self.keys = [tuple(content) for content in scan.containers]
         self.values = self.contents()
         self.lists = [position for position, value in enumerate(self.values) if isinstance(value, list)]
@@ -119,6 +127,7 @@ class AttemptSnapshot:
 
     def begin(self, function: object = None) -> None:
         """Start of an attempt. `function` tells replayable functions apart: each learns on its own."""
+        self._inventory.settle()
         if not self._is_current():
             self._view = self._look()
             self._is_current()
@@ -139,6 +148,8 @@ class AttemptSnapshot:
 
         Learns what was written. In the first calls of a function it compares the copies bit by bit.
         """
+        if self._open:
+            self._inventory.settle()
         known, pieces = self._function, self._view.pieces
         changed = self._changed()
         missed = sorted(changed.difference(known.indices))
@@ -206,7 +217,7 @@ class AttemptSnapshot:
         for index in accumulated:
             key, param = self._view.scan.params[index]
             if param.grad is not None:
-                pieces.append(Piece(describe(gradient_key(key), GRADIENT, param.grad), param.grad))
+                pieces.append(piece_of(gradient_key(key), GRADIENT, param.grad))
         return pieces
 
     def _look(self) -> _View:

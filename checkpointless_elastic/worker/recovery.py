@@ -22,6 +22,7 @@ from checkpointless_elastic.groups import spec as groups
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore, Stage
 from checkpointless_elastic.protocol.messages import Resume as ResumeNow
+from checkpointless_elastic.state import pipelines
 from checkpointless_elastic.state.pieces import is_gradient
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.worker import rng
@@ -61,12 +62,11 @@ class Recovery:
         self._restored = RestoredReport(0, 0.0)
         self._join_rng: rng.RngState | None = None
         self._replica_value: bytes | None = None
-        self._segment: Segment | None = None
+        self._segments: list[Segment] = []
         self._store: Store | None = None
         self._state: PrivateState | None = None
         self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
-        self._groups: list[GroupSignature] = []  # those of the lowest survivor
-        self._leader = 0  # that survivor
+        self._groups: dict[int, list[GroupSignature]] = {}
         self.last_value: bytes | None = None
 
     # ---- following a decision
@@ -77,6 +77,7 @@ class Recovery:
         while True:
             try:
                 self._follow()
+                pipelines.start_over()
                 if session.resumed(self._exchanged):
                     return
             except (Superseded, groups.Superseded):
@@ -104,7 +105,7 @@ class Recovery:
         payload = RebuiltReport(len(report.rebuilt), len(report.kept), len(report.lazy), report.seconds)
         session.report(Stage.REBUILT, generation, msgspec.msgpack.encode(payload))
         session.next_message(ResumeNow, generation)
-        self._release_segment()
+        self._release_segments()
 
     def _exchange(self, decision: Decision) -> None:
         session = self._session
@@ -113,24 +114,24 @@ class Recovery:
             published = session.next_message(Restore, decision.generation).publications
             self._restore(decision, {rank: _decode(data) for rank, data in published.items()})
         else:
-            self._release_segment()
-            publication, self._segment = publish(
+            self._release_segments()
+            publication, self._segments = publish(
                 self._run, decision, session.rank, session.run_dir, self.last_value
             )
             session.registry.report_use(self._job_store(), decision.generation)
             session.report(Stage.PUBLISHED, decision.generation, msgspec.msgpack.encode(publication))
         self._exchanged = decision.generation
 
-    def _release_segment(self) -> None:
-        if self._segment is not None and self._segment is not self._run.reserved:
-            self._segment.close()
-            self._segment.unlink()
-        self._segment = None
+    def _release_segments(self) -> None:
+        for segment in self._segments:
+            segment.close()
+            segment.unlink()
+        self._segments = []
 
     def reserve(self) -> None:
         """Get the memory ready that a recovery needs; after the first step, when all state is there."""
-        index, count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        reserve(self._run, self._session.run_dir, index, count)
+        reserve(self._run, self._session.run_dir, self._session.rank, int(os.environ["LOCAL_WORLD_SIZE"]))
+        pipelines.find()
         self._job_store()  # a new connection may wait seconds for a name server
 
     def _job_store(self) -> Store:
@@ -156,6 +157,7 @@ class Recovery:
     def join(self) -> None:
         """In a replacement, where the survivors wait: returns when it is a rank like all others."""
         self.prepare()
+        pipelines.find()
         self._compare_groups()
         if self._state is not None and self._state.step == self._session.step:
             self._session.registry.catch_up(self._state.issued)
@@ -165,22 +167,20 @@ class Recovery:
         self._join_rng = None
 
     def _compare_groups(self) -> None:
-        """Raises ScriptMismatchError where this rank's groups are not those of the lowest survivor.
-
-        Compared are those that both belong to: ranks of one job have different groups.
-        """
-        common = [group for group in self._groups if self._session.rank in group.ranks]
-        own = [group for group in self._run.signature() if self._leader in group.ranks]
-        for number, (theirs, mine) in enumerate(zip(common, own, strict=False)):
-            if theirs != mine:
+        """Raises ScriptMismatchError where this rank's groups are not those of the survivors."""
+        own = self._run.signature()
+        for rank, known in sorted(self._groups.items()):
+            mine = [group for group in own if rank in group.ranks]
+            theirs = [group for group in known if self._session.rank in group.ranks]
+            for number, (here, there) in enumerate(zip(mine, theirs, strict=False)):
+                if here != there:
+                    raise ScriptMismatchError(
+                        f"group {number} of those with rank {rank} is {here} in the replacement, {there} there."
+                    )
+            if len(mine) != len(theirs):
                 raise ScriptMismatchError(
-                    f"process group {number} is {mine} in the replacement, {theirs} elsewhere."
+                    f"The replacement has made {len(mine)} process groups with rank {rank}, that rank {len(theirs)}."
                 )
-        if len(common) != len(own):
-            raise ScriptMismatchError(
-                f"The replacement has made {len(own)} process groups with rank {self._leader} when it joins, "
-                f"rank {self._leader} has {len(common)} with it."
-            )
 
     def enter_call(self) -> tuple[bool, Any]:
         """A replayable call is asked for in shadow: (True, its value) if it is committed, else joins: (False, None)."""
@@ -204,11 +204,11 @@ class Recovery:
 
     def _restore(self, decision: Decision, publications: dict[int, Publication]) -> None:
         started = time.perf_counter()
-        leader = shared(publications)
-        moved = receive(self._run, decision, publications, self._session.run_dir)
-        self._run.adopt(leader, bucket_orders(publications))
-        self._replica_value = leader.last_value
-        self._groups, self._leader = leader.groups, min(decision.sources)
+        twin = shared(publications, self._session.rank)
+        moved = receive(self._run, decision, publications, twin)
+        self._run.adopt(twin, bucket_orders(publications, twin.twins))
+        self._replica_value = twin.last_value
+        self._groups = {rank: publication.groups for rank, publication in publications.items()}
         if self._session.resume is None:
             self._take_private(decision.step)
         self._session.step = decision.step

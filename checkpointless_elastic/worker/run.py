@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpointless_elastic.data import loops
@@ -17,10 +18,11 @@ from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.modules import ModuleHolder
 from checkpointless_elastic.state.pieces import GRADIENT
 from checkpointless_elastic.state.segment import Segment
+from checkpointless_elastic.state.sharding import Ranks, group_ranks
 from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
 from checkpointless_elastic.worker import gate, private_tensors, rng, session
 from checkpointless_elastic.worker.channel import AgentGone
-from checkpointless_elastic.worker.exchange import Shared
+from checkpointless_elastic.worker.exchange import Shared, blocks
 from checkpointless_elastic.worker.recovery import Recovery
 
 __all__ = ["Run", "is_replacement"]
@@ -64,7 +66,9 @@ class Run:
         )
         self.inventory = Inventory(objects)
         self.private: dict[str, bytes] = {}
-        self.reserved: Segment | None = None  # shared memory for recoveries, mapped beforehand
+        self.reserved: dict[
+            str, Segment
+        ] = {}  # shared memory for recoveries, mapped beforehand, by file name
         self._snapshot = AttemptSnapshot(self.inventory)
         self._gates: dict[str, int] = {}
         self._guards: dict[str, ArgumentGuard] = {}
@@ -75,6 +79,22 @@ class Run:
             self._recovery = Recovery(self._session, self)
             self._session.protect(self._recovery)
         _run = self
+
+    def declare_replicas(self, **groups: Any) -> None:
+        """Say which ranks hold the same bytes, where torch does not: ``run.declare_replicas(model=group)``.
+
+        Each argument names an object of the Run, or a part of it (``**{"model.experts": group}``), and gives a process
+        group, a device mesh or a sequence of global ranks; this rank must be among them. What an optimizer keeps for a
+        parameter follows the parameter. To be called before the first step, on every rank. Without it DTensors (FSDP2,
+        tensor parallel) and DDP's groups say it, and what they do not reach is taken to be equal on all ranks. Raises
+        ConfigError for a name that nothing has, or ranks without this one.
+        """
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        for name, group in groups.items():
+            ranks = group_ranks(group)
+            if ranks and rank not in ranks:
+                raise ConfigError(f"declare_replicas({name}=...): rank {rank} is not among {list(ranks)}.")
+            self.inventory.declare(name, ranks)
 
     # ---- loops
 
@@ -217,7 +237,7 @@ class Run:
         recovery.save_end(value)
         if first:
             host.learned()
-            host.replicas(self._digests())
+            host.replicas(*self._held())
             recovery.reserve()
         return value
 
@@ -232,10 +252,13 @@ class Run:
         private_tensors.write(self.inventory.pieces(), tensors)
         self.private = dict(tensors)
 
-    def _digests(self) -> dict[str, int]:
-        """Of what must be equal on all ranks; gradients may be each rank's own until they are reduced."""
+    def _held(self) -> tuple[list[list[int]], dict[str, tuple[int, int]]]:
+        """What replicas must agree on; gradients may be each rank's own until they are reduced."""
         pieces = [p for p in self.inventory.pieces() if p.info.role != GRADIENT and p.key not in self.private]
-        return {piece.key: digest(piece.tensor) for piece in pieces}
+        claims = {ranks: number for number, ranks in enumerate(blocks(pieces))}
+        return [list(ranks) for ranks in claims], {
+            piece.key: (claims[piece.info.replicas], digest(piece.tensor)) for piece in pieces
+        }
 
     def signature(self) -> list[GroupSignature]:
         """The process groups of this rank."""
@@ -254,19 +277,19 @@ class Run:
         self._left = False
         return orders
 
-    def shared(self, last_value: bytes | None) -> Shared:
-        """What is the same on all survivors."""
+    def shared(self, twins: Ranks, last_value: bytes | None) -> Shared:
+        """What is the same on all twins of this rank."""
         return Shared(
+            twins,
             self.inventory.manifest(),
             self.step,
             last_value,
             dict(self._gates),
             [piece.key for piece in self._snapshot.written_before_gate()],
-            self.signature(),
         )
 
     def adopt(self, common: Shared, buckets: list[bytes | None]) -> None:
-        """In a replacement: take over what is the same on all ranks."""
+        """In a replacement: take over what is the same on its twins."""
         self.step = common.steps
         self._gates = dict(common.gates)
         self._snapshot.learn(common.written, common.gates)

@@ -81,7 +81,7 @@ def connect_from_env() -> Session | None:
     channel = Channel(path, rank, incarnation, os.environ["CHECKPOINTLESS_TOKEN"])
     _session = Session(channel, rank, os.environ["CHECKPOINTLESS_RUN_DIR"])
     if _session.shadow:
-        expect(_session.run_dir)
+        expect(_session.run_dir, rank)
     _session.registry.install()
     channel.listen(_session.take)
     return _session
@@ -327,9 +327,9 @@ class Session:
         if new:
             self.channel.control.send(Learned(new))
 
-    def replicas(self, digests: dict[str, int]) -> None:
-        """Key and digest of each piece, after the first step: the agent compares them between ranks."""
-        self.channel.control.send(Replicas(digests))
+    def replicas(self, claims: list[list[int]], pieces: dict[str, tuple[int, int]]) -> None:
+        """What this rank holds after the first step, see `Replicas`: the agent compares it between ranks."""
+        self.channel.control.send(Replicas(claims, pieces))
 
     def script_ended(self, error: BaseException | None) -> None:
         """The script's top level has ended, before the interpreter shuts down. Blocks until all ranks have finished."""

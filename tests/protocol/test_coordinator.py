@@ -21,7 +21,16 @@ from checkpointless_elastic.protocol.events import (
     Tally,
     Unfit,
 )
-from checkpointless_elastic.protocol.messages import Commit, Decision, Frozen, Message, Phase, Resume, Stage
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    Decision,
+    Frozen,
+    Message,
+    Phase,
+    Replicas,
+    Resume,
+    Stage,
+)
 
 
 def running(ranks: int = 3, steps: int = 5) -> Coordinator:
@@ -36,6 +45,13 @@ def running(ranks: int = 3, steps: int = 5) -> Coordinator:
 def ready(coordinator: Coordinator, step: int, ranks: list[int] | None = None) -> Tally:
     some = sorted(coordinator.ranks) if ranks is None else ranks
     return Tally(Stage.READY, coordinator.generation, step, dict.fromkeys(some, b""))
+
+
+def holding(*claims: list[int], **digests: int) -> Replicas:
+    """What a rank holds: each piece on the ranks of its claim, in order; on all where no claim is given."""
+    pieces = {key: (min(number, len(claims) - 1) if claims else 0, digest)
+              for number, (key, digest) in enumerate(digests.items())}  # fmt: skip
+    return Replicas(list(claims) or [[]], pieces)
 
 
 def messages(actions: list[Action]) -> list[Message]:
@@ -118,7 +134,7 @@ def test_the_loss_of_all_ranks_runs_the_script_again() -> None:
     coordinator = running(ranks=2)
     coordinator.handle(Lost(0, "was lost"))
     (action,) = coordinator.handle(Lost(1, "was lost"))
-    assert isinstance(action, Restart) and "no rank that holds the state" in action.reason
+    assert isinstance(action, Restart) and "no survivor holds the state" in action.reason
 
 
 def test_the_same_error_twice_at_one_step_stops_the_job() -> None:
@@ -166,11 +182,42 @@ def test_a_rank_that_is_unfit_ends_live_recovery_with_its_reason() -> None:
 
 def test_replicas_that_differ_are_never_used() -> None:
     coordinator = running()
-    assert coordinator.compare(0, {"w": 1, "b": 2}) == ""
-    assert coordinator.compare(1, {"w": 1, "b": 2}) == ""
-    assert "b differs between ranks 0 and 2" in coordinator.compare(2, {"w": 1, "b": 3})
+    assert coordinator.compare(0, holding(w=1, b=2)) == ""
+    assert coordinator.compare(1, holding(w=1, b=2)) == ""
+    assert "b differs between ranks 0 and 2" in coordinator.compare(2, holding(w=1, b=3))
     (action,) = coordinator.handle(Lost(1, "was lost"))
     assert isinstance(action, Restart) and "b differs" in action.reason
+
+
+def sharded(*, replicas: int) -> Coordinator:
+    """Four ranks, of which 0 and 2, and 1 and 3, hold the same shard if there are two replicas."""
+    coordinator = running(ranks=4)
+    for rank in range(4):
+        claim = [rank % 2, rank % 2 + 2] if replicas == 2 else [rank]
+        assert coordinator.compare(rank, holding(claim, [], shard=claim[0], ema=7)) == ""
+    return coordinator
+
+
+def test_a_lost_shard_is_recovered_live_while_a_replica_of_it_lives() -> None:
+    coordinator = sharded(replicas=2)
+    assert coordinator.exposed() == []
+    assert only(coordinator.handle(Lost(0, "was lost")), Replace) == [Replace(0)]
+    assert only(coordinator.handle(Lost(3, "was lost")), Replace) == [Replace(3)]
+    (action,) = coordinator.handle(Lost(2, "was lost"))
+    assert action == Restart(3, "no survivor holds the state of rank 0")
+
+
+def test_a_shard_without_a_replica_is_known_before_it_is_lost() -> None:
+    coordinator = sharded(replicas=1)
+    assert coordinator.exposed() == [0, 1, 2, 3]
+    (action,) = coordinator.handle(Lost(1, "was lost"))
+    assert action == Restart(3, "no survivor holds the state of rank 1")
+
+
+def test_a_piece_that_a_claimed_replica_does_not_have_is_named() -> None:
+    coordinator = running(ranks=2)
+    assert coordinator.compare(0, holding(stage0=1)) == ""
+    assert "stage0 of rank 0 should be the same on rank 1" in coordinator.compare(1, holding(stage1=1))
 
 
 def test_a_rank_that_ended_well_is_replaced_with_a_lost_one() -> None:

@@ -1,0 +1,203 @@
+"""One model, trained in the ways that large models are: the layouts of scripts that measure or strike jobs.
+
+A layout takes all ranks of the job: ddp (every rank has all), fsdp (every rank has one shard), hsdp (2 replicas of each
+shard), tp (pairs share each layer, data parallel over the pairs), hsdp_tp (2 replicas, shards, pairs), pp (2 stages,
+data parallel in each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpointless_elastic as ce
+
+LAYOUTS = ("ddp", "fsdp", "hsdp", "tp", "hsdp_tp", "pp")
+WIDTH_IN = 32
+
+
+class Block(nn.Module):
+    """A transformer's feed-forward block. `inside` is called in the middle of its forward."""
+
+    def __init__(self, width: int, inside: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(0.1)
+        self._inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._inside(x)
+        return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))
+
+
+class Part(nn.Module):
+    """Consecutive layers: the whole model, or one stage of it."""
+
+    def __init__(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(dict(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+@dataclass
+class Parallel:
+    """A model as its layout has it on this rank.
+
+    Attributes:
+        model: what the optimizer trains.
+        data_rank, data_ranks: which part of the batches this rank computes, of how many.
+        compute: loss and backward of one batch; the loss is 0 where another stage knows it.
+        foreach: whether one call of an optimizer can take all parameters (not if they are on several meshes).
+        data_group: ranks that hold the same, where neither DDP nor FSDP says so.
+    """
+
+    model: nn.Module
+    data_rank: int
+    data_ranks: int
+    compute: Callable[[Tensor], Tensor]
+    foreach: bool = True
+    data_group: DeviceMesh | None = None
+
+    def protect(self, **others: Any) -> ce.Run:
+        """A Run of the model and others."""
+        run = ce.Run(model=self.model, **others)
+        if self.data_group is not None:
+            run.declare_replicas(model=self.data_group)
+        return run
+
+    def batch(self, step: int, rows: int) -> Tensor:
+        """The same rows for a step in every run, whatever was computed before."""
+        generator = torch.Generator().manual_seed(step * self.data_ranks + self.data_rank)
+        return torch.randn(rows, WIDTH_IN, generator=generator)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def build(layout: str, width: int, blocks: int, inside: Callable[[Tensor], Tensor] = _same) -> Parallel:
+    """The model on this rank; the default process group must be there."""
+    torch.manual_seed(0)
+    layers: list[tuple[str, nn.Module]] = [("first", nn.Linear(WIDTH_IN, width))]
+    layers += [
+        (f"block{number}", Block(width, inside if number == blocks // 2 else _same))
+        for number in range(blocks)
+    ]
+    layers += [("last", nn.Linear(width, WIDTH_IN))]
+    made: Parallel = globals()[f"_{layout}"](layers)
+    torch.manual_seed(100 + made.data_rank)  # dropout
+    return made
+
+
+def _loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def compute(batch: Tensor) -> Tensor:
+        loss = nn.functional.mse_loss(model(batch), batch)
+        loss.backward()
+        return loss.detach()
+
+    return compute
+
+
+def _mesh(**sizes: int) -> DeviceMesh:
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def _plain(layers: list[tuple[str, nn.Module]], model: nn.Module | None = None) -> Parallel:
+    model = model or DistributedDataParallel(Part(layers))
+    return Parallel(model, dist.get_rank(), dist.get_world_size(), _loss(model))
+
+
+_ddp = _plain
+
+
+def _shard(part: Part, mesh: DeviceMesh) -> Part:
+    for name, layer in part.layers.items():
+        if name.startswith("block"):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(part, mesh=mesh)
+
+
+def _fsdp(layers: list[tuple[str, nn.Module]]) -> Parallel:
+    return _plain(layers, _shard(Part(layers), _mesh(shard=dist.get_world_size())))
+
+
+def _hsdp(layers: list[tuple[str, nn.Module]]) -> Parallel:
+    return _plain(layers, _shard(Part(layers), _mesh(replicate=2, shard=dist.get_world_size() // 2)))
+
+
+def _split(part: Part, mesh: DeviceMesh) -> Part:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan: dict[str, Any] = {}
+    for name in part.layers:
+        if name.startswith("block"):
+            plan[f"layers.{name}.up"] = ColwiseParallel()
+            plan[f"layers.{name}.down"] = RowwiseParallel()
+        else:
+            plan[f"layers.{name}"] = ColwiseParallel(output_layouts=Replicate())
+    return parallelize_module(part, mesh, plan)
+
+
+def _tp(layers: list[tuple[str, nn.Module]]) -> Parallel:
+    mesh = _mesh(data=dist.get_world_size() // 2, tp=2)
+    model = _split(Part(layers), mesh["tp"])
+    return _averaged(model, mesh["data"], _loss(model), foreach=False)
+
+
+def _averaged(
+    model: nn.Module, data: DeviceMesh, compute: Callable[[Tensor], Tensor], foreach: bool = True
+) -> Parallel:
+    """Data parallel by hand: DDP takes neither DTensors nor, in torch 2.13, the stages of a pipeline."""
+
+    def compute_and_average(batch: Tensor) -> Tensor:
+        loss = compute(batch)
+        for param in model.parameters():
+            grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
+            dist.all_reduce(grad.div_(data.size()), group=data.get_group())
+        return loss
+
+    return Parallel(model, data.get_local_rank(), data.size(), compute_and_average, foreach, data)
+
+
+def _hsdp_tp(layers: list[tuple[str, nn.Module]]) -> Parallel:
+    mesh = _mesh(replicate=2, shard=dist.get_world_size() // 4, tp=2)
+    model = _shard(_split(Part(layers), mesh["tp"]), mesh["replicate", "shard"])
+    where, sizes = mesh.get_coordinate(), mesh.shape
+    assert where is not None
+    return Parallel(model, where[0] * sizes[1] + where[1], sizes[0] * sizes[1], _loss(model), foreach=False)
+
+
+def _pp(layers: list[tuple[str, nn.Module]]) -> Parallel:
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    mesh = _mesh(stage=2, data=dist.get_world_size() // 2)
+    data, number = mesh["data"], mesh["stage"].get_local_rank()
+    half = len(layers) // 2
+    part = Part(layers[:half] if number == 0 else layers[half:])
+    stage = PipelineStage(part, number, 2, torch.device("cpu"), group=mesh.get_group("stage"))
+    schedule = ScheduleGPipe(stage, 2, loss_fn=nn.functional.mse_loss)
+
+    def compute(batch: Tensor) -> Tensor:
+        if number == 0:
+            schedule.step(batch)
+            return torch.zeros(())
+        losses: list[Tensor] = []
+        schedule.step(target=batch, losses=losses)
+        return torch.stack(losses).mean().detach()
+
+    return _averaged(part, data, compute)

@@ -1,0 +1,211 @@
+"""Where the copies of a tensor are, as torch knows it: DTensors on meshes, DDP's groups, the state of FSDP2.
+
+Read in torch 2.13: `torch/distributed/tensor/_api.py`, `device_mesh.py`, `fsdp/_fully_shard`. A set of ranks is a
+sorted tuple; `EVERYBODY`, the empty one, stands for all ranks of the job.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpointless_elastic.errors import StateMismatchError
+
+__all__ = [
+    "EVERYBODY",
+    "Ranks",
+    "Sharding",
+    "ddp_of",
+    "fsdp_roots",
+    "group_ranks",
+    "is_sharded",
+    "local",
+    "mesh_ranks",
+    "normal",
+    "replicas",
+    "settle",
+    "sharding",
+    "wrap",
+]
+
+Ranks = tuple[int, ...]
+EVERYBODY: Ranks = ()
+_ddp_ranks: weakref.WeakKeyDictionary[nn.Module, Ranks] = (
+    weakref.WeakKeyDictionary()
+)  # a group may be destroyed
+_PLAIN_TYPES = (torch.Tensor, nn.Parameter)
+
+
+class Sharding(msgspec.Struct, frozen=True):
+    """What makes a DTensor of a local tensor.
+
+    Attributes:
+        shape, stride: of the whole tensor.
+        placements: one per dimension of the mesh, as torch prints them.
+        mesh: shape and names of the mesh's dimensions.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    placements: tuple[str, ...]
+    mesh: str
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor. Does not import the package of DTensor where nobody has."""
+    return type(tensor) not in _PLAIN_TYPES and hasattr(tensor, "_local_tensor")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory that this rank holds of a tensor; a tensor that is not sharded is its own."""
+    found: torch.Tensor = tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return found
+
+
+def sharding(tensor: torch.Tensor) -> Sharding | None:
+    """How a DTensor is made of its local part, None for other tensors."""
+    if not is_sharded(tensor):
+        return None
+    spec: Any = tensor._spec  # type: ignore[attr-defined]
+    return Sharding(
+        tuple(tensor.shape), tuple(tensor.stride()), tuple(map(str, spec.placements)), _mesh_words(spec.mesh)
+    )
+
+
+def wrap(data: torch.Tensor, wanted: Sharding, near: torch.Tensor | None, key: str) -> torch.Tensor:
+    """A DTensor of this local part on the mesh of `near`. StateMismatchError if `near` is not on such a mesh."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    spec: Any = getattr(near, "_spec", None)
+    if spec is None or _mesh_words(spec.mesh) != wanted.mesh:
+        raise StateMismatchError(f"{key} is sharded on mesh {wanted.mesh} on the survivors, and not here.")
+    known = {str(placement): placement for placement in spec.placements}
+    known |= {str(placement): placement for placement in [Replicate(), *map(Shard, range(data.dim()))]}
+    missing = [name for name in wanted.placements if name not in known]
+    if missing:
+        raise StateMismatchError(
+            f"{key} is placed as {missing[0]} on the survivors, which is not known here."
+        )
+    placements = [known[name] for name in wanted.placements]
+    with torch.no_grad():
+        return DTensor.from_local(
+            data,
+            spec.mesh,
+            placements,
+            run_check=False,
+            shape=torch.Size(wanted.shape),
+            stride=wanted.stride,
+        )
+
+
+def _mesh_words(mesh: Any) -> str:
+    names = mesh.mesh_dim_names or [""] * mesh.ndim
+    return ", ".join(f"{name}={size}" for name, size in zip(names, mesh.shape, strict=True))
+
+
+def replicas(tensor: torch.Tensor) -> Ranks:
+    """The ranks that hold the same bytes as this rank of a DTensor: those that differ on replicated dimensions only."""
+    spec: Any = tensor._spec  # type: ignore[attr-defined]
+    here = spec.mesh.get_coordinate()
+    index = tuple(
+        slice(None) if placement.is_replicate() else place
+        for placement, place in zip(spec.placements, here, strict=True)
+    )
+    return normal(spec.mesh.mesh[index].flatten().tolist())
+
+
+def mesh_ranks(tensors: Iterable[torch.Tensor]) -> Ranks | None:
+    """All ranks of the meshes that the DTensors among these are on; None without one.
+
+    The smallest mesh counts: what is not sharded in a model is the same on at least those ranks.
+    """
+    found = {id(mesh): mesh for tensor in tensors if is_sharded(tensor) for mesh in [tensor._spec.mesh]}  # type: ignore[attr-defined]
+    ranks: list[list[int]] = [mesh.mesh.flatten().tolist() for mesh in found.values()]
+    smallest = min(ranks, key=len, default=None)
+    return None if smallest is None else normal(smallest)
+
+
+def group_ranks(group: Any) -> Ranks:
+    """Members of a process group, of a device mesh, or of a sequence of ranks."""
+    if isinstance(group, dist.ProcessGroup):
+        return normal(dist.get_process_group_ranks(group))
+    ranks = getattr(group, "mesh", group)
+    return normal(ranks.flatten().tolist() if isinstance(ranks, torch.Tensor) else ranks)
+
+
+def normal(ranks: Iterable[int]) -> Ranks:
+    """Sorted, and EVERYBODY if it is."""
+    result = tuple(sorted(set(map(int, ranks))))
+    world = int(os.environ.get("WORLD_SIZE", "1"))  # the script may have left its process group
+    return EVERYBODY if result == tuple(range(world)) else result
+
+
+def ddp_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Ranks]]:
+    """Path and ranks of each DistributedDataParallel among named modules."""
+    for path, module in modules:
+        if isinstance(module, DistributedDataParallel):
+            if module not in _ddp_ranks:
+                _ddp_ranks[module] = group_ranks(module.process_group)
+            yield path, _ddp_ranks[module]
+
+
+# ---- FSDP2
+
+
+def fsdp_roots(modules: Iterable[nn.Module]) -> list[Any]:
+    """The outermost modules of these, in order, that `fully_shard` was applied to."""
+    found: list[Any] = []
+    inside: set[int] = set()
+    for module in modules:
+        if hasattr(module, "_get_fsdp_state") and id(module) not in inside:
+            found.append(module)
+            inside.update(map(id, module.modules()))
+    return found
+
+
+def settle(root: Any) -> None:
+    """Bring an FSDP2 model to rest: nothing gathered, nothing under way, whatever an attempt left it in.
+
+    Contacts nobody. The parameters are those that the optimizer has then. Gradients that were not reduced
+    (`set_requires_gradient_sync(False)`) are dropped.
+    """
+    states = [module._get_fsdp_state() for module in root.modules() if hasattr(module, "_get_fsdp_state")]
+    groups = [group for state in states for group in _param_groups(state)]
+    if all(map(_at_rest, groups)):
+        return
+    if states[0]._is_root:
+        if not hasattr(root, "reset_iter_state"):
+            raise StateMismatchError(
+                f"FSDP2 of torch {torch.__version__} cannot leave a step in the middle: use torch 2.13 or newer."
+            )
+        root.reset_iter_state()
+    for group in groups:
+        for param in group.fsdp_params:
+            param.unsharded_accumulated_grad = None
+            if getattr(param, "_unsharded_param", None) is not None:
+                param._unsharded_param.grad = None
+        group._to_sharded()
+
+
+def _param_groups(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)  # several since torch 2.12
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return list(groups)
+
+
+def _at_rest(group: Any) -> bool:
+    return (
+        group.is_sharded
+        and group._training_state.name == "IDLE"
+        and group._all_gather_result is None
+        and not group._post_forward_indices
+    )
