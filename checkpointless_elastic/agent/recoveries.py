@@ -79,6 +79,7 @@ class Recoveries:
             ]
             self._current.groups_rebuilt = max((report.rebuilt for report in reports), default=0)
             self._current.groups_kept = max((report.kept for report in reports), default=0)
+            self._current.groups_lazy = max((report.lazy for report in reports), default=0)
         self.mark(point, now)
 
     def restored(self, payload: bytes) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C._distributed_c10d import ProcessGroup, Store
 
+from checkpointless_elastic.errors import RankLostError
 from checkpointless_elastic.groups.host import Situation
 from checkpointless_elastic.groups.ops import OPS, Op
 from checkpointless_elastic.groups.work import ElasticWork
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ElasticProcessGroup"]
 
+NEVER = -2
+"""Stamp of a group that has carried no collective."""
 _ATTEMPT, _COMMITTED = Situation.ATTEMPT, Situation.COMMITTED
 
 
@@ -39,7 +42,8 @@ class ElasticProcessGroup(ProcessGroup):
     Attributes:
         spec: what it is made of.
         engine: what becomes of collectives that cannot simply be passed on.
-        link: the native group inside; a void one without a native group while in shadow.
+        link: the native group inside; a void one without a native group while in shadow or lazy.
+        stamp: the number of committed calls at its last collective; see `Registry.report_use`.
     """
 
     def __init__(self, spec: GroupSpec, store: Store, engine: Engine, link: Link) -> None:
@@ -47,6 +51,7 @@ class ElasticProcessGroup(ProcessGroup):
         self.spec = spec
         self.engine = engine
         self.link = link
+        self.stamp = NEVER
         self._store = store
         self._batch: list[ElasticWork] | None = None
         self._splits = 0
@@ -103,8 +108,18 @@ class ElasticProcessGroup(ProcessGroup):
 
     @property
     def native(self) -> ProcessGroup:
-        """The native group inside. Raises AttributeError in shadow."""
+        """The native group inside; None in shadow. A lazy group is connected. Blocks for that.
+
+        Raises RankLostError if the group lost a member before it was connected again.
+        """
+        if self.link.lazy is not None:
+            self.engine.wake(self)
         native: ProcessGroup = self.link.native
+        if native is None and not self.engine.shadow:
+            raise RankLostError(
+                f"Group {self.spec.name} lost a rank in generation {self.engine.generation} and is not connected. "
+                "The agent decides what follows; nothing is to be done here."
+            )
         return native
 
     def _get_backend(self, device: torch.device) -> Any:
@@ -177,6 +192,9 @@ class ElasticProcessGroup(ProcessGroup):
     # Coalescing, which only NCCL has: the works of a batch have one native work, issued at its end.
 
     def _start_coalescing(self, device: torch.device) -> None:
+        self.stamp = self.engine.calls
+        if self.link.lazy is not None:
+            self.engine.wake(self)
         if not self.link.void:
             self.native._start_coalescing(device)
         self._batch = []
@@ -218,6 +236,7 @@ def _collective(method: str, op: Op) -> Callable[..., ElasticWork | None]:
 
     def issue(self: ElasticProcessGroup, *args: Any, **kwargs: Any) -> ElasticWork | None:
         link, engine = self.link, self.engine
+        self.stamp = engine.calls
         situation = engine.host.situation()
         if link.void or engine.attention or (situation is not _ATTEMPT and situation is not _COMMITTED):
             return engine.issue(self, op, method, args, kwargs)

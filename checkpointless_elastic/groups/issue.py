@@ -1,12 +1,13 @@
 """What becomes of a collective that cannot simply be passed on to its native group.
 
 The usual call never comes here: it is issued by `ElasticProcessGroup` and awaited by `ElasticWork`. Here are the
-others: in shadow, on a void group, outside of steps (where it is logged, and repeated after a loss), and while DDP
-rebuilds its buckets.
+others: in shadow, on a void or a lazy group, outside of steps (where it is logged, and repeated after a loss), and
+while DDP rebuilds its buckets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from checkpointless_elastic.errors import RankLostError
@@ -45,6 +46,8 @@ class Engine:
         groups: every elastic group by name.
         batches: batches of coalesced collectives that are being gathered.
         attention: every collective must come through `issue`.
+        calls: committed calls, with which each group stamps its uses.
+        wake: connects a lazy group; when it returns the group is connected or void.
         ledger: this rank's collectives outside of steps.
     """
 
@@ -56,6 +59,8 @@ class Engine:
         self.groups: dict[str, ElasticProcessGroup] = {}
         self.batches = 0
         self.attention = shadow
+        self.calls = 0
+        self.wake: Callable[[ElasticProcessGroup], None] = _nobody
         self.ledger = Ledger()
         self._log = OutputLog(host)
         self._replayed: dict[str, int] = {}
@@ -74,6 +79,8 @@ class Engine:
         if self.shadow and self._in_shadow(work):
             return work
         self.settle()
+        if group.link.lazy is not None:
+            self.wake(group)
         situation = self.host.situation()
         if group.link.void and not self._void(work, situation, None):
             return work
@@ -233,7 +240,10 @@ class Engine:
     def _recover(self, work: ElasticWork) -> None:
         """Blocks in the recovery until the group of this work has a native group again."""
         while work.group.link.void:
-            self.host.recover_outside()
+            if work.group.link.lazy is not None:
+                self.wake(work.group)
+            else:
+                self.host.recover_outside()
 
     def _keep(self, work: ElasticWork, situation: Situation) -> Kept:
         call, group = work.call(), work.group.group_name
@@ -273,3 +283,7 @@ class Engine:
             fill_locally(op, work.call())
         self.ledger.finish(name, work.method, kept)
         return True
+
+
+def _nobody(group: ElasticProcessGroup) -> None:
+    """No group is lazy without a registry."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from checkpointless_elastic.groups.lazy import Lazy
 from checkpointless_elastic.groups.owed import Place
 from checkpointless_elastic.groups.sockets import Address
 from checkpointless_elastic.groups.waiting import AbortableFuture, wait_beside, wait_in_slices
@@ -27,13 +28,14 @@ class Link:
     """A native group.
 
     Attributes:
-        native: the group that does the work; None in shadow and after the end.
+        native: the group that does the work; None in shadow, while the group is lazy, and after the end.
         generation: the generation that it was built in.
         own: listening addresses of its gloo devices.
         peers: those of the other members.
         places: how far each member that knows it was in its collectives outside of steps when this was connected.
         device: the accelerator of its NCCL backend, None without one.
         void: a member is lost or left: collectives end at once and give filler. Set once, never cleared.
+        lazy: set in a void link whose group has all its members and is connected at its next use.
         in_flight: native works not known to have ended. They are kept so that the last reference to one is never
             dropped by a thread of the group: that thread would wait for the interpreter's lock, which the group's
             destructor holds while it joins the thread, and the process would be stuck for good.
@@ -47,6 +49,7 @@ class Link:
     places: list[Place] = field(default_factory=list)
     device: torch.device | None = None
     void: bool = False
+    lazy: Lazy | None = None
     in_flight: set[Any] = field(default_factory=set)
     futures: set[AbortableFuture] = field(default_factory=set)
 

@@ -142,6 +142,10 @@ class Ledger:
         for group, count in issued.items():
             self._next[group] = max(count, self._next.get(group, 0))
 
+    def concerns(self, group: str) -> bool:
+        """True if a collective of this group, since the last committed call, may have to be repeated."""
+        return bool(self._next.get(group)) or any(owed.group == group for owed in self.owed)
+
     def number(self, group: str, kept: Kept) -> None:
         """Gives a collective that is issued now its place."""
         if self.calls is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
@@ -13,6 +16,7 @@ from checkpointless_elastic.errors import CheckpointlessError, RankLostError
 from checkpointless_elastic.groups.elastic import ElasticProcessGroup
 from checkpointless_elastic.groups.host import Host, Situation
 from checkpointless_elastic.groups.issue import Engine
+from checkpointless_elastic.groups.lazy import Lazy, Sleepers
 from checkpointless_elastic.groups.link import Link, retire
 from checkpointless_elastic.groups.native import Attempt, connect
 from checkpointless_elastic.groups.sockets import shut_down
@@ -21,6 +25,7 @@ from checkpointless_elastic.groups.waiting import give_up_soon
 
 __all__ = ["Registry"]
 
+_logger = logging.getLogger(__name__)
 _LIMIT = 600.0
 _PATIENCE = 2.0
 
@@ -32,12 +37,12 @@ class _Running:
     Attributes:
         attempt: what can be given up.
         ranks: whose loss ends it; None: that of any rank.
-        outcome: native groups, or the error; the first item counts.
+        outcome: native groups, None for one left lazy; or the error. The first item counts.
     """
 
     attempt: Attempt
     ranks: frozenset[int] | None = None
-    outcome: queue.SimpleQueue[list[Link] | BaseException] = field(default_factory=queue.SimpleQueue)
+    outcome: queue.SimpleQueue[list[Link | None] | BaseException] = field(default_factory=queue.SimpleQueue)
 
 
 class Registry:
@@ -51,12 +56,15 @@ class Registry:
     def __init__(self, host: Host, *, shadow: bool, limit: float = _LIMIT) -> None:
         """`limit`: seconds that a rebuild waits for a member that does not come and is not reported lost."""
         self.engine = Engine(host, shadow=shadow)
+        self.engine.wake = self._wake
         self.aborts = 0
         self._limit = limit
         self._lost: frozenset[int] = frozenset()
         self._lock = threading.Lock()
         self._running: list[_Running] = []
-        self._left_alone: list[threading.Thread] = []
+        self._left_alone: list[tuple[Store, threading.Thread]] = []
+        self._sleepers = Sleepers(self._connect_lazy, self._client)
+        self._store: Store | None = None
 
     def install(self) -> None:
         """Makes torch.distributed give elastic groups from now on, and DDP report the order of its buckets."""
@@ -125,6 +133,10 @@ class Registry:
             self.aborts += 1
             self._lost |= ranks
             affected = [group for group in [*self.engine.groups.values()] if ranks & set(group.spec.ranks)]
+            for group in affected:
+                lazy, group.link.lazy = group.link.lazy, None
+                if lazy is not None:
+                    lazy.ended.set()
             links = [
                 group.link for group in affected if group.link.native is not None and not group.link.void
             ]
@@ -150,69 +162,138 @@ class Registry:
         give_up_soon([future for link in links for future in [*link.futures]])
 
     def rebuild(self, store: Store, generation: int, *, aborts: int | None = None) -> RebuildReport:
-        """Gives every void group a new native group under the prefix of this generation; ends shadow.
+        """Gives every void group that is in use a new native group under the prefix of this generation; ends shadow.
 
-        Main thread; blocks until all their members have come. Every member must rebuild the same groups. Raises
-        `Superseded` at once if `abort` is called meanwhile, or was called since the caller read `aborts`; the native
-        groups made so far are dropped.
+        Those whose use no rank has reported are lazy: connected when a member uses one again. All ranks must have
+        called `report_use` before. Main thread; blocks until all members of the others have come. Every member must
+        rebuild the same groups. Raises `Superseded` at once if `abort` is called meanwhile, or was called since the
+        caller read `aborts`; the native groups made so far are dropped.
         """
         started = time.monotonic()
         running = _Running(Attempt(generation, self._limit))
         with self._lock:
             if aborts is not None and aborts != self.aborts:
                 raise Superseded("The rebuild was not begun: another rank was lost meanwhile.")
-            groups = [group for group in self.engine.groups.values() if group.link.void]
+            groups = [
+                group for group in self.engine.groups.values() if group.link.void and group.link.lazy is None
+            ]
             kept = [group.spec.name for group in self.engine.groups.values() if not group.link.void]
             self._running.append(running)
         running.attempt.places.update(self._places(groups))
-        links = self._connect_all(running, groups, store)
-        self._exchange(running, groups, links, generation)
-        names = tuple(group.spec.name for group in groups)
-        return RebuildReport(names, tuple(kept), time.monotonic() - started)
+        links = self._connect_all(running, groups, self._client(store), _connect_used)
+        lazy = self._exchange(running, groups, links, generation)
+        self._store = store
+        self._sleepers.put(lazy, store)
+        names = tuple(group.spec.name for group, link in zip(groups, links, strict=True) if link is not None)
+        left = tuple(group.spec.name for group in self.engine.groups.values() if group.link.lazy is not None)
+        return RebuildReport(names, tuple(kept), left, time.monotonic() - started)
+
+    def report_use(self, store: Store, generation: int) -> None:
+        """Tells all ranks which groups this one has used lately: these are connected in the rebuild of `generation`.
+
+        That is in the present or the last committed call, or in what may have to be repeated after a loss. Affected or
+        not: more ranks may leave before the rebuild. Main thread; one or two round trips.
+        """
+        engine = self.engine
+        used = [
+            _used(generation, group.spec)
+            for group in engine.groups.values()
+            if group.stamp >= engine.calls - 1 or engine.ledger.concerns(group.spec.name)
+        ]
+        if used:
+            client: Any = self._client(store)
+            client.multi_set(used, ["1"] * len(used))
+            client.check(used[:1])  # a write is not answered: once this is, the keys are there
+
+    def _wake(self, group: ElasticProcessGroup) -> None:
+        """Has all members connect a lazy group, and waits for that. Any thread."""
+        lazy = group.link.lazy
+        if lazy is not None and self._store is not None:
+            self._sleepers.wake(group.spec.name, lazy, self._client(self._store))
+
+    def _connect_lazy(self, group: ElasticProcessGroup, lazy: Lazy, store: Store) -> None:
+        """On the thread of the lazy groups. Only the loss of a member gives this up, as all members hear of it."""
+        running = _Running(Attempt(lazy.generation), frozenset(group.spec.ranks))
+        with self._lock:
+            if group.link.lazy is not lazy:
+                return
+            self._running.append(running)
+        try:
+            (link,) = self._connect_all(running, [group], store, _connect_in_turn)
+            self._take_over(running, group, link)
+        except Superseded as error:
+            _logger.debug("%s", error)
+        except BaseException as error:  # raised by whoever uses the group
+            lazy.error = error
+        finally:
+            lazy.ended.set()
+
+    def _take_over(self, running: _Running, group: ElasticProcessGroup, link: Link | None) -> None:
+        with self._lock:
+            self._running.remove(running)
+            superseded = running.attempt.given_up.is_set()
+            if not superseded and link is not None:
+                group.link = link
+        if superseded and link is not None:
+            retire([link])
 
     def _places(self, groups: list[ElasticProcessGroup]) -> dict[str, tuple[int, int]]:
         places = {group.spec.name: self.engine.ledger.place(group.spec.name) for group in groups}
         return {name: place for name, place in places.items() if place is not None}
 
-    def _connect_all(self, running: _Running, groups: list[ElasticProcessGroup], store: Store) -> list[Link]:
-        """Connects in a helper thread, which is left alone if it is superseded.
+    def _client(self, store: Store) -> Store:
+        """A client of the store that is free.
 
-        A store client serves one call at a time. While one left alone may still wait in the store, the next gets a
-        client of its own; not always, since a new connection costs a name look-up that can take seconds.
+        One serves one call at a time, and a thread left alone may still wait in it. Not always a new one, since a new
+        connection costs a name look-up that can take seconds.
         """
-        self._left_alone = [thread for thread in self._left_alone if thread.is_alive()]
-        client = store.clone() if self._left_alone and hasattr(store, "clone") else store
-        arguments = (running, [group.spec for group in groups], client)
-        thread = threading.Thread(
-            target=_connect_in_turn, args=arguments, name="checkpointless-rebuild", daemon=True
-        )
+        with self._lock:
+            self._left_alone = [(used, thread) for used, thread in self._left_alone if thread.is_alive()]
+            busy = any(used is store for used, _ in self._left_alone)
+        return store.clone() if busy and hasattr(store, "clone") else store
+
+    def _connect_all(
+        self, running: _Running, groups: list[ElasticProcessGroup], client: Store, connect_them: _Body
+    ) -> list[Link | None]:
+        """Connects in a helper thread, which is left alone if it is superseded."""
+        arguments = (running, [group.spec for group in groups], client, connect_them)
+        thread = threading.Thread(target=_helper, args=arguments, name="checkpointless-rebuild", daemon=True)
         thread.start()
         outcome = running.outcome.get()
         if isinstance(outcome, BaseException):
             with self._lock:
                 self._running.remove(running)
-            self._left_alone.append(thread)
+                self._left_alone.append((client, thread))
             raise outcome
         return outcome
 
     def _exchange(
-        self, running: _Running, groups: list[ElasticProcessGroup], links: list[Link], generation: int
-    ) -> None:
-        """Puts the new native groups in place, unless a loss was announced in the last moment."""
+        self,
+        running: _Running,
+        groups: list[ElasticProcessGroup],
+        links: list[Link | None],
+        generation: int,
+    ) -> list[tuple[ElasticProcessGroup, Lazy]]:
+        """Puts the new native groups in place, unless a loss was announced in the last moment. The lazy ones."""
         engine = self.engine
+        lazy = [(group, Lazy(generation)) for group, link in zip(groups, links, strict=True) if link is None]
+        made = {group: link for group, link in zip(groups, links, strict=True) if link is not None}
         with self._lock:
             self._running.remove(running)
             superseded = running.attempt.given_up.is_set()
-            old = links if superseded else [group.link for group in groups]
+            old = [*made.values()] if superseded else [group.link for group in groups]
             if not superseded:
-                for group, link in zip(groups, links, strict=True):
+                for group, link in made.items():
                     group.link = link
+                for group, left in lazy:
+                    group.link = Link(None, generation, void=True, lazy=left)
                 engine.shadow, engine.generation, self._lost = False, generation, frozenset()
         retire([link for link in old if link.native is not None])
         if superseded:
             raise Superseded("The rebuild was given up: another rank was lost meanwhile.")
-        engine.ledger.compare({group.spec.name: group.link.places for group in groups})
+        engine.ledger.compare({group.spec.name: link.places for group, link in made.items()})
         engine.look()
+        return lazy
 
     def settle(self) -> None:
         """Issues again what members behind this rank still need; see `owed`. Main thread; blocks until they have it.
@@ -223,6 +304,7 @@ class Registry:
 
     def committed(self, calls: int) -> None:
         """So many replayable calls of the job are committed, or were skipped by a replacement: see `owed`."""
+        self.engine.calls = calls
         self.engine.ledger.commit(calls)
 
     def issued(self) -> dict[str, int]:
@@ -234,26 +316,47 @@ class Registry:
         self.engine.ledger.catch_up(issued)
 
     def has_live_groups(self) -> bool:
-        """Is there a group that no loss has made void? Any thread."""
-        return any(not group.link.void for group in [*self.engine.groups.values()])
+        """Is there a group that no loss has made void, connected or lazy? Any thread."""
+        links = [group.link for group in [*self.engine.groups.values()]]
+        return any(not link.void or link.lazy is not None for link in links)
 
     def signature(self) -> list[GroupSignature]:
         """Every group in order of creation."""
         return [group.spec.signature for group in self.engine.groups.values()]
 
 
-def _connect_in_turn(running: _Running, specs: list[GroupSpec], store: Store) -> None:
-    """Body of the helper thread. All members have made these groups in the same order, so none waits in a ring."""
+_Body = Callable[[Attempt, list[GroupSpec], Store], list[Link | None]]
+
+
+def _helper(running: _Running, specs: list[GroupSpec], store: Store, connect_them: _Body) -> None:
+    """Body of the helper thread."""
     attempt = running.attempt
     try:
-        links = [
-            connect(spec, PrefixStore(f"checkpointless/g{attempt.generation}/{spec.name}/", store), attempt)
-            for spec in specs
-        ]
-        running.outcome.put(links)
+        running.outcome.put(connect_them(attempt, specs, store))
     except CheckpointlessError as error:
         running.outcome.put(error)
     except BaseException as error:  # raised by the thread that waits for the outcome
         # A member that heard of a further loss first has closed its connections: the news will be here in a moment.
         attempt.given_up.wait(_PATIENCE)
         running.outcome.put(error)
+
+
+def _used(generation: int, spec: GroupSpec) -> str:
+    """The key that says that a group is in use."""
+    return f"checkpointless/used/g{generation}/{spec.name}"
+
+
+def _connect_used(attempt: Attempt, specs: list[GroupSpec], store: Store) -> list[Link | None]:
+    """Connects the groups that some rank has reported as used; the keys stay, so all members see the same ones."""
+    keys = [_used(attempt.generation, spec) for spec in specs]
+    if not keys or store.check(keys):
+        return _connect_in_turn(attempt, specs, store)
+    used = [spec for spec, key in zip(specs, keys, strict=True) if store.check([key])]
+    links = dict(zip((spec.name for spec in used), _connect_in_turn(attempt, used, store), strict=True))
+    return [links.get(spec.name) for spec in specs]
+
+
+def _connect_in_turn(attempt: Attempt, specs: list[GroupSpec], store: Store) -> list[Link | None]:
+    """All members have made these groups in the same order, so none waits in a ring."""
+    prefix = f"checkpointless/g{attempt.generation}"
+    return [connect(spec, PrefixStore(f"{prefix}/{spec.name}/", store), attempt) for spec in specs]

@@ -34,16 +34,18 @@ class GroupSignature:
 
 @dataclass(frozen=True)
 class RebuildReport:
-    """The groups that a rebuild exchanged and kept, by name, and how long it took.
+    """What a rebuild made of the groups, by name, and how long it took.
 
     Attributes:
         rebuilt: groups with a new native group inside.
         kept: groups that were not affected.
+        lazy: groups that have no connections until their next use, left so now or by an earlier rebuild.
         seconds: from the call to the last connection.
     """
 
     rebuilt: tuple[str, ...]
     kept: tuple[str, ...]
+    lazy: tuple[str, ...]
     seconds: float
 
 

@@ -5,6 +5,9 @@ have said where they stand), *fork* (the replacement has a process id), *setup* 
 loop or step), *transfer* (state copied and verified), *forward* (it has gone on to the survivors' step), *rebuild*
 (affected groups), *replay* (first committed step). Freeze runs beside fork and set-up, the others follow each other.
 A fault during the recovery starts it over: the time until then is *repeated*.
+
+Numbers of groups (rebuilt, kept, lazy: left to their next use) are each that of the rank with most; ranks belong to
+different groups.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ class Recovery:
     bytes_moved: int = 0
     groups_rebuilt: int = 0
     groups_kept: int = 0
+    groups_lazy: int = 0
 
     def mark(self, point: str, now: float) -> None:
         """Note that ``point`` was reached; a fault during the recovery moves it later."""
@@ -85,6 +89,7 @@ class Recovery:
             "bandwidth": self.bytes_moved / self.transfer_s if self.transfer_s else 0.0,
             "groups_rebuilt": self.groups_rebuilt,
             "groups_kept": self.groups_kept,
+            "groups_lazy": self.groups_lazy,
             "pids": {str(rank): pid for rank, pid in sorted(pids.items())},
             "time": self.wall,
         }

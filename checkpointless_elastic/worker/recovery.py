@@ -96,6 +96,7 @@ class Recovery:
             self._exchange(decision)
         generation = decision.generation
         if session.rank in decision.pending:
+            session.registry.report_use(self._job_store(), generation)
             session.report(Stage.RESTORED, generation, msgspec.msgpack.encode(self._restored))
         affected = session.next_message(Rebuild, generation).affected
         session.affect(generation, affected)
@@ -103,7 +104,7 @@ class Recovery:
         if session.frozen > generation:
             raise Superseded
         report = session.registry.rebuild(self._job_store(), generation, aborts=aborts)
-        payload = RebuiltReport(len(report.rebuilt), len(report.kept), report.seconds)
+        payload = RebuiltReport(len(report.rebuilt), len(report.kept), len(report.lazy), report.seconds)
         session.report(Stage.REBUILT, generation, msgspec.msgpack.encode(payload))
         session.next_message(ResumeNow, generation)
         self._release_segments()
@@ -119,6 +120,7 @@ class Recovery:
             publication, self._segments = publish(
                 self._run, decision, session.rank, session.run_dir, self.last_value
             )
+            session.registry.report_use(self._job_store(), decision.generation)
             session.report(Stage.PUBLISHED, decision.generation, msgspec.msgpack.encode(publication))
         self._exchanged = decision.generation
 

@@ -13,8 +13,9 @@ class RestoredReport(msgspec.Struct, frozen=True):
 
 
 class RebuiltReport(msgspec.Struct, frozen=True):
-    """How many process groups a rank rebuilt and kept, and in how many seconds."""
+    """How many process groups a rank rebuilt, kept, and left to their next use, and in how many seconds."""
 
     rebuilt: int
     kept: int
+    lazy: int
     seconds: float

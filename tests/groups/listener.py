@@ -46,6 +46,8 @@ class Listener:
     def rebuild(self) -> RebuildReport:
         """Waits for the word and takes part in the rebuild."""
         generation = self._generations.get(timeout=LIMIT)
+        self.worker.registry.report_use(self.worker.store, generation)
+        self.worker.meet(f"reported use {generation}")
         report = self.worker.registry.rebuild(self.worker.store, generation)
         self.frozen.clear()
         return report

@@ -194,7 +194,9 @@ def test_before_the_first_step_a_lost_rank_is_an_error_that_names_op_and_group()
 def survive(worker: Worker) -> Any:
     listener = begin(worker)
     pair = dist.new_group([0, 1])
-    dist.new_group([1, 2])
+    other = dist.new_group([1, 2])
+    if worker.rank > 0:
+        dist.barrier(other)
     worker.say("ready")
     if worker.rank == 2:
         listener.wait()
@@ -240,6 +242,7 @@ def superseded(worker: Worker) -> Any:
     if worker.rank != 0:
         listener.wait()
     listener.frozen.wait(LIMIT)
+    dist.all_reduce(torch.ones(1))  # void, but a use: the group is connected at once
     aborts = worker.registry.aborts
 
     def lose_another() -> None:
@@ -250,6 +253,7 @@ def superseded(worker: Worker) -> Any:
     threading.Thread(target=lose_another).start()
     seconds = []
     for number in (1, 2):
+        worker.registry.report_use(worker.store, number)
         started = time.monotonic()
         with pytest.raises(Superseded):
             worker.registry.rebuild(worker.store, number, aborts=aborts if number == 2 else None)
@@ -271,6 +275,7 @@ def rebuild_many_times(worker: Worker) -> Any:
         worker.meet(f"before {generation}")
         worker.registry.abort(frozenset({2}))
         works = [dist.all_reduce(torch.ones(1000), async_op=True) for _ in range(3)]
+        worker.registry.report_use(worker.store, generation)
         worker.registry.rebuild(worker.store, generation)
         dist.all_reduce(tensor := torch.ones(1))
         assert tensor.item() == 3.0

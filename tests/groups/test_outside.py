@@ -253,4 +253,4 @@ def test_what_cannot_be_repeated_is_an_error_that_says_why() -> None:
 def test_a_registry_without_groups_rebuilds_nothing_and_leaves_shadow() -> None:
     registry = Registry(MemoryHost(), shadow=True)
     report = registry.rebuild(dist.HashStore(), 4)
-    assert (report.rebuilt, report.kept, registry.shadow) == ((), (), False)
+    assert (report.rebuilt, report.kept, report.lazy, registry.shadow) == ((), (), (), False)
