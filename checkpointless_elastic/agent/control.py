@@ -291,7 +291,8 @@ class AgentControl:
         generation = self._coordinator.generation + 1
         culprits = [rank for rank, status in self._gone.items() if status] or sorted(self._coordinator.lost)
         self._coordinator.state = State.ENDED
-        self._recoveries.restarting(action.rung, action.reason, generation, time.monotonic())
+        step = self._coordinator.step
+        self._recoveries.restarting(action.rung, action.reason, generation, step, time.monotonic())
         self.generation = generation
         self._fresh = True
         if not self._workers.restart_all(f"rung {action.rung}: {action.reason}"):

@@ -90,8 +90,8 @@ class Recoveries:
         self._current.bytes_moved += report.bytes
         self._current.transfer_s = max(self._current.transfer_s, report.seconds)
 
-    def restarting(self, rung: int, reason: str, generation: int, now: float) -> None:
-        """The script is run again from its top."""
+    def restarting(self, rung: int, reason: str, generation: int, step: int, now: float) -> None:
+        """The script is run again from its top; ``step`` would have been the next."""
         if self._current is None:
             seen = self._seen if self._seen is not None else now
             cause = next(iter(self._noted.values()), reason)
@@ -100,7 +100,7 @@ class Recoveries:
             )
             self._current.causes.update(self._noted)
         self._current.generation, self._current.rung, self._current.reason = generation, rung, reason
-        self._current.marks = {"opened": now}
+        self._current.step, self._current.marks = step, {"opened": now}
 
     def close(self) -> None:
         """The recovery has ended, or will not: write its record."""

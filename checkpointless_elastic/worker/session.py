@@ -18,6 +18,7 @@ import traceback
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
+import torch
 
 from checkpointless_elastic.agent.preload import third_party
 from checkpointless_elastic.data.cursor import Cursor
@@ -99,6 +100,7 @@ class Session:
         frozen: the newest generation that a Freeze named; the rank is frozen while it is above ``generation``.
         step: committed steps.
         shadow: this is a replacement that has not joined.
+        torn: key of a piece that a void collective has written into; empty: the state is whole.
         failed: the script's own exception is on its way out; the slot stays where it was raised.
         cursor, resume: see data.loops.LoopHost.
     """
@@ -115,6 +117,7 @@ class Session:
         self.in_call = False
         self.committed = False
         self.void_outputs = 0
+        self.torn = ""
         self.failed = False
         self._loaded = {name.partition(".")[0] for name in sys.modules}
         self.slot = Slot.open(slot_path(run_dir, rank))
@@ -295,9 +298,11 @@ class Session:
         queue = self._log.get(group)
         return queue.pop(0) if queue else None
 
-    def void_after_commit(self, count: int) -> None:
-        """Outputs of collectives after the gate that were filled with NaN."""
-        self.void_outputs += count
+    def void_after_commit(self, outputs: list[torch.Tensor]) -> None:
+        """Outputs of collectives after the gate that were filled with NaN. A piece among them is torn from now on."""
+        self.void_outputs += len(outputs)
+        if self.recovery is not None:
+            self.torn = self.torn or self.recovery.piece_in(outputs)
 
     # ---- data.loops.LoopHost
 

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
 from torch.distributed import FileStore
 
 from checkpointless_elastic.groups import LoggedCollective, Registry, Situation
@@ -62,8 +63,8 @@ class MemoryHost:
                 return self.old_log.pop(index)
         return None
 
-    def void_after_commit(self, count: int) -> None:
-        self.nan_outputs += count
+    def void_after_commit(self, outputs: list[torch.Tensor]) -> None:
+        self.nan_outputs += len(outputs)
 
 
 @dataclass
