@@ -1,6 +1,7 @@
 """The protocol under random schedules: losses, delays and any order of delivery between channels, in one process.
 
 Workers are modelled as the session behaves: a listener that answers Freeze, and a main thread that votes and recovers.
+With mirrors each rank holds state of its own, and its mirrors outlive it.
 A worker's weights are the list of the steps it applied, so that a step lost, doubled or out of order shows.
 """
 
@@ -15,6 +16,7 @@ from checkpointless_elastic.protocol.coordinator import Coordinator, State
 from checkpointless_elastic.protocol.events import (
     Action,
     Broadcast,
+    End,
     LeftEarly,
     Lost,
     Opened,
@@ -32,11 +34,13 @@ from checkpointless_elastic.protocol.messages import (
     Phase,
     Rebuild,
     Release,
+    Replicas,
     Report,
     Restore,
     Resume,
     Stage,
 )
+from checkpointless_elastic.protocol.mirrors import is_due
 from checkpointless_elastic.protocol.node import Node
 
 STEPS = 12
@@ -45,8 +49,11 @@ STEPS = 12
 class Worker:
     """One incarnation of one rank."""
 
-    def __init__(self, rank: int, generation: int, shadow: bool) -> None:
+    def __init__(
+        self, rank: int, generation: int, shadow: bool, mirrors: dict[int, list[int]], every: int = 0
+    ) -> None:
         self.rank, self.shadow = rank, shadow
+        self.mirrors, self.every = mirrors, every
         self.generation = -1 if shadow else generation
         self.frozen = generation
         self.weights: list[int] = []
@@ -68,6 +75,13 @@ class Worker:
         self.frozen = max(self.frozen, message.generation)
         self.out["control"].append(Frozen(message.generation, self.step, self.phase, not self.shadow, True))
 
+    def mirror(self) -> None:
+        """The mirror of the step in flight is whole."""
+        if is_due(self.step, self.every) and self.step not in self.mirrors:
+            while len(self.mirrors) > 1:
+                del self.mirrors[min(self.mirrors)]
+            self.mirrors[self.step] = list(self.weights)
+
     def compute(self, leaves: bool) -> None:
         """The main thread, when it waits for nothing, comes to its gate or its end."""
         if self.frozen > self.generation:
@@ -78,6 +92,7 @@ class Worker:
             self._report(Stage.FINISHED, self.generation)
             self.waiting = Release
         else:
+            self.mirror()
             self.phase = Phase.READY
             self._report(Stage.READY, self.generation)
             self.waiting = Commit
@@ -121,9 +136,14 @@ class Worker:
     def _recover(self, message: Message, generation: int) -> None:
         if isinstance(message, Restore) and self.waiting is Restore:
             assert self.decision is not None
-            copies = {bytes(weights) for weights in message.publications.values()}
-            assert len(copies) == 1, "sources differ"
-            self.weights = list(copies.pop())
+            if self.every:
+                self.weights = list(self.mirrors[self.decision.step])
+                for later in [step for step in self.mirrors if step > self.step]:
+                    del self.mirrors[later]
+            else:
+                copies = {bytes(weights) for weights in message.publications.values()}
+                assert len(copies) == 1, "sources differ"
+                self.weights = list(copies.pop())
             assert self.step == self.decision.step
             self._report(Stage.RESTORED, generation)
             self.waiting = Rebuild
@@ -141,16 +161,24 @@ class Worker:
 class World:
     """Agent, coordinator and workers, moved on one random action at a time."""
 
-    def __init__(self, ranks: int, seed: int, losses: int) -> None:
+    def __init__(self, ranks: int, seed: int, losses: int, every: int = 0) -> None:
         self.random = random.Random(seed)
-        self.coordinator = Coordinator(frozenset(range(ranks)), max_faults_per_step=10_000)
+        self.every = every
+        self.mirrors: dict[int, dict[int, list[int]]] = {rank: {} for rank in range(ranks)}
+        self.ending: list[int] = []
+        self.went_back = 0
+        self.coordinator = Coordinator(
+            frozenset(range(ranks)), max_faults_per_step=10_000, mirror_every=every
+        )
         self.node = Node(frozenset(range(ranks)), 0)
-        self.workers = {rank: Worker(rank, 0, False) for rank in range(ranks)}
+        self.workers = {rank: Worker(rank, 0, False, self.mirrors[rank], every) for rank in range(ranks)}
         self.losses = losses
         self.committed: list[int] = []
         self.ended: Action | None = None
         for rank in range(ranks):
             self.coordinator.protect(rank)
+            if every:
+                assert self.coordinator.compare(rank, Replicas([[rank]], {"shard": (0, rank)})) == ""
 
     def run(self) -> None:
         for _ in range(200_000):
@@ -162,7 +190,11 @@ class World:
         raise AssertionError("the schedule does not end")
 
     def _moves(self):  # type: ignore[no-untyped-def]
-        for worker in self.workers.values():
+        for rank in self.ending:
+            yield lambda rank=rank: self._ended(rank)
+        for worker in [worker for rank, worker in self.workers.items() if rank not in self.ending]:
+            if worker.waiting is None and self.random.random() < 0.5:
+                yield worker.mirror
             if worker.control:
                 yield worker.listen
             if worker.votes and worker.waiting is not None:
@@ -174,16 +206,36 @@ class World:
                     yield lambda worker=worker, channel=channel: self._take(
                         worker.rank, worker.out[channel].popleft()
                     )
-        alive = [worker.rank for worker in self.workers.values() if not worker.done]
+        alive = [
+            worker.rank
+            for worker in self.workers.values()
+            if not worker.done and worker.rank not in self.ending
+        ]
         whole = [rank for rank in self.coordinator.whole if rank in alive]
-        if self.losses and self.coordinator.step > 0 and len(whole) > 1 and self.random.random() < 0.05:
-            yield lambda: self._lose(self.random.choice(alive if len(whole) > 1 else whole))
+        first = max(1, 3 * self.every)  # by then every rank has a mirror
+        possible = self.every or len(whole) > 1
+        if (
+            self.losses
+            and alive
+            and max(self.coordinator.step, len(self.committed)) >= first
+            and possible
+            and self.random.random() < 0.05
+        ):
+            yield lambda: self._lose(self.random.choice(alive))
 
     def _lose(self, rank: int) -> None:
-        if self.coordinator.whole == {rank}:
+        if self.coordinator.whole == {rank} and not self.every:
             return
         self.losses -= 1
-        self._do(self.coordinator.handle(Lost(rank, "was lost")))
+        self._do(
+            self.coordinator.handle(Lost(rank, "was lost", mirrored=max(self.mirrors[rank], default=-1)))
+        )
+
+    def _ended(self, rank: int) -> None:
+        self.ending.remove(rank)
+        self._do(
+            self.coordinator.handle(Lost(rank, "was ended", mirrored=max(self.mirrors[rank], default=-1)))
+        )
 
     def _take(self, rank: int, message: Message) -> None:
         if isinstance(message, Report):
@@ -200,7 +252,10 @@ class World:
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Replace):
-                self.workers[action.rank] = Worker(action.rank, self.coordinator.generation, True)
+                generation, mirrors = self.coordinator.generation, self.mirrors[action.rank]
+                self.workers[action.rank] = Worker(action.rank, generation, True, mirrors, self.every)
+            elif isinstance(action, End):
+                self.ending.append(action.rank)
             elif isinstance(action, Opened):
                 self.node.opened(action.generation, action.lost)
             elif isinstance(action, (Restart, Stop)):
@@ -211,6 +266,10 @@ class World:
     def _send(self, message: Message) -> None:
         if isinstance(message, Decision):
             self.node.decided(message)
+            if message.step < len(self.committed):
+                assert len(self.committed) - message.step <= self.every, "more steps are lost than allowed"
+                del self.committed[message.step :]
+                self.went_back += 1
         if isinstance(message, Commit):
             assert message.step == len(self.committed), "steps are committed once, in order"
             self.committed.append(message.step)
@@ -230,3 +289,19 @@ def test_any_schedule_of_losses_ends_with_every_step_applied_once_on_every_rank(
         assert world.coordinator.state is State.ENDED, f"seed {seed}"
         for worker in world.workers.values():
             assert worker.weights == list(range(STEPS)), f"seed {seed}, rank {worker.rank}"
+
+
+@pytest.mark.parametrize("first_seed", range(0, 1200, 200))
+def test_any_schedule_of_losses_of_shards_without_replicas_ends_the_same_with_mirrors(
+    first_seed: int,
+) -> None:
+    went_back = 0
+    for seed in range(first_seed, first_seed + 200):
+        world = World(ranks=1 + seed % 4, seed=seed, losses=seed % 6, every=1 + seed % 3)
+        world.run()
+        assert world.ended is None, f"seed {seed}: {world.ended}"
+        assert world.coordinator.state is State.ENDED, f"seed {seed}"
+        for worker in world.workers.values():
+            assert worker.weights == list(range(STEPS)), f"seed {seed}, rank {worker.rank}"
+        went_back += world.went_back
+    assert went_back, "no schedule went back to an older mirror"
