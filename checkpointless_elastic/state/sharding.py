@@ -6,6 +6,7 @@ sorted tuple; `EVERYBODY`, the empty one, stands for all ranks of the job.
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Iterable, Iterator
@@ -75,9 +76,13 @@ def sharding(tensor: torch.Tensor) -> Sharding | None:
     if not is_sharded(tensor):
         return None
     spec: Any = tensor._spec  # type: ignore[attr-defined]
-    return Sharding(
-        tuple(tensor.shape), tuple(tensor.stride()), tuple(map(str, spec.placements)), _mesh_words(spec.mesh)
-    )
+    placements, mesh = _words(spec.mesh, spec.placements)
+    return Sharding(tuple(tensor.shape), tuple(tensor.stride()), placements, mesh)
+
+
+@functools.cache
+def _words(mesh: Any, placements: tuple[Any, ...]) -> tuple[tuple[str, ...], str]:
+    return tuple(map(str, placements)), _mesh_words(mesh)
 
 
 def wrap(data: torch.Tensor, wanted: Sharding, near: torch.Tensor | None, key: str) -> torch.Tensor:
@@ -114,12 +119,14 @@ def _mesh_words(mesh: Any) -> str:
 def replicas(tensor: torch.Tensor) -> Ranks:
     """The ranks that hold the same bytes as this rank of a DTensor: those that differ on replicated dimensions only."""
     spec: Any = tensor._spec  # type: ignore[attr-defined]
-    here = spec.mesh.get_coordinate()
-    index = tuple(
-        slice(None) if placement.is_replicate() else place
-        for placement, place in zip(spec.placements, here, strict=True)
-    )
-    return normal(spec.mesh.mesh[index].flatten().tolist())
+    return _same_shard(spec.mesh, spec.placements)
+
+
+@functools.cache
+def _same_shard(mesh: Any, placements: tuple[Any, ...]) -> Ranks:
+    here = zip(placements, mesh.get_coordinate(), strict=True)
+    index = tuple(slice(None) if placement.is_replicate() else place for placement, place in here)
+    return normal(mesh.mesh[index].flatten().tolist())
 
 
 def mesh_ranks(tensors: Iterable[torch.Tensor]) -> Ranks | None:

@@ -1,4 +1,6 @@
-"""Copying state through a segment: survivors publish their stripes, a replacement receives and checks them.
+"""Copying state: survivors publish their stripes, a replacement receives and checks them.
+
+A stripe is published by a copy into a segment, or, on CUDA, by leave to read it where it is (`state.device`).
 
 Each chunk (4 MiB) is copied and digested while it is in the cache. The receiver uses some threads, since the survivors
 wait and their cores are free. It digests what has arrived: the live tensor itself where a chunk is part of one dense
@@ -9,7 +11,7 @@ them: the caller says when a stripe is published.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
@@ -18,12 +20,13 @@ import msgspec
 import torch
 
 from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.state.device import gathered
 from checkpointless_elastic.state.digest import digest_bytes
 from checkpointless_elastic.state.pieces import Piece, byte_view, carrier
 from checkpointless_elastic.state.plan import Chunk, Plan, Range, chunks
 from checkpointless_elastic.state.segment import Segment
 
-__all__ = ["ChunkDigest", "Receiver", "TransferReport", "publish", "restore"]
+__all__ = ["ChunkDigest", "Receiver", "TransferReport", "in_segment", "publish", "restore", "vouch"]
 
 
 _MAX_THREADS = 4
@@ -97,16 +100,28 @@ def publish(pieces: Sequence[Piece], plan: Plan, source: int, segment: Segment) 
     return result
 
 
+def vouch(pieces: Sequence[Piece], plan: Plan, source: int) -> list[ChunkDigest]:
+    """The digests of this rank's stripe, where the pieces are. Waits for the device."""
+    data = [_Access.of(piece, content=True).data for piece in pieces]
+    return [
+        ChunkDigest(source, chunk.offset, chunk.length, digest_bytes(gathered(data, chunk)))
+        for chunk in chunks(plan.stripes.get(source, ()))
+    ]
+
+
 class Receiver:
     """Fills a replacement's tensors, stripe by stripe as they are published, by one caller.
 
-    The order of calls: `receive` once for each source (in any order), then `finish`.
+    ``read(source, chunk)`` gives the bytes of a chunk, as they were published. The order of calls: `receive` once for
+    each source (in any order), then `finish`.
     """
 
-    def __init__(self, pieces: Sequence[Piece], plan: Plan, segment: Segment) -> None:
+    def __init__(
+        self, pieces: Sequence[Piece], plan: Plan, read: Callable[[int, Chunk], torch.Tensor]
+    ) -> None:
         self._pieces = pieces
         self._plan = plan
-        self._segment = segment
+        self._read = read
         self._held: dict[int, _Access] = {}
         self._waiting = {rank for rank, stripe in plan.stripes.items() if stripe}
         self._nbytes = 0
@@ -151,7 +166,7 @@ class Receiver:
             raise StateMismatchError(
                 f"Rank {source} did not publish {self._names(chunk)} (offset {chunk.offset})."
             )
-        sent = self._segment.bytes[chunk.offset : chunk.offset + chunk.length]
+        sent = self._read(source, chunk)
         if len(chunk.ranges) == 1:
             arrived = self._data(chunk.ranges[0])
             arrived.copy_(sent)
@@ -185,11 +200,16 @@ def _threads() -> int:
     return min(_MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
+def in_segment(segment: Segment) -> Callable[[int, Chunk], torch.Tensor]:
+    """Reads chunks that were published into a segment."""
+    return lambda _, chunk: segment.bytes[chunk.offset : chunk.offset + chunk.length]
+
+
 def restore(
     pieces: Sequence[Piece], plan: Plan, segment: Segment, digests: Sequence[ChunkDigest]
 ) -> TransferReport:
     """Fill the live tensors in place from a segment that all sources have published."""
-    receiver = Receiver(pieces, plan, segment)
+    receiver = Receiver(pieces, plan, in_segment(segment))
     for source in plan.stripes:
         receiver.receive(source, digests)
     return receiver.finish()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
+from checkpointless_elastic.state.device import DeviceMemory
 from checkpointless_elastic.state.pieces import Manifest, Piece
 from checkpointless_elastic.state.sharding import EVERYBODY, Ranks
 from checkpointless_elastic.state.transfer import ChunkDigest
 
-__all__ = ["Shared", "Stripe", "block_name", "blocks", "holds", "twins"]
+__all__ = ["Block", "Shared", "Stripe", "block_name", "blocks", "holds", "twins"]
 
 
 class Shared(msgspec.Struct, frozen=True):
@@ -34,25 +36,40 @@ class Shared(msgspec.Struct, frozen=True):
     written: list[str]
 
 
-class Stripe(msgspec.Struct, frozen=True):
-    """One survivor's part of a block: of which block, in which segment, and the digests of its chunks."""
+class Block(NamedTuple):
+    """What pieces of a block have in common: the ranks that hold them, and the type of their device."""
 
-    replicas: Ranks
+    ranks: Ranks
+    device: str
+
+
+class Stripe(msgspec.Struct, frozen=True):
+    """One survivor's part of a block.
+
+    Attributes:
+        block: which one.
+        path: the segment that it is in; empty: it is read where it is.
+        digests: of its chunks.
+        memory: where the pieces of the block are, if they are read there.
+    """
+
+    block: Block
     path: str
     digests: list[ChunkDigest]
+    memory: list[DeviceMemory] = []
 
 
-def blocks(pieces: Sequence[Piece]) -> dict[Ranks, list[Piece]]:
-    """The pieces by the ranks that hold them, in an order that is the same on all these ranks."""
-    found: dict[Ranks, list[Piece]] = {}
+def blocks(pieces: Sequence[Piece]) -> dict[Block, list[Piece]]:
+    """The pieces by block, in an order that is the same on all ranks that hold them."""
+    found: dict[Block, list[Piece]] = {}
     for piece in pieces:
-        found.setdefault(piece.info.replicas, []).append(piece)
+        found.setdefault(Block(piece.info.replicas, piece.info.device), []).append(piece)
     return found
 
 
 def twins(pieces: Sequence[Piece]) -> Ranks:
     """The ranks that hold all of these pieces."""
-    limited = [set(ranks) for ranks in blocks(pieces) if ranks]
+    limited = [set(block.ranks) for block in blocks(pieces) if block.ranks]
     return tuple(sorted(set.intersection(*limited))) if limited else EVERYBODY
 
 
@@ -61,8 +78,8 @@ def holds(ranks: Ranks, rank: int) -> bool:
     return ranks == EVERYBODY or rank in ranks
 
 
-def block_name(ranks: Ranks) -> str:
+def block_name(block: Block) -> str:
     """A file name for a block."""
-    if ranks == EVERYBODY:
-        return "state"
-    return f"state-{hashlib.blake2s(repr(ranks).encode(), digest_size=8).hexdigest()}"
+    if block.ranks == EVERYBODY:
+        return f"state-{block.device}"
+    return f"state-{block.device}-{hashlib.blake2s(repr(block.ranks).encode(), digest_size=8).hexdigest()}"

@@ -1,7 +1,8 @@
-"""What survivors publish for replacements, and how a replacement receives it, on one node through shared memory.
+"""What survivors publish for replacements, and how a replacement receives it, on one node.
 
-Pieces with the same replicas travel together: each such *block* has a segment of its own, which the live ranks that
-hold it fill in stripes. What is not a tensor comes from a *twin*: a rank that holds all that the lost rank held.
+Pieces with the same replicas on the same kind of device travel together: each such *block* has a segment of its own,
+which the live ranks that hold it fill in stripes, or is read where it is (CUDA IPC). What is not a tensor comes from a
+*twin*: a rank that holds all that the lost rank held.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import msgspec
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision
-from checkpointless_elastic.state import arena, digest
+from checkpointless_elastic.state import arena, device, digest
 from checkpointless_elastic.state.pieces import MADE, Piece
 from checkpointless_elastic.state.plan import PieceSize, Plan, plan
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks
-from checkpointless_elastic.state.transfer import Receiver
+from checkpointless_elastic.state.transfer import Receiver, in_segment, vouch
 from checkpointless_elastic.state.transfer import publish as publish_stripe
 from checkpointless_elastic.worker import mirror
-from checkpointless_elastic.worker.blocks import Shared, Stripe, block_name, blocks, holds, twins
+from checkpointless_elastic.worker.blocks import Block, Shared, Stripe, block_name, blocks, holds, twins
 
 if TYPE_CHECKING:
     from checkpointless_elastic.worker.run import Run
@@ -61,19 +62,18 @@ def publish(
     pieces = run.inventory.pieces()
     buckets = run.bucket_orders()
     stripes, segments = [], []
-    for ranks, block in blocks(pieces).items():
-        if not any(holds(ranks, lost) for lost in decision.pending):
+    for block, held in blocks(pieces).items():
+        if not any(holds(block.ranks, lost) for lost in decision.pending):
             continue
-        layout = _layout(block, ranks, decision.sources)
-        stripe = layout.stripes[rank]
-        start = stripe[0].segment_offset if stripe else 0
-        end = stripe[-1].segment_offset + stripe[-1].length if stripe else 0
-        segment = _reserved(run, run_dir, ranks, layout.segment_bytes)
+        layout = _layout(held, block, decision.sources)
+        if block.device == "cuda" and device.shareable(held):
+            stripes.append(Stripe(block, "", vouch(held, layout, rank), device.share(held)))
+            continue
+        segment = _reserved(run, run_dir, block, layout.segment_bytes)
         if segment is None:
-            name = f"{block_name(ranks)}-{decision.generation}"
-            segment = Segment.share(Path(run_dir), name, layout.segment_bytes, start, end - start)
+            segment = _own_part(run_dir, f"{block_name(block)}-{decision.generation}", layout, rank)
             segments.append(segment)
-        stripes.append(Stripe(ranks, str(segment.path), publish_stripe(block, layout, rank, segment)))
+        stripes.append(Stripe(block, str(segment.path), publish_stripe(held, layout, rank, segment)))
     own = twins(pieces)
     speaks = rank == min(source for source in decision.sources if holds(own, source))
     wanted = speaks and any(holds(own, lost) for lost in decision.pending)
@@ -81,12 +81,20 @@ def publish(
     return Publication(stripes, run.signature(), buckets, common), segments
 
 
-def _layout(block: Sequence[Piece], ranks: Ranks, sources: Sequence[int]) -> Plan:
+def _own_part(run_dir: str, name: str, layout: Plan, rank: int) -> Segment:
+    """A segment of which this rank makes the pages of its own stripe."""
+    stripe = layout.stripes[rank]
+    start = stripe[0].segment_offset if stripe else 0
+    end = stripe[-1].segment_offset + stripe[-1].length if stripe else 0
+    return Segment.share(Path(run_dir), name, layout.segment_bytes, start, end - start)
+
+
+def _layout(pieces: Sequence[Piece], block: Block, sources: Sequence[int]) -> Plan:
     """Which of the live ranks that hold a block sends what. StateMismatchError if none lives."""
-    live = [rank for rank in sources if holds(ranks, rank)]
-    layout = plan([PieceSize(piece.info.nbytes) for piece in block], live)
+    live = [rank for rank in sources if holds(block.ranks, rank)]
+    layout = plan([PieceSize(piece.info.nbytes) for piece in pieces], live)
     if layout.unsourced:
-        raise StateMismatchError(f"no survivor holds {block[layout.unsourced[0]].key}")
+        raise StateMismatchError(f"no survivor holds {pieces[layout.unsourced[0]].key}")
     return layout
 
 
@@ -96,20 +104,22 @@ def reserve(run: Run, run_dir: str, rank: int, count: int) -> None:
     ``count``: ranks on this node; they are taken to hold as much as this one.
     """
     pieces = run.inventory.pieces()
-    room, held = os.statvfs(run_dir), blocks(pieces)
-    everybody = range(int(os.environ["WORLD_SIZE"]))
-    layouts = {ranks: _layout(block, ranks, ranks or everybody) for ranks, block in held.items()}
-    share = sum(layout.segment_bytes / len(ranks or everybody) for ranks, layout in layouts.items())
+    room, everybody = os.statvfs(run_dir), tuple(range(int(os.environ["WORLD_SIZE"])))
+    layouts = {
+        block: _layout(held, block, block.ranks or everybody)
+        for block, held in blocks(pieces).items()
+        if block.device != "cuda"
+    }
+    share = sum(layout.segment_bytes / len(block.ranks or everybody) for block, layout in layouts.items())
     limit = min(RESERVE_LIMIT, room.f_bavail * room.f_frsize // 4)
     _write_expected(Path(run_dir), rank, pieces)
-    for ranks, layout in layouts.items():
+    for block, layout in layouts.items():
         if not layout.segment_bytes or share * count > limit:
             continue
-        holders = ranks or tuple(everybody)
+        holders, name = block.ranks or everybody, block_name(block)
         at = holders.index(rank)
         low = layout.segment_bytes * at // len(holders)
         high = layout.segment_bytes * (at + 1) // len(holders)
-        name = block_name(ranks)
         run.reserved[name] = Segment.share(Path(run_dir), name, layout.segment_bytes, low, high - low)
         run.reserved[name].populate(write=True)
 
@@ -143,9 +153,9 @@ def _get_ready(make_pages: Callable[[], None]) -> None:
     make_pages()
 
 
-def _reserved(run: Run, run_dir: str, ranks: Ranks, nbytes: int) -> Segment | None:
+def _reserved(run: Run, run_dir: str, block: Block, nbytes: int) -> Segment | None:
     """The reserved memory, if it is there and large enough; the same answer on all ranks of the node."""
-    name = block_name(ranks)
+    name = block_name(block)
     path = Path(run_dir) / name
     if not path.exists() or path.stat().st_size < nbytes:
         return None
@@ -180,34 +190,41 @@ def receive(
     """Fill this replacement's state from live replicas, else from mirrors, verified; bytes that were copied."""
     run.inventory.adopt(common.manifest)
     moved = 0
-    for ranks, block in blocks(run.inventory.pieces()).items():
-        live = [rank for rank in decision.sources if holds(ranks, rank)]
+    for block, held in blocks(run.inventory.pieces()).items():
+        live = [rank for rank in decision.sources if holds(block.ranks, rank)]
         if live:
-            layout = plan([PieceSize(piece.info.nbytes) for piece in block], live)
-            parts = {rank: _stripe(publications[rank], ranks) for rank in layout.stripes}
+            layout = plan([PieceSize(piece.info.nbytes) for piece in held], live)
+            parts = {rank: _stripe(publications[rank], block) for rank in layout.stripes}
         else:
-            keeper = mirror.lead(ranks)
-            layout = mirror.layout(block, keeper)
-            parts = {keeper: mirror.find(run_dir, keeper, decision.step).stripe(ranks)}
-        moved += _fill(block, layout, parts)
+            keeper = mirror.lead(block)
+            layout = mirror.layout(held, keeper)
+            parts = {keeper: mirror.find(run_dir, keeper, decision.step).stripe(block)}
+        moved += _fill(held, layout, parts)
     run.inventory.load_meta(common.manifest)
     return moved
 
 
-def _fill(block: list[Piece], layout: Plan, parts: dict[int, Stripe]) -> int:
+def _fill(pieces: list[Piece], layout: Plan, parts: dict[int, Stripe]) -> int:
+    """Bytes that were copied, from one segment or from the devices of the sources."""
     paths = {part.path for part in parts.values()}
     if len(paths) != 1:
         raise StateMismatchError(f"the survivors published in different places: {sorted(paths)}")
-    segment = Segment.open(Path(paths.pop()), layout.segment_bytes)
-    receiver = Receiver(block, layout, segment)
+    path = paths.pop()
+    if path:
+        with Segment.open(Path(path), layout.segment_bytes) as segment:
+            return _receive(Receiver(pieces, layout, in_segment(segment)), parts)
+    opened = {rank: device.Opened(part.memory) for rank, part in parts.items()}
+    return _receive(Receiver(pieces, layout, lambda source, chunk: opened[source].read(chunk)), parts)
+
+
+def _receive(receiver: Receiver, parts: dict[int, Stripe]) -> int:
     for rank, part in parts.items():
         receiver.receive(rank, part.digests)
-    segment.close()
     return receiver.finish().nbytes
 
 
-def _stripe(publication: Publication, ranks: Ranks) -> Stripe:
+def _stripe(publication: Publication, block: Block) -> Stripe:
     for stripe in publication.stripes:
-        if stripe.replicas == ranks:
+        if stripe.block == block:
             return stripe
-    raise StateMismatchError(f"a survivor does not hold what ranks {list(ranks)} should share with it")
+    raise StateMismatchError(f"a survivor does not hold what ranks {list(block.ranks)} should share with it")

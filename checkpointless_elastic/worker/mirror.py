@@ -23,10 +23,9 @@ from checkpointless_elastic.protocol.mirrors import is_due
 from checkpointless_elastic.state.pieces import OPTIMIZER, PARAMETER, Piece, carrier, make_tensor
 from checkpointless_elastic.state.plan import PieceSize, Plan, plan
 from checkpointless_elastic.state.segment import Segment
-from checkpointless_elastic.state.sharding import Ranks
 from checkpointless_elastic.state.slot import Content, Slot
 from checkpointless_elastic.state.transfer import publish
-from checkpointless_elastic.worker.blocks import Shared, Stripe, block_name, blocks, twins
+from checkpointless_elastic.worker.blocks import Block, Shared, Stripe, block_name, blocks, twins
 from checkpointless_elastic.worker.packing import pack, unpack
 from checkpointless_elastic.worker.private import PrivateState
 
@@ -64,28 +63,27 @@ class Entry(msgspec.Struct, frozen=True):
         """The private state of then."""
         return unpack(Content(self.private, self.parts), PrivateState, PrivateState.states)
 
-    def stripe(self, ranks: Ranks) -> Stripe:
-        """The block of these ranks. StateMismatchError if it is not kept here."""
+    def stripe(self, block: Block) -> Stripe:
+        """A block. StateMismatchError if it is not kept here."""
         for stripe in self.stripes:
-            if stripe.replicas == ranks:
+            if stripe.block == block:
                 return stripe
-        raise StateMismatchError(
-            f"the mirror of step {self.step} does not hold what ranks {list(ranks)} share"
-        )
+        ranks = list(block.ranks)
+        raise StateMismatchError(f"the mirror of step {self.step} does not hold what ranks {ranks} share")
 
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Entry).decode
 
 
-def lead(ranks: Ranks) -> int:
+def lead(block: Block) -> int:
     """The rank that keeps a block."""
-    return ranks[0] if ranks else 0
+    return block.ranks[0] if block.ranks else 0
 
 
-def layout(block: Sequence[Piece], rank: int) -> Plan:
+def layout(pieces: Sequence[Piece], rank: int) -> Plan:
     """A block as one rank has it in its mirror."""
-    return plan([PieceSize(piece.info.nbytes) for piece in block], [rank])
+    return plan([PieceSize(piece.info.nbytes) for piece in pieces], [rank])
 
 
 def _path(run_dir: str, rank: int) -> str:
@@ -132,8 +130,11 @@ class Mirror:
         if self._pool is None or not is_due(step, self._every) or step in self._whole:
             return
         pieces = self._run.inventory.pieces()
-        kept = {ranks: block for ranks, block in blocks(pieces).items() if lead(ranks) == self._rank}
-        copies = {ranks: list(map(_still, block)) for ranks, block in kept.items()}
+        copies = {
+            block: list(map(_still, held))
+            for block, held in blocks(pieces).items()
+            if lead(block) == self._rank
+        }
         content = pack(private)
         numbers = {number for state in private.states() if state for number in state.numbers()}
         entry = Entry(
@@ -158,7 +159,7 @@ class Mirror:
             self._whole = {at: data for at, data in _entries(self._run_dir, self._rank).items() if at <= step}
             self._write()
 
-    def _copy(self, entry: Entry, copies: dict[Ranks, list[Piece]]) -> None:
+    def _copy(self, entry: Entry, copies: dict[Block, list[Piece]]) -> None:
         """On the thread of the pool."""
         try:
             self._keep(entry, copies)
@@ -171,20 +172,20 @@ class Mirror:
                 error,
             )
 
-    def _keep(self, entry: Entry, copies: dict[Ranks, list[Piece]]) -> None:
+    def _keep(self, entry: Entry, copies: dict[Block, list[Piece]]) -> None:
         """The older of two mirrors is given up first."""
         while len(self._whole) > 1:
             del self._whole[min(self._whole)]
         self._write()
         watched = [
-            tensor for block in copies.values() for piece in block for tensor in (piece.tensor, piece.outer)
+            tensor for held in copies.values() for piece in held for tensor in (piece.tensor, piece.outer)
         ]
         versions = list(map(_version, watched))
         used = {stripe.path for data in self._whole.values() for stripe in _decode(data).stripes}
-        for ranks, block in copies.items():
-            whole = layout(block, self._rank)
-            segment = self._segment(block_name(ranks), whole.segment_bytes, used)
-            entry.stripes.append(Stripe(ranks, str(segment.path), publish(block, whole, self._rank, segment)))
+        for block, held in copies.items():
+            whole = layout(held, self._rank)
+            segment = self._segment(block_name(block), whole.segment_bytes, used)
+            entry.stripes.append(Stripe(block, str(segment.path), publish(held, whole, self._rank, segment)))
         if list(map(_version, watched)) != versions:
             logger.warning(
                 "[rank %d] the mirror of step %d is torn, since a parameter was written before the optimizer's step",

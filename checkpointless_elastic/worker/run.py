@@ -21,7 +21,7 @@ from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks, group_ranks
 from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
 from checkpointless_elastic.worker import gate, private_tensors, rng, session
-from checkpointless_elastic.worker.blocks import Shared, blocks
+from checkpointless_elastic.worker.blocks import Shared
 from checkpointless_elastic.worker.channel import AgentGone
 from checkpointless_elastic.worker.recovery import Recovery
 
@@ -258,7 +258,9 @@ class Run:
     def _held(self) -> tuple[list[list[int]], dict[str, tuple[int, int]]]:
         """What replicas must agree on; gradients may be each rank's own until they are reduced."""
         pieces = [p for p in self.inventory.pieces() if p.info.role != GRADIENT and p.key not in self.private]
-        claims = {ranks: number for number, ranks in enumerate(blocks(pieces))}
+        claims = {
+            ranks: number for number, ranks in enumerate(dict.fromkeys(p.info.replicas for p in pieces))
+        }
         return [list(ranks) for ranks in claims], {
             piece.key: (claims[piece.info.replicas], digest(piece.tensor)) for piece in pieces
         }

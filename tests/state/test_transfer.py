@@ -17,7 +17,7 @@ from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.pieces import Manifest, Piece
 from checkpointless_elastic.state.plan import PieceSize, Plan, plan
 from checkpointless_elastic.state.segment import Segment
-from checkpointless_elastic.state.transfer import ChunkDigest, Receiver, publish, restore
+from checkpointless_elastic.state.transfer import ChunkDigest, Receiver, in_segment, publish, restore
 from tests.state.worlds import World, batches, bits, build
 
 _ADAMW = functools.partial(optim.AdamW, lr=0.01)
@@ -112,7 +112,7 @@ def test_a_stripe_that_was_not_published_is_named(tmp_path: Path) -> None:
 def test_a_transfer_is_not_finished_before_all_sources_are_received(tmp_path: Path) -> None:
     layout, segment, digests = _published(tmp_path, [1, 4])
     with segment:
-        receiver = Receiver(_large(), layout, segment)
+        receiver = Receiver(_large(), layout, in_segment(segment))
         receiver.receive(4, digests)
         with pytest.raises(StateMismatchError, match=r"ranks \[1\] never arrived"):
             receiver.finish()
