@@ -78,6 +78,7 @@ class Coordinator:
         self.decision: Decision | None = (
             None  # in force while a recovery goes on, for workers that connect late
         )
+        self._ran = generation  # the newest generation that the job ran in
         self.resumed = False  # a recovery has ended and its first step is not yet committed
         self._max_faults = max_faults_per_step
         self._faults_since_commit = 0
@@ -230,7 +231,8 @@ class Coordinator:
         return Freeze(self.generation, sorted(self.lost), sorted(self.left))
 
     def _left_early(self, event: LeftEarly) -> list[Action]:
-        if event.generation != self.generation or event.rank in self.left:
+        """Also of an older generation: the rank has not run since, as long as the job has not."""
+        if event.generation <= self._ran or event.rank in self.left | self.lost:
             return []
         self.left.add(event.rank)
         return [Broadcast(self._freeze())]
@@ -304,6 +306,7 @@ class Coordinator:
         details: dict[str, object] = {"reports": dict(self._reports[Stage.REBUILT])}
         self.state = State.RUNNING
         self.lost, self.left, self.resumed, self.decision = set(), set(), True, None
+        self._ran = self.generation
         self._reports = {}
         return [Reached(self.generation, "resumed", details), Broadcast(Resume(self.generation))]
 
