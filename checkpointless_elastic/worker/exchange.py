@@ -227,10 +227,10 @@ def bucket_orders(publications: dict[int, Publication], twins: Ranks) -> list[by
     return orders[lowest]
 
 
-def receive(run: Run, decision: Decision, publications: dict[int, Publication], common: Shared) -> int:
-    """Fill this replacement's state from the segments, verified; bytes that were copied."""
+def receive(run: Run, decision: Decision, publications: dict[int, Publication], common: Shared) -> tuple[int, float]:
+    """Fill this replacement's state from the segments; bytes, and seconds in which they were copied and verified."""
     run.inventory.adopt(common.manifest)
-    moved = 0
+    moved, seconds = 0, 0.0
     for ranks, block in blocks(run.inventory.pieces()).items():
         layout = _layout(block, ranks, decision.sources)
         parts = {rank: _stripe(publications[rank], ranks) for rank in layout.stripes}
@@ -241,10 +241,11 @@ def receive(run: Run, decision: Decision, publications: dict[int, Publication], 
         receiver = Receiver(block, layout, segment)
         for rank, part in parts.items():
             receiver.receive(rank, part.digests)
-        moved += receiver.finish().nbytes
+        report = receiver.finish()
+        moved, seconds = moved + report.nbytes, seconds + report.seconds
         segment.close()
     run.inventory.load_meta(common.manifest)
-    return moved
+    return moved, seconds
 
 
 def _stripe(publication: Publication, ranks: Ranks) -> Stripe:

@@ -203,7 +203,7 @@ class Recovery:
     def _restore(self, decision: Decision, publications: dict[int, Publication]) -> None:
         started = time.perf_counter()
         twin = shared(publications, self._session.rank)
-        moved = receive(self._run, decision, publications, twin)
+        moved, copying = receive(self._run, decision, publications, twin)
         self._run.adopt(twin, bucket_orders(publications, twin.twins))
         self._replica_value = twin.last_value
         self._groups = {rank: publication.groups for rank, publication in publications.items()}
@@ -211,7 +211,7 @@ class Recovery:
             self._take_private(decision.step)
         self._session.step = decision.step
         self._run.restore_private(self._private_tensors())
-        self._restored = RestoredReport(moved, time.perf_counter() - started)
+        self._restored = RestoredReport(moved, time.perf_counter() - started, copying)
 
     def _take_private(self, step: int) -> None:
         """Adopt the lost rank's own state: its cursor, and the random state to join with."""
