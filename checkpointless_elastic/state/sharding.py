@@ -41,6 +41,7 @@ EVERYBODY: Ranks = ()
 _ddp_ranks: weakref.WeakKeyDictionary[nn.Module, Ranks] = (
     weakref.WeakKeyDictionary()
 )  # a group may be destroyed
+_mesh_tensors: weakref.WeakKeyDictionary[Any, torch.Tensor] = weakref.WeakKeyDictionary()
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 
 
@@ -119,7 +120,14 @@ def replicas(tensor: torch.Tensor) -> Ranks:
         slice(None) if placement.is_replicate() else place
         for placement, place in zip(spec.placements, here, strict=True)
     )
-    return normal(spec.mesh.mesh[index].flatten().tolist())
+    return normal(_mesh_tensor(spec.mesh)[index].flatten().tolist())
+
+
+def _mesh_tensor(mesh: Any) -> torch.Tensor:
+    """The ranks of a mesh; a mesh itself does not know them any more once the script has left its process group."""
+    if mesh not in _mesh_tensors:
+        _mesh_tensors[mesh] = mesh.mesh
+    return _mesh_tensors[mesh]
 
 
 def mesh_ranks(tensors: Iterable[torch.Tensor]) -> Ranks | None:
@@ -128,7 +136,7 @@ def mesh_ranks(tensors: Iterable[torch.Tensor]) -> Ranks | None:
     The smallest mesh counts: what is not sharded in a model is the same on at least those ranks.
     """
     found = {id(mesh): mesh for tensor in tensors if is_sharded(tensor) for mesh in [tensor._spec.mesh]}  # type: ignore[attr-defined]
-    ranks: list[list[int]] = [mesh.mesh.flatten().tolist() for mesh in found.values()]
+    ranks: list[list[int]] = [_mesh_tensor(mesh).flatten().tolist() for mesh in found.values()]
     smallest = min(ranks, key=len, default=None)
     return None if smallest is None else normal(smallest)
 
