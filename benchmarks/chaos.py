@@ -263,7 +263,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if options.layout == "fsdp" and not options.mirror_every:
-        parser.error("With fsdp a lost rank's shard is nowhere else: give --mirror-every K to keep mirrors of it.")
+        parser.error(
+            "With fsdp a lost rank's shard is nowhere else: give --mirror-every K to keep mirrors of it."
+        )
     return options
 
 

@@ -154,9 +154,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(
-        prefix="transfer-", dir=shared if shared.is_dir() else None
-    ) as folder:
+    with tempfile.TemporaryDirectory(prefix="transfer-", dir=shared if shared.is_dir() else None) as folder:
         report = report_of(options, measure(options, folder))
     rates = report["gigabytes_per_second"]
     assert isinstance(rates, dict)

@@ -24,7 +24,12 @@ def copy_seconds(source: Tensor, target: Tensor, threads: int = 1) -> float:
         target.copy_(source)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda pair: pair[1].copy_(pair[0]), zip(source.split(PART), target.split(PART), strict=True)))
+            list(
+                pool.map(
+                    lambda pair: pair[1].copy_(pair[0]),
+                    zip(source.split(PART), target.split(PART), strict=True),
+                )
+            )
     return perf_counter() - started
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from harness.layouts import Holders, survivable
 from jobs.faults import CLOCK, KINDS, READY, Fault
+
+from harness.layouts import Holders, survivable
 
 MOMENTS = (
     CLOCK,

@@ -227,7 +227,9 @@ def bucket_orders(publications: dict[int, Publication], twins: Ranks) -> list[by
     return orders[lowest]
 
 
-def receive(run: Run, decision: Decision, publications: dict[int, Publication], common: Shared) -> tuple[int, float]:
+def receive(
+    run: Run, decision: Decision, publications: dict[int, Publication], common: Shared
+) -> tuple[int, float]:
     """Fill this replacement's state from the segments; bytes, and seconds in which they were copied and verified."""
     run.inventory.adopt(common.manifest)
     moved, seconds = 0, 0.0
