@@ -237,7 +237,7 @@ class Session:
             return True
 
     def left_early(self) -> None:
-        """This rank left its void attempt through an exception: groups it shares with survivors are affected too."""
+        """This rank left its void attempt through an exception, or did not begin it: survivors may wait for it."""
         if self.registry.has_live_groups():
             self.channel.control.send(Left(self.frozen))
 
@@ -268,6 +268,7 @@ class Session:
         if self.shadow and self.recovery is not None:
             self.recovery.join()
         else:
+            self.left_early()
             self.settle()
 
     def record(self, entry: LoggedCollective) -> None:
