@@ -6,8 +6,13 @@ Ranks die by SIGKILL, segmentation fault, os._exit, exception and a kill with fu
 loaded, in forward, in backward, between ready and commit, inside optimizer.step(), after the gate, in
 evaluation, in checkpoint saving, in the last step, after the loop, and by wall clock from outside. The seed
 draws the schedule. Parameters, optimizer state, scheduler and all random number generators are compared bit
-for bit at the end. Exit code 0 only if every fault was survived and the comparison holds. A --script of yours
-is struck by wall clock only, and judged by its files:"""
+for bit at the end. Exit code 0 only if every fault was survived and the comparison holds.
+
+--layout spreads the model over the ranks: shards, tensor and pipeline parallel. Each part then keeps a living rank,
+whatever strikes at once ("all but one" is as many ranks as that allows), so that no fault needs the job to start
+over. With fsdp each rank has a part that no other has: only mirrors can bring it back (--mirror-every).
+
+A --script of yours is struck by wall clock only, and judged by its files:"""
 
 from __future__ import annotations
 
@@ -25,6 +30,7 @@ from pathlib import Path
 import harness
 import psutil
 from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan, ignore_gone
+from harness.layouts import LAYOUTS, Holders, holders, survivable
 from harness.machine import provenance
 from harness.recoveries import Recovery, read_recoveries
 from harness.report import write_json
@@ -167,15 +173,41 @@ def end_of(logs: Logs, fault: Fault, struck_ns: int) -> int | None:
     return max(min(times) for times in later) if all(later) else None
 
 
+def parts_of(options: argparse.Namespace) -> Holders | None:
+    """Which ranks hold the same, for the schedule; None where any living rank is enough."""
+    if options.layout == "ddp" or options.mirror_every:
+        return None
+    return holders(options.layout, options.ranks)
+
+
+def plans(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan, Plan]:
+    """The run without faults, and the struck one."""
+    environment = {"BENCH_LAYOUT": options.layout}
+    calm = Plan(
+        TORCHRUN, options.script, folder / "calm", options.ranks, steps, environment=dict(environment)
+    )
+    if options.mirror_every:
+        environment["CHECKPOINTLESS_MIRROR_EVERY"] = str(options.mirror_every)
+    struck = Plan(
+        OURS,
+        options.script,
+        folder / "struck",
+        options.ranks,
+        steps,
+        max_restarts=options.faults,
+        environment=environment,
+    )
+    return calm, struck
+
+
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Both runs and their comparison, as the report."""
     steps = options.steps or steps_needed(options.faults)
-    own = options.script != DEFAULT_SCRIPT
-    faults = schedule(options.faults, options.seed, options.ranks, steps, options.kinds, clock_only=own)
-    calm = Plan(TORCHRUN, options.script, folder / "calm", options.ranks, steps)
-    struck = Plan(OURS, options.script, folder / "struck", options.ranks, steps, max_restarts=options.faults)
+    own, parts = options.script != DEFAULT_SCRIPT, parts_of(options)
+    faults = schedule(options.faults, options.seed, options.ranks, steps, options.kinds, own, parts)
+    calm, struck = plans(options, folder, steps)
     print(
-        f"seed {options.seed}: {len(faults)} faults in {steps} steps; first a run without faults ...",
+        f"{options.layout}, seed {options.seed}: {len(faults)} faults in {steps} steps; first a run without faults ...",
         flush=True,
     )
     with Job(calm) as job:
@@ -195,6 +227,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         "survived": survived,
         "equal": not found,
         "longest_interruption_s": max((o.seconds for o in outcomes if o.seconds is not None), default=None),
+        "layout": options.layout,
+        "stranded": sum(not survivable(r.lost_ranks, parts) for r in recoveries) if parts else 0,
         "seed": options.seed,
         "fault_list": [o.entry() for o in outcomes],
         "faults_asked_for": options.faults,
@@ -215,13 +249,24 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=50, help="how many (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="draws the schedule (default 0)")
     parser.add_argument("--ranks", type=int, default=4, help="workers (default 4)")
+    parser.add_argument("--layout", choices=LAYOUTS, default="ddp", help="of the model (default ddp)")
+    parser.add_argument("--mirror-every", type=int, default=0, help="steps between mirrors, for fsdp")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="only these kinds")
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--script", type=Path, default=DEFAULT_SCRIPT, help="another training script")
     parser.add_argument("--steps", type=int, help="BENCH_STEPS (default: what the faults need)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for the struck run (default 600)")
     parser.add_argument("--keep", type=Path, help="keep the jobs' folders here")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    try:
+        holders(options.layout, options.ranks)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.layout == "fsdp" and not options.mirror_every:
+        parser.error(
+            "With fsdp a lost rank's shard is nowhere else: give --mirror-every K to keep mirrors of it."
+        )
+    return options
 
 
 def main() -> int:

@@ -8,6 +8,10 @@ TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without which it does not come back on glo
 torchrun alternate. What each job ends with is compared bit for bit with a run of plain torchrun without a
 fault.
 
+--layout spreads a model of the same size over the ranks in another way; several layouts, as in --layout ddp,hsdp,
+are measured in turns and compared. With fsdp a lost rank's shard is nowhere else: the script is run again from
+its top, and ours gets the checkpoint too.
+
 A script given by --script is judged by the files that it writes:
 """
 
@@ -20,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,13 +32,18 @@ from statistics import median
 
 import harness
 from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan
+from harness.layouts import LAYOUTS, holders
 from harness.machine import provenance
+from harness.memcpy import memcpy_bandwidth
 from harness.recoveries import Recovery, phase_medians, read_recoveries, timeline
 from harness.report import Bar, print_bars, write_json
 from harness.steps import Interruption, interruption, last_line, progress, read_logs
 from harness.weights import folder_differences
 
-DEFAULT_SCRIPT = Path(__file__).parent / "jobs" / "ddp.py"
+JOBS = Path(__file__).parent / "jobs"
+SCRIPTS = {layout: JOBS / ("ddp.py" if layout == "ddp" else "layout.py") for layout in LAYOUTS}
+SLOWER = 2.0  # hsdp may take so many times as long as ddp
+OF_MEMCPY = 0.7
 
 
 @dataclass(frozen=True)
@@ -60,24 +70,29 @@ class Round:
 
 
 class Bench:
-    """Runs the jobs of one measurement in folders below one folder."""
+    """Runs the jobs of one layout in folders below one folder."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, options: argparse.Namespace, layout: str, folder: Path) -> None:
         self.options = options
+        self.layout = layout
         self.folder = folder
         self.random = random.Random(options.seed)
         self.rounds: list[Round] = []
         self.recoveries: list[Recovery] = []
+        self.copies: list[float] = []  # transfers of recoveries, as parts of a plain copy's bandwidth
         self.plain_memory = 0
 
     def plan(self, backend: str, name: str) -> Plan:
         return Plan(
             backend=backend,
-            script=self.options.script,
+            script=self.options.script or SCRIPTS[self.layout],
             folder=self.folder / name,
             ranks=self.options.ranks,
             steps=self.options.steps,
-            checkpoint_every=self.options.checkpoint_every if backend == TORCHRUN else 0,
+            checkpoint_every=self.options.checkpoint_every
+            if backend == TORCHRUN or self.layout == "fsdp"
+            else 0,
+            environment={"BENCH_LAYOUT": self.layout},
         )
 
     def reference(self) -> None:
@@ -103,7 +118,9 @@ class Bench:
         found = folder_differences(self.folder / "reference", job.plan.folder, self.options.ranks)
         for difference in found[:3] if backend == OURS else ():
             print(f"    {difference}", file=sys.stderr)
-        self.recoveries += read_recoveries(job.plan.folder / "recoveries.jsonl")
+        recoveries = read_recoveries(job.plan.folder / "recoveries.jsonl")
+        self.recoveries += recoveries
+        self.copies += [of_memcpy(recovery) for recovery in recoveries if recovery.transfer_seconds]
         return Round(backend, rank, cost.seconds, cost.step, cost.lost_steps, memory, not found)
 
     def judge(self, folder: Path, killed_ns: int) -> Interruption:
@@ -114,18 +131,15 @@ class Bench:
             )
         return cost
 
-    def run(self) -> None:
-        print("a run without a fault, by plain torchrun ...", flush=True)
-        self.reference()
-        for number in range(self.options.repeats):
-            for backend in (OURS, TORCHRUN):
-                result = self.measure(backend, number)
-                self.rounds.append(result)
-                print(
-                    f"round {number + 1} {backend:<15} rank {result.rank} killed: {result.seconds:7.3f} s, "
-                    f"{result.lost_steps} step(s) done again, {'equal' if result.equal else 'not equal'}",
-                    flush=True,
-                )
+    def round(self, number: int) -> None:
+        for backend in (OURS, TORCHRUN):
+            result = self.measure(backend, number)
+            self.rounds.append(result)
+            print(
+                f"round {number + 1} {self.layout} {backend:<15} rank {result.rank} killed: {result.seconds:7.3f} s, "
+                f"{result.lost_steps} step(s) done again, {'equal' if result.equal else 'not equal'}",
+                flush=True,
+            )
 
     def of(self, backend: str) -> list[Round]:
         return [result for result in self.rounds if result.backend == backend]
@@ -135,6 +149,7 @@ class Bench:
         ours_s, theirs_s = (median(r.seconds for r in rounds) for rounds in (ours, theirs))
         beyond = (median(r.memory for r in ours) - self.plain_memory) / self.options.ranks
         return {
+            "layout": self.layout,
             "ours_median_s": ours_s,
             "torchrun_median_s": theirs_s,
             "ratio": theirs_s / ours_s,
@@ -144,10 +159,26 @@ class Bench:
             "memory_per_worker_mib": round(beyond / 2**20, 1),
             "torchrun_lost_steps": median(r.lost_steps for r in theirs),
             "torchrun_equal": all(r.equal for r in theirs),
+            "rungs": dict(Counter(str(recovery.rung) for recovery in self.recoveries)),
+            **self.transfers(),
             "ranks": self.options.ranks,
             "rounds": [asdict(result) for result in self.rounds],
             **provenance(),
         }
+
+    def transfers(self) -> dict[str, object]:
+        """Medians over the recoveries."""
+        names = ("groups_kept", "groups_rebuilt", "groups_lazy", "bytes_moved", "transfer_seconds")
+        found: dict[str, object] = {
+            name: median([getattr(recovery, name) for recovery in self.recoveries] or [0]) for name in names
+        }
+        return {**found, "bandwidth_vs_memcpy": median(self.copies) if self.copies else None}
+
+
+def of_memcpy(recovery: Recovery) -> float:
+    """Bytes per second, copied and verified, of those that one thread copies plainly now that the job has ended."""
+    moved = recovery.bytes_moved / len(recovery.lost_ranks)
+    return moved / recovery.transfer_seconds / memcpy_bandwidth(int(moved))
 
 
 def kill(folder: Path, rank: int) -> int:
@@ -161,22 +192,52 @@ def kill(folder: Path, rank: int) -> int:
 
 
 def show(bench: Bench, report: dict[str, object]) -> None:
+    print(f"\n{bench.layout}, answered by rungs {report['rungs']}")
     for recovery in bench.recoveries[-1:]:
-        print(f"\nthe last recovery of ours:\n{timeline(recovery)}")
+        print(f"the last recovery of ours:\n{timeline(recovery)}")
     phases = report["phases"]
     assert isinstance(phases, dict)
     print(
         "\nphase medians: " + ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in phases.items())
     )
+    print(
+        f"process groups of a rank: {report['groups_kept']:g} kept, {report['groups_rebuilt']:g} rebuilt, "
+        f"{report['groups_lazy']:g} left to their first use"
+    )
     print(f"memory per worker beyond the plain job: {report['memory_per_worker_mib']} MiB")
     print(f"torchrun: {report['torchrun_median_s']:.3f} s, ours: {report['ours_median_s']:.3f} s (medians)")
-    print_bars(
-        [
-            Bar("ratio", float(str(report["ratio"])), 20, at_least=True),
-            Bar("our median", float(str(report["ours_median_s"])), 0.30, " s"),
-        ]
-    )
+    bars = [
+        Bar("ratio", float(str(report["ratio"])), 20, at_least=True),
+        Bar("our median", float(str(report["ours_median_s"])), 0.30, " s"),
+    ]
+    if report["bandwidth_vs_memcpy"] is not None:
+        name = f"transfer of {int(float(str(report['bytes_moved']))) >> 20} MiB, of a plain copy's bandwidth"
+        bars.append(Bar(name, float(str(report["bandwidth_vs_memcpy"])), OF_MEMCPY, at_least=True))
+    print_bars(bars)
     print("equal" if report["equal"] else "not equal")
+
+
+def together(reports: dict[str, dict[str, object]]) -> dict[str, object]:
+    """One report of all layouts; that of a single one as it is. Prints how they compare."""
+    if len(reports) == 1:
+        return next(iter(reports.values()))
+    first, *others = reports
+    slower = {
+        layout: float(str(reports[layout]["ours_median_s"])) / float(str(reports[first]["ours_median_s"]))
+        for layout in others
+    }
+    print()
+    print_bars([Bar(f"{layout}, times as long as {first}", slower[layout], SLOWER) for layout in others])
+    return {"layouts": reports, "times_as_long": slower, "compared_with": first, **provenance()}
+
+
+def layouts_of(text: str) -> list[str]:
+    """Names of layouts, separated by commas."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in LAYOUTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(LAYOUTS)}")
+    return names
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -185,9 +246,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=f"{__doc__}\n{contract}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=4, help="workers (default 4)")
+    parser.add_argument(
+        "--layout",
+        type=layouts_of,
+        default=["ddp"],
+        help=f"of {', '.join(LAYOUTS)}; several with commas (default ddp)",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each launcher (default 5)")
     parser.add_argument("--json", type=Path, help="write the report here")
-    parser.add_argument("--script", type=Path, default=DEFAULT_SCRIPT, help="another training script")
+    parser.add_argument("--script", type=Path, help="another training script")
     parser.add_argument("--seed", type=int, default=0, help="chooses ranks and moments (default 0)")
     parser.add_argument("--steps", type=int, help="BENCH_STEPS (default 50; 24 with more than 8 ranks)")
     parser.add_argument(
@@ -204,17 +271,29 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     steps, warm_up = (50, 15) if options.ranks <= 8 else (24, 6)
     options.steps = options.steps or steps
     options.warm_up = options.warm_up or min(warm_up, options.steps // 2)
+    for layout in options.layout:
+        try:
+            holders(layout, options.ranks)
+        except ValueError as error:
+            parser.error(str(error))
     return options
 
 
 def main() -> int:
     options = parse()
     with tempfile.TemporaryDirectory(prefix="recovery-time-") as folder:
-        bench = Bench(options, options.keep or Path(folder))
-        bench.run()
-    report = bench.report()
-    show(bench, report)
-    write_json(options.json, report)
+        place = options.keep or Path(folder)
+        benches = [Bench(options, layout, place / layout) for layout in options.layout]
+        print("runs without a fault, by plain torchrun ...", flush=True)
+        for bench in benches:
+            bench.reference()
+        for number in range(options.repeats):
+            for bench in benches:
+                bench.round(number)
+    reports = {bench.layout: bench.report() for bench in benches}
+    for bench in benches:
+        show(bench, reports[bench.layout])
+    write_json(options.json, together(reports))
     return 0
 
 

@@ -24,6 +24,8 @@ class Recovery:
         phases: seconds by phase, in order.
         seconds: from the loss to the first committed step.
         bytes_moved: state that was copied.
+        transfer_seconds: in which it was copied and verified.
+        groups_kept, groups_rebuilt, groups_lazy: process groups of a rank; lazy ones are connected when they are used.
         pids: process of each rank afterwards.
         time: unix time of the loss.
     """
@@ -38,6 +40,10 @@ class Recovery:
     phases: dict[str, float]
     seconds: float
     bytes_moved: int
+    transfer_seconds: float
+    groups_kept: int
+    groups_rebuilt: int
+    groups_lazy: int
     pids: dict[int, int]
     time: float
 
@@ -85,6 +91,10 @@ def _record(raw: dict[str, object]) -> Recovery:
         phases={str(name): float(seconds) for name, seconds in phases.items()},
         seconds=float(str(raw.get("total_seconds", 0.0))),
         bytes_moved=int(str(raw.get("bytes_moved", 0))),
+        transfer_seconds=float(str(raw.get("transfer_seconds", 0.0))),
+        groups_kept=int(str(raw.get("groups_kept", 0))),
+        groups_rebuilt=int(str(raw.get("groups_rebuilt", 0))),
+        groups_lazy=int(str(raw.get("groups_lazy", 0))),
         pids={int(rank): int(pid) for rank, pid in pids.items()},
         time=float(str(raw.get("time", 0.0))),
     )

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from jobs.faults import CLOCK, KINDS, READY, Fault
 
+from harness.layouts import Holders, survivable
+
 MOMENTS = (
     CLOCK,
     "data",
@@ -22,6 +24,8 @@ TARGETS = ("one rank", "one rank", "rank 0", "several", "all but one", "same aga
 SPACING = 3  # steps between two faults
 TAIL = 20  # steps at the end without new faults but for those of the end itself
 REPLACEMENT_MOMENTS = ("start", "built")
+EVERY = {"evaluation": 4, "saving": 7}  # steps between two of these moments in jobs/chaos_job.py
+CLOCK_REACH = 4  # steps that a job may do until the clock strikes
 
 
 def steps_needed(faults: int, per_epoch: int = 10) -> int:
@@ -30,9 +34,19 @@ def steps_needed(faults: int, per_epoch: int = 10) -> int:
 
 
 def schedule(
-    count: int, seed: int, ranks: int, steps: int, kinds: Sequence[str] = KINDS, clock_only: bool = False
+    count: int,
+    seed: int,
+    ranks: int,
+    steps: int,
+    kinds: Sequence[str] = KINDS,
+    clock_only: bool = False,
+    holders: Holders | None = None,
 ) -> list[Fault]:
-    """The faults of one job, ordered by step. The last two strike in the last step and after the loop."""
+    """The faults of one job, ordered by step. The last two strike in the last step and after the loop.
+
+    `holders`: which ranks hold the same. Each of these sets then keeps a living rank, whatever strikes at once; "all
+    but one" is then as many ranks as that allows. None: all hold the same, and faults that meet may take all of them.
+    """
     source = random.Random(seed)
     targets = TARGETS[:-1] if clock_only else TARGETS
     kind_of, moment_of, target_of = (_turns(source, names) for names in (kinds, MOMENTS, targets))
@@ -41,13 +55,45 @@ def schedule(
     step = 0 if not clock_only else 2
     while len(faults) < count - ends:
         moment = CLOCK if clock_only else next(moment_of)
-        faults += _faults(source, len(faults), kind_of, moment, next(target_of), step, ranks, faults)
+        target = next(target_of)
+        chosen = _spared(_ranks(source, target, ranks, faults), source, step, faults, holders)
+        faults += _faults(source, len(faults), kind_of, moment, target, step, chosen)
         step += SPACING + source.choice((-1, 0, 0, 1))
     faults = faults[: count - ends]
     for moment, at in (("forward", steps - 1), ("after the loop", steps))[:ends]:
         kind = next(kind_of)
-        faults.append(Fault(len(faults), kind, moment, at, (source.randrange(ranks),)))
+        chosen = _spared((source.randrange(ranks),), source, at, faults, holders)
+        faults.append(Fault(len(faults), kind, moment, at, chosen))
     return faults
+
+
+def last_step(fault: Fault) -> int:
+    """The last step at which a fault may strike."""
+    every = EVERY.get(fault.moment, 1)
+    return -(-fault.step // every) * every + (CLOCK_REACH if fault.moment == CLOCK else 0)
+
+
+def meeting(step: int, before: Sequence[Fault]) -> set[int]:
+    """Ranks that earlier faults may have taken while one of this step strikes: a recovery ends with a step."""
+    return {rank for fault in before if last_step(fault) + 1 >= step for rank in fault.ranks}
+
+
+def _spared(
+    chosen: tuple[int, ...],
+    source: random.Random,
+    step: int,
+    before: Sequence[Fault],
+    holders: Holders | None,
+) -> tuple[int, ...]:
+    """As many of the chosen ranks as can be lost beside those that may be lost just then; at least one."""
+    if holders is None:
+        return chosen
+    lost = meeting(step, before)
+    kept: list[int] = []
+    for rank in source.sample(chosen, len(chosen)):
+        if survivable(lost | {*kept, rank}, holders):
+            kept.append(rank)
+    return tuple(sorted(kept)) or (source.choice(sorted(lost)),)
 
 
 def _faults(
@@ -57,11 +103,9 @@ def _faults(
     moment: str,
     target: str,
     step: int,
-    ranks: int,
-    before: Sequence[Fault],
+    chosen: tuple[int, ...],
 ) -> list[Fault]:
     """One fault, or two where the second strikes the replacement that the first one causes."""
-    chosen = _ranks(source, target, ranks, before)
     delay = source.uniform(0, 0.1) if moment == CLOCK else 0.003
     first = Fault(number, _kind(kinds, moment), moment, step, chosen, target, delay)
     if target != "replacement":

@@ -18,6 +18,7 @@ from pathlib import Path
 
 KINDS = ("SIGKILL", "SIGSEGV", "exit", "exception", "out-of-memory")
 CLOCK = "clock"  # struck from outside
+SLOW = "slow"  # no fault: the ranks wait for the delay instead
 READY = "ready"  # between ready and commit
 
 
@@ -31,12 +32,12 @@ class Fault:
 
     Attributes:
         number: its place in the schedule.
-        kind: how the ranks die, one of KINDS.
+        kind: how the ranks die, one of KINDS, or SLOW.
         moment: where in the script; CLOCK: at a time instead.
         step: it strikes at this step or, where the moment does not occur in it, the next time that it does.
         ranks: who dies.
         target: why these ranks, in a word.
-        delay: seconds after the step was reached (CLOCK) or after the gate was entered (READY).
+        delay: seconds after the step was reached (CLOCK) or after the gate was entered (READY), or of waiting (SLOW).
         after: number of the fault whose replacement it strikes, or -1.
     """
 
@@ -114,7 +115,9 @@ def waited_for(fault: Fault, ranks: int) -> int:
 
 def strike(fault: Fault) -> None:
     """Ends this process, or raises, as the fault's kind says."""
-    if fault.moment == READY:
+    if fault.kind == SLOW:
+        time.sleep(fault.delay)
+    elif fault.moment == READY:
         threading.Timer(fault.delay, die, (fault.kind,)).start()
     elif fault.kind == "exception":
         raise InjectedError(f"fault {fault.number} of the schedule")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ WIDTH_IN = 32
 
 
 class Block(nn.Module):
-    """A transformer's feed-forward block. `inside` is called in the middle of its forward."""
+    """A transformer's feed-forward block. `inside` is called in its forward."""
 
     def __init__(self, width: int, inside: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -62,6 +63,7 @@ class Parallel:
         model: what the optimizer trains.
         data_rank, data_ranks: which part of the batches this rank computes, of how many.
         compute: loss and backward of one batch; the loss is 0 where another stage knows it.
+        evaluate: the loss without gradients, likewise.
         foreach: whether one call of an optimizer can take all parameters (not if they are on several meshes).
         data_group: ranks that hold the same, where neither DDP nor FSDP says so.
     """
@@ -70,6 +72,7 @@ class Parallel:
     data_rank: int
     data_ranks: int
     compute: Callable[[Tensor], Tensor]
+    evaluate: Callable[[Tensor], Tensor]
     foreach: bool = True
     data_group: DeviceMesh | None = None
 
@@ -94,9 +97,9 @@ def build(layout: str, width: int, blocks: int, inside: Callable[[Tensor], Tenso
     """The model on this rank; the default process group must be there."""
     torch.manual_seed(0)
     layers: list[tuple[str, nn.Module]] = [("first", nn.Linear(WIDTH_IN, width))]
+    watched = (blocks // 4, blocks - 1 - blocks // 4)  # one in each stage of a pipeline
     layers += [
-        (f"block{number}", Block(width, inside if number == blocks // 2 else _same))
-        for number in range(blocks)
+        (f"block{number}", Block(width, inside if number in watched else _same)) for number in range(blocks)
     ]
     layers += [("last", nn.Linear(width, WIDTH_IN))]
     made: Parallel = globals()[f"_{layout}"](layers)
@@ -113,16 +116,21 @@ def _loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return compute
 
 
+def _loss_only(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.no_grad()(lambda batch: nn.functional.mse_loss(model(batch), batch))
+
+
 def _mesh(**sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def _plain(layers: list[tuple[str, nn.Module]], model: nn.Module | None = None) -> Parallel:
-    model = model or DistributedDataParallel(Part(layers))
-    return Parallel(model, dist.get_rank(), dist.get_world_size(), _loss(model))
+def plain(model: nn.Module) -> Parallel:
+    """Data parallel on all ranks, as the model itself does it."""
+    return Parallel(model, dist.get_rank(), dist.get_world_size(), _loss(model), _loss_only(model))
 
 
-_ddp = _plain
+def _ddp(layers: list[tuple[str, nn.Module]]) -> Parallel:
+    return plain(DistributedDataParallel(Part(layers)))
 
 
 def _shard(part: Part, mesh: DeviceMesh) -> Part:
@@ -133,11 +141,11 @@ def _shard(part: Part, mesh: DeviceMesh) -> Part:
 
 
 def _fsdp(layers: list[tuple[str, nn.Module]]) -> Parallel:
-    return _plain(layers, _shard(Part(layers), _mesh(shard=dist.get_world_size())))
+    return plain(_shard(Part(layers), _mesh(shard=dist.get_world_size())))
 
 
 def _hsdp(layers: list[tuple[str, nn.Module]]) -> Parallel:
-    return _plain(layers, _shard(Part(layers), _mesh(replicate=2, shard=dist.get_world_size() // 2)))
+    return plain(_shard(Part(layers), _mesh(replicate=2, shard=dist.get_world_size() // 2)))
 
 
 def _split(part: Part, mesh: DeviceMesh) -> Part:
@@ -156,11 +164,15 @@ def _split(part: Part, mesh: DeviceMesh) -> Part:
 def _tp(layers: list[tuple[str, nn.Module]]) -> Parallel:
     mesh = _mesh(data=dist.get_world_size() // 2, tp=2)
     model = _split(Part(layers), mesh["tp"])
-    return _averaged(model, mesh["data"], _loss(model), foreach=False)
+    return _averaged(model, mesh["data"], _loss(model), _loss_only(model), foreach=False)
 
 
 def _averaged(
-    model: nn.Module, data: DeviceMesh, compute: Callable[[Tensor], Tensor], foreach: bool = True
+    model: nn.Module,
+    data: DeviceMesh,
+    compute: Callable[[Tensor], Tensor],
+    evaluate: Callable[[Tensor], Tensor],
+    foreach: bool = True,
 ) -> Parallel:
     """Data parallel by hand: DDP takes neither DTensors nor, in torch 2.13, the stages of a pipeline."""
 
@@ -171,7 +183,7 @@ def _averaged(
             dist.all_reduce(grad.div_(data.size()), group=data.get_group())
         return loss
 
-    return Parallel(model, data.get_local_rank(), data.size(), compute_and_average, foreach, data)
+    return Parallel(model, data.get_local_rank(), data.size(), compute_and_average, evaluate, foreach, data)
 
 
 def _hsdp_tp(layers: list[tuple[str, nn.Module]]) -> Parallel:
@@ -179,7 +191,8 @@ def _hsdp_tp(layers: list[tuple[str, nn.Module]]) -> Parallel:
     model = _shard(_split(Part(layers), mesh["tp"]), mesh["replicate", "shard"])
     where, sizes = mesh.get_coordinate(), mesh.shape
     assert where is not None
-    return Parallel(model, where[0] * sizes[1] + where[1], sizes[0] * sizes[1], _loss(model), foreach=False)
+    data_rank, data_ranks = where[0] * sizes[1] + where[1], sizes[0] * sizes[1]
+    return Parallel(model, data_rank, data_ranks, _loss(model), _loss_only(model), foreach=False)
 
 
 def _pp(layers: list[tuple[str, nn.Module]]) -> Parallel:
@@ -192,12 +205,13 @@ def _pp(layers: list[tuple[str, nn.Module]]) -> Parallel:
     stage = PipelineStage(part, number, 2, torch.device("cpu"), group=mesh.get_group("stage"))
     schedule = ScheduleGPipe(stage, 2, loss_fn=nn.functional.mse_loss)
 
-    def compute(batch: Tensor) -> Tensor:
+    def run(way: Callable[..., object], batch: Tensor) -> Tensor:
         if number == 0:
-            schedule.step(batch)
+            way(batch)
             return torch.zeros(())
         losses: list[Tensor] = []
-        schedule.step(target=batch, losses=losses)
+        way(target=batch, losses=losses)
         return torch.stack(losses).mean().detach()
 
-    return _averaged(part, data, compute)
+    compute, evaluate = partial(run, schedule.step), partial(run, schedule.eval)
+    return _averaged(part, data, compute, evaluate)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 FOLDER = Path(os.environ.get("BENCH_DIR", "."))
 STEPS = int(os.environ.get("BENCH_STEPS", "100"))
@@ -34,3 +35,19 @@ def save_whole(state: object, path: Path) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)
+
+
+def local_state(holder: nn.Module | torch.optim.Optimizer) -> object:
+    """What this rank holds of a module or an optimizer, without the names that DDP adds."""
+    inner = getattr(holder, "module", holder)
+    return _local(inner.state_dict())
+
+
+def _local(state: object) -> object:
+    if hasattr(state, "to_local"):  # a DTensor
+        return state.to_local()
+    if isinstance(state, dict):
+        return {key: _local(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_local(value) for value in state]
+    return state

@@ -89,6 +89,7 @@ class Recoveries:
         report = msgspec.msgpack.decode(payload, type=RestoredReport)
         self._current.bytes_moved += report.bytes
         self._current.transfer_s = max(self._current.transfer_s, report.seconds)
+        self._current.copying_s = max(self._current.copying_s, report.copying)
 
     def restarting(self, rung: int, reason: str, generation: int, step: int, now: float) -> None:
         """The script is run again from its top; ``step`` would have been the next."""

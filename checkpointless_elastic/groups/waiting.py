@@ -37,8 +37,10 @@ def wait_in_slices(native: Any, link: Any, timeout: timedelta) -> bool:
             done: bool = native.wait(_SLICE)
             return done
         except RuntimeError:
-            over = deadline is not None and time.monotonic() >= deadline
-            if native.is_completed() or link.void or over:
+            if native.is_completed():
+                ended: bool = native.wait()  # perhaps well, in the moment after the slice had passed
+                return ended
+            if link.void or (deadline is not None and time.monotonic() >= deadline):
                 raise
 
 

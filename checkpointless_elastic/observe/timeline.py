@@ -24,7 +24,10 @@ ORDER = ("detect", "repeated", "freeze", "fork", "setup", "transfer", "forward",
 
 @dataclass
 class Recovery:
-    """One recovery while it goes on. Marks are times on a monotonic clock."""
+    """One recovery while it goes on. Marks are times on a monotonic clock.
+
+    ``transfer_s``: of the slowest replacement; ``copying_s``: the part of it in which bytes were copied and verified.
+    """
 
     generation: int
     rung: int
@@ -38,6 +41,7 @@ class Recovery:
     marks: dict[str, float] = field(default_factory=dict)
     causes: dict[int, str] = field(default_factory=dict)
     transfer_s: float = 0.0
+    copying_s: float = 0.0
     bytes_moved: int = 0
     groups_rebuilt: int = 0
     groups_kept: int = 0
@@ -87,6 +91,7 @@ class Recovery:
             "total_seconds": total,
             "bytes_moved": self.bytes_moved,
             "bandwidth": self.bytes_moved / self.transfer_s if self.transfer_s else 0.0,
+            "transfer_seconds": self.copying_s,
             "groups_rebuilt": self.groups_rebuilt,
             "groups_kept": self.groups_kept,
             "groups_lazy": self.groups_lazy,

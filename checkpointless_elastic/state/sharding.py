@@ -123,6 +123,13 @@ def replicas(tensor: torch.Tensor) -> Ranks:
 
 
 @functools.cache
+def _ranks_of(mesh: Any) -> list[int]:
+    """Cached, since a mesh does not know its ranks any more once the script has left its process group."""
+    ranks: list[int] = mesh.mesh.flatten().tolist()
+    return ranks
+
+
+@functools.cache
 def _same_shard(mesh: Any, placements: tuple[Any, ...]) -> Ranks:
     here = zip(placements, mesh.get_coordinate(), strict=True)
     index = tuple(slice(None) if placement.is_replicate() else place for placement, place in here)
@@ -135,7 +142,7 @@ def mesh_ranks(tensors: Iterable[torch.Tensor]) -> Ranks | None:
     The smallest mesh counts: what is not sharded in a model is the same on at least those ranks.
     """
     found = {id(mesh): mesh for tensor in tensors if is_sharded(tensor) for mesh in [tensor._spec.mesh]}  # type: ignore[attr-defined]
-    ranks: list[list[int]] = [mesh.mesh.flatten().tolist() for mesh in found.values()]
+    ranks = [_ranks_of(mesh) for mesh in found.values()]
     smallest = min(ranks, key=len, default=None)
     return None if smallest is None else normal(smallest)
 

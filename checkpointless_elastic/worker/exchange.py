@@ -23,7 +23,7 @@ from checkpointless_elastic.state.pieces import MADE, Piece
 from checkpointless_elastic.state.plan import PieceSize, Plan, plan
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks
-from checkpointless_elastic.state.transfer import Receiver, in_segment, vouch
+from checkpointless_elastic.state.transfer import Receiver, TransferReport, in_segment, vouch
 from checkpointless_elastic.state.transfer import publish as publish_stripe
 from checkpointless_elastic.worker import mirror
 from checkpointless_elastic.worker.blocks import Block, Shared, Stripe, block_name, blocks, holds, twins
@@ -186,10 +186,13 @@ def bucket_orders(publications: dict[int, Publication], twins: Ranks) -> list[by
 
 def receive(
     run: Run, decision: Decision, publications: dict[int, Publication], common: Shared, run_dir: str
-) -> int:
-    """Fill this replacement's state from live replicas, else from mirrors, verified; bytes that were copied."""
+) -> tuple[int, float]:
+    """Fill this replacement's state from live replicas, else from mirrors.
+
+    Gives the bytes, and the seconds in which they were copied and verified.
+    """
     run.inventory.adopt(common.manifest)
-    moved = 0
+    moved, seconds = 0, 0.0
     for block, held in blocks(run.inventory.pieces()).items():
         live = [rank for rank in decision.sources if holds(block.ranks, rank)]
         if live:
@@ -199,13 +202,14 @@ def receive(
             keeper = mirror.lead(block)
             layout = mirror.layout(held, keeper)
             parts = {keeper: mirror.find(run_dir, keeper, decision.step).stripe(block)}
-        moved += _fill(held, layout, parts)
+        report = _fill(held, layout, parts)
+        moved, seconds = moved + report.nbytes, seconds + report.seconds
     run.inventory.load_meta(common.manifest)
-    return moved
+    return moved, seconds
 
 
-def _fill(pieces: list[Piece], layout: Plan, parts: dict[int, Stripe]) -> int:
-    """Bytes that were copied, from one segment or from the devices of the sources."""
+def _fill(pieces: list[Piece], layout: Plan, parts: dict[int, Stripe]) -> TransferReport:
+    """Copy one block, from one segment or from the devices of the sources."""
     paths = {part.path for part in parts.values()}
     if len(paths) != 1:
         raise StateMismatchError(f"the survivors published in different places: {sorted(paths)}")
@@ -217,10 +221,10 @@ def _fill(pieces: list[Piece], layout: Plan, parts: dict[int, Stripe]) -> int:
     return _receive(Receiver(pieces, layout, lambda source, chunk: opened[source].read(chunk)), parts)
 
 
-def _receive(receiver: Receiver, parts: dict[int, Stripe]) -> int:
+def _receive(receiver: Receiver, parts: dict[int, Stripe]) -> TransferReport:
     for rank, part in parts.items():
         receiver.receive(rank, part.digests)
-    return receiver.finish().nbytes
+    return receiver.finish()
 
 
 def _stripe(publication: Publication, block: Block) -> Stripe:

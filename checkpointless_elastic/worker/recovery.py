@@ -224,7 +224,7 @@ class Recovery:
             twin, buckets = kept.shared, kept.buckets
         else:
             buckets = bucket_orders(publications, twin.twins)
-        moved = receive(self._run, decision, publications, twin, run_dir)
+        moved, copying = receive(self._run, decision, publications, twin, run_dir)
         self._run.adopt(twin, buckets)
         self.mirror.continue_at(decision.step)
         self._replica_value = self.last_value = twin.last_value
@@ -233,7 +233,7 @@ class Recovery:
             self._take_private(decision.step, kept)
         self._session.step = decision.step
         self._run.restore_private(self._private_tensors())
-        self._restored = RestoredReport(moved, time.perf_counter() - started)
+        self._restored = RestoredReport(moved, time.perf_counter() - started, copying)
 
     def _take_private(self, step: int, kept: mirror.Entry | None) -> None:
         """Adopt the lost rank's own state: its cursor, and the random state to join with."""

@@ -6,10 +6,17 @@ import msgspec
 
 
 class RestoredReport(msgspec.Struct, frozen=True):
-    """A replacement has its state: bytes copied, seconds for copying and verifying."""
+    """A replacement has its state.
+
+    Attributes:
+        bytes: how many were copied.
+        seconds: for all of it, tensors to be made and objects to be loaded included.
+        copying: seconds of these in which bytes were copied and verified.
+    """
 
     bytes: int
     seconds: float
+    copying: float = 0.0
 
 
 class RebuiltReport(msgspec.Struct, frozen=True):

@@ -12,6 +12,7 @@ from checkpointless_elastic.protocol.events import (
     Broadcast,
     Event,
     ExitedEarly,
+    LeftEarly,
     Lost,
     Overdue,
     Replace,
@@ -24,6 +25,7 @@ from checkpointless_elastic.protocol.events import (
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
+    Freeze,
     Frozen,
     Message,
     Phase,
@@ -165,6 +167,15 @@ def test_a_rank_that_does_not_answer_a_freeze_in_time_is_named() -> None:
     coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING)))
     (action,) = coordinator.handle(Overdue(1, "freezing"))
     assert isinstance(action, Restart) and action.rung == 4 and "ranks [2]" in action.reason
+
+
+def test_who_left_early_is_named_also_when_a_further_loss_came_first() -> None:
+    coordinator = running(ranks=4)
+    coordinator.handle(Lost(2, "was killed"))
+    coordinator.handle(Lost(3, "was killed"))
+    (freeze,) = messages(coordinator.handle(LeftEarly(1, generation=1)))
+    assert freeze == Freeze(2, [2, 3], [1])
+    assert coordinator.handle(LeftEarly(1, generation=2)) == []
 
 
 def test_a_deadline_of_a_state_that_was_left_changes_nothing() -> None:
