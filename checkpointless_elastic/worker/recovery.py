@@ -80,6 +80,7 @@ class Recovery:
                 pipelines.start_over()
                 if session.resumed(self._exchanged):
                     return
+                session.left_early()  # others may have begun the next attempt
             except (Superseded, groups.Superseded):
                 logger.debug("[rank %d] generation %d was superseded", session.rank, self._exchanged)
             except CheckpointlessError as error:

@@ -162,6 +162,8 @@ class Run:
         try:
             while True:
                 if host.is_frozen():
+                    if not self.attempt:
+                        host.left_early()
                     recovery.settle()
                 self.attempt += 1
                 value = self._try(host, recovery, name, function, *guard.arguments())

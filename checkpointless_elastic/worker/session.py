@@ -196,6 +196,7 @@ class Session:
         """Take part in the recovery that is under way; returns when the job runs again. A sync point."""
         if self.recovery is None:
             self.await_end()
+        self.left_early()
         self.recovery.settle()  # type: ignore[union-attr]
 
     def await_end(self) -> None:
@@ -237,7 +238,10 @@ class Session:
             return True
 
     def left_early(self) -> None:
-        """This rank left its void attempt through an exception: groups it shares with survivors are affected too."""
+        """This rank will not issue what survivors may wait for, in groups that have lost nobody: these are affected too.
+
+        It left its void attempt through an exception, or has not begun the one that others are in.
+        """
         if self.registry.has_live_groups():
             self.channel.control.send(Left(self.frozen))
 
