@@ -74,6 +74,7 @@ class Coordinator:
         self.pending: set[int] = set()
         self.lost: set[int] = set()
         self.left: set[int] = set()
+        self._ran = generation  # the generation that last ran
         self.exited: set[int] = set()
         self.decision: Decision | None = (
             None  # in force while a recovery goes on, for workers that connect late
@@ -230,7 +231,8 @@ class Coordinator:
         return Freeze(self.generation, sorted(self.lost), sorted(self.left))
 
     def _left_early(self, event: LeftEarly) -> list[Action]:
-        if event.generation != self.generation or event.rank in self.left:
+        """What a rank left in an older generation of this recovery it has left still."""
+        if event.generation <= self._ran or event.rank in self.left:
             return []
         self.left.add(event.rank)
         return [Broadcast(self._freeze())]
@@ -303,6 +305,7 @@ class Coordinator:
             return []
         details: dict[str, object] = {"reports": dict(self._reports[Stage.REBUILT])}
         self.state = State.RUNNING
+        self._ran = self.generation
         self.lost, self.left, self.resumed, self.decision = set(), set(), True, None
         self._reports = {}
         return [Reached(self.generation, "resumed", details), Broadcast(Resume(self.generation))]
@@ -364,7 +367,8 @@ def _table() -> dict[tuple[State, type[Event]], _Handler]:
         rows[state, Unfit] = Coordinator._nothing if ended else Coordinator._unfit
         rows[state, Overdue] = Coordinator._overdue if state in _RECOVERING else Coordinator._nothing
         rows[state, AllFrozen] = Coordinator._all_frozen if state is State.FREEZING else Coordinator._nothing
-        rows[state, LeftEarly] = Coordinator._left_early if state in _RECOVERING else Coordinator._nothing
+        waits = state in _RECOVERING and state is not State.REBUILDING  # nobody waits for a peer any more there
+        rows[state, LeftEarly] = Coordinator._left_early if waits else Coordinator._nothing
     return rows
 
 

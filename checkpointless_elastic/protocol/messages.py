@@ -78,7 +78,8 @@ class Frozen(Message, frozen=True):
 
 
 class Left(Message, frozen=True):
-    """This rank left its void attempt through an exception: it no longer issues the collectives its peers do."""
+    """This rank does not issue the collectives that its peers may: its void attempt ended in an exception, or it
+    recovers before it has begun it."""
 
     generation: int
 

@@ -70,10 +70,15 @@ class Inventory:
             )
         self._declared[key] = ranks
 
-    def settle(self) -> None:
+    def settle(self, void: bool = False) -> None:
         """Bring all objects to rest, see `Holder.settle`."""
         for holder in self.holders:
-            holder.settle()
+            holder.settle(void)
+
+    def check_start(self) -> None:
+        """Raise ConfigError if a replayable call cannot begin with what the objects hold."""
+        for holder in self.holders:
+            holder.check_start()
 
     def scan(self) -> Scan:
         """Look at all objects again. Costs some µs per tensor; `pieces` and `manifest` do it on their own."""

@@ -128,6 +128,7 @@ class AttemptSnapshot:
     def begin(self, function: object = None) -> None:
         """Start of an attempt. `function` tells replayable functions apart: each learns on its own."""
         self._inventory.settle()
+        self._inventory.check_start()
         if not self._is_current():
             self._view = self._look()
             self._is_current()
@@ -167,6 +168,7 @@ class AttemptSnapshot:
 
         To be called while the attempt is void: at the gate, or after an exception before it.
         """
+        self._inventory.settle(void=True)
         if self.gate():
             names = ", ".join(self._unprepared[:3])
             raise StateMismatchError(

@@ -242,6 +242,7 @@ class Session:
 
         It left its void attempt through an exception, or has not begun the one that others are in.
         """
+        self.freeze_seen.wait()  # the listener has voided the groups of lost ranks
         if self.registry.has_live_groups():
             self.channel.control.send(Left(self.frozen))
 
