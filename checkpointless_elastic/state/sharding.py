@@ -210,7 +210,15 @@ def _parts(root: Any) -> tuple[list[Any], list[Any]]:
 def _accumulated(group: Any) -> bool:
     if getattr(group, "_partial_reduce_output", None) is not None:
         return True
-    return any(param.unsharded_accumulated_grad is not None for param in group.fsdp_params)
+    return any(map(_holds_gradient, group.fsdp_params))
+
+
+def _holds_gradient(param: Any) -> bool:
+    """It stands in one of two places, depending on the dtype in which gradients are reduced."""
+    unsharded = getattr(param, "_unsharded_param", None)
+    if param.unsharded_accumulated_grad is not None:
+        return True
+    return unsharded is not None and unsharded.grad is not None
 
 
 def _param_groups(state: Any) -> list[Any]:
