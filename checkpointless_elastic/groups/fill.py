@@ -22,13 +22,13 @@ def fill_locally(op: Op, call: Call) -> None:
             output.data.zero_()
 
 
-def fill_with_nan(op: Op, call: Call) -> int:
-    """Marks the outputs as worthless: NaN, or zero where the type has none. Returns how many there were."""
+def fill_with_nan(op: Op, call: Call) -> list[torch.Tensor]:
+    """Marks the outputs as worthless: NaN, or zero where the type has none. Returns them."""
     outputs = op.writes(call)
     for output in outputs:
         values = output.data._values() if output.is_sparse else output.data
         values.fill_(float("nan")) if _has_nan(values) else values.zero_()
-    return len(outputs)
+    return outputs
 
 
 def _has_nan(values: torch.Tensor) -> bool:

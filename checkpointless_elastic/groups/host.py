@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 __all__ = ["Host", "LoggedCollective", "Situation"]
 
 
@@ -61,5 +63,5 @@ class Host(Protocol):
     def replay(self, group: str, op: str) -> LoggedCollective | None:
         """In shadow: the next logged collective of this group, or None if there is none left."""
 
-    def void_after_commit(self, count: int) -> None:
-        """So many outputs were filled with NaN (zero for integers) after the gate."""
+    def void_after_commit(self, outputs: list[torch.Tensor]) -> None:
+        """These outputs were filled with NaN (zero for integers) after the gate."""

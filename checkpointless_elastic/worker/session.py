@@ -18,6 +18,7 @@ import traceback
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
+import torch
 
 from checkpointless_elastic.agent.preload import third_party
 from checkpointless_elastic.data.cursor import Cursor
@@ -100,6 +101,8 @@ class Session:
         step: committed steps.
         shadow: this is a replacement that has not joined.
         failed: the script's own exception is on its way out; the slot stays where it was raised.
+        late: a collective was asked for after the gate of the present call.
+        void_memory: addresses of what collectives after its gate left as NaN.
         cursor, resume: see data.loops.LoopHost.
     """
 
@@ -114,7 +117,8 @@ class Session:
         self.phase = Phase.COMPUTING
         self.in_call = False
         self.committed = False
-        self.void_outputs = 0
+        self.void_memory: set[int] = set()
+        self.late = False
         self.failed = False
         self._loaded = {name.partition(".")[0] for name in sys.modules}
         self.slot = Slot.open(slot_path(run_dir, rank))
@@ -257,7 +261,10 @@ class Session:
     def situation(self) -> Situation:
         """How a collective that cannot run for real is answered now."""
         if self.in_call:
-            return Situation.COMMITTED if self.committed else Situation.ATTEMPT
+            if not self.committed:
+                return Situation.ATTEMPT
+            self.late = True
+            return Situation.COMMITTED
         return Situation.STARTUP if self.step == 0 else Situation.OUTSIDE
 
     def is_frozen(self) -> bool:
@@ -296,9 +303,9 @@ class Session:
         queue = self._log.get(group)
         return queue.pop(0) if queue else None
 
-    def void_after_commit(self, count: int) -> None:
+    def void_after_commit(self, outputs: list[torch.Tensor]) -> None:
         """Outputs of collectives after the gate that were filled with NaN."""
-        self.void_outputs += count
+        self.void_memory.update(output.untyped_storage().data_ptr() for output in outputs)
 
     # ---- data.loops.LoopHost
 

@@ -62,8 +62,8 @@ class MemoryHost:
                 return self.old_log.pop(index)
         return None
 
-    def void_after_commit(self, count: int) -> None:
-        self.nan_outputs += count
+    def void_after_commit(self, outputs: list[torch.Tensor]) -> None:
+        self.nan_outputs += len(outputs)
 
 
 @dataclass

@@ -191,7 +191,7 @@ run_job(
         "frozen": frozen,
         "adversary": adversary,
         "compiled": compiled,
-        "adafactor": lambda: communicating(lambda params: torch.optim.Adafactor(params, lr=1e-2)),
+        
         "muon": lambda: communicating(lambda params: torch.optim.Muon(params, lr=1e-2)),
         "checking": checking,
     }
