@@ -367,7 +367,9 @@ def _table() -> dict[tuple[State, type[Event]], _Handler]:
         rows[state, Unfit] = Coordinator._nothing if ended else Coordinator._unfit
         rows[state, Overdue] = Coordinator._overdue if state in _RECOVERING else Coordinator._nothing
         rows[state, AllFrozen] = Coordinator._all_frozen if state is State.FREEZING else Coordinator._nothing
-        waits = state in _RECOVERING and state is not State.REBUILDING  # nobody waits for a peer any more there
+        waits = (
+            state in _RECOVERING and state is not State.REBUILDING
+        )  # nobody waits for a peer any more there
         rows[state, LeftEarly] = Coordinator._left_early if waits else Coordinator._nothing
     return rows
 

@@ -242,7 +242,7 @@ class Session:
             return True
 
     def left_early(self) -> None:
-        """This rank will not issue what survivors may wait for, in groups that have lost nobody: these are affected too.
+        """This rank will not issue what survivors may wait for in groups that lost nobody: these are affected too.
 
         It left its void attempt through an exception, or has not begun the one that others are in.
         """

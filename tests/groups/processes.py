@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
 from torch.distributed import FileStore
 
 from checkpointless_elastic.groups import LoggedCollective, Registry, Situation

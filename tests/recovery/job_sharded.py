@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from experts import experts
 from phases import (
     WIDTH,
     Block,
@@ -97,7 +98,7 @@ class Average(nn.Module):
 
 
 def frozen() -> Kind:
-    """SGD with momentum, frozen base weights, and beside it a replicated head with a moving average."""
+    """SGD with momentum, frozen base weights, and beside it a replicated head with Adafactor and a moving average."""
     model = net()
     for block in (model[0], model[1]):
         block.requires_grad_(False)
@@ -105,7 +106,7 @@ def frozen() -> Kind:
     side = Average()
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
-    other = torch.optim.RMSprop(side.head.parameters(), lr=1e-2)
+    other = torch.optim.Adafactor(side.head.parameters(), lr=1e-2)  # its step is not for sharded tensors
     updating(other)
 
     def step(number: int) -> Tensor:
@@ -191,8 +192,8 @@ run_job(
         "frozen": frozen,
         "adversary": adversary,
         "compiled": compiled,
-        
         "muon": lambda: communicating(lambda params: torch.optim.Muon(params, lr=1e-2)),
         "checking": checking,
+        "experts": experts,
     }
 )

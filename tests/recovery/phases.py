@@ -1,7 +1,7 @@
 """Several ways to train, one after the other in one job of one Run: what the job scripts of sharded models share.
 
-A *kind* is one way to train: its objects, and a step function. All kinds of a job belong to its Run, and each is trained
-for some steps. FAULTS says who dies where, as "kind:rank:step:moment,...", once each.
+A *kind* is one way to train: its objects, and a step function. All kinds of a job belong to its Run, and each is
+trained for some steps. FAULTS says who dies where, as "kind:rank:step:moment,...", once each.
 """
 
 from __future__ import annotations
