@@ -138,7 +138,7 @@ class Holder(ABC):
         """Take over `plain`; the tensors are filled. No live tensor is replaced if the object allows it."""
 
     def settle(self, void: bool = False) -> None:  # noqa: B027
-        """Bring the object to rest, at the start and the gate of an attempt, or to undo one (`void`). Contacts nobody."""
+        """Bring the object to rest: at start and gate of an attempt, or to undo one (`void`). Contacts nobody."""
 
     def check_start(self) -> None:  # noqa: B027
         """Raise ConfigError if the object holds what a replayable call cannot begin with."""

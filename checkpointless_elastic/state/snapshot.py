@@ -113,6 +113,7 @@ class AttemptSnapshot:
         self._versions: list[int] = []
         self._notes: list[Any] = []
         self._unprepared: list[str] = []
+        self._compared: list[str] = []  # by the present attempt, bit by bit
         self._open = False
 
     @property
@@ -139,6 +140,7 @@ class AttemptSnapshot:
         if known.copies:
             with torch.no_grad():
                 torch._foreach_copy_(known.copies, known.sources)
+        self._compared = []
         self._lists = [(self._values[n], list(self._values[n])) for n in self._view.lists]
         self._gradients.begin()
         self._versions = list(map(_version, self._view.watched))
@@ -177,6 +179,8 @@ class AttemptSnapshot:
             )
         self._put_structure_back()
         known = self._function
+        for key in self._compared:
+            known.checked[key] -= 1  # the gate may move after the first call: two committed calls are compared
         with torch.no_grad():
             if known.copies:
                 torch._foreach_copy_(known.sources, known.copies)
@@ -278,8 +282,8 @@ class AttemptSnapshot:
 
     def _learn(self, keys: set[str]) -> None:
         known = self._function
-        for position in known.learning:
-            key = self._view.pieces[known.indices[position]].key
+        self._compared = [self._view.pieces[known.indices[position]].key for position in known.learning]
+        for key in self._compared:
             known.checked[key] = known.checked.get(key, 0) + 1
         if known.learning or not keys <= known.written:
             known.written |= keys
