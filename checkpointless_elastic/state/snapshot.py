@@ -180,7 +180,9 @@ class AttemptSnapshot:
         self._put_structure_back()
         known = self._function
         for key in self._compared:
-            known.checked[key] -= 1  # the gate may move after the first call: two committed calls are compared
+            known.checked[key] -= (
+                1  # the gate may move after the first call: two committed calls are compared
+            )
         with torch.no_grad():
             if known.copies:
                 torch._foreach_copy_(known.sources, known.copies)

@@ -1,4 +1,4 @@
-"""State that could not come back is refused, in a sentence that says what to use; FSDP2 in the middle is refused too."""
+"""State that could not come back is refused, in a sentence that says what to use instead."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("original", [True, False])
 def test_fsdp1_is_refused_and_fully_shard_is_named(original: bool) -> None:
-    model = FullyShardedDataParallel(
-        nn.Linear(4, 4), use_orig_params=original, device_id=torch.device("cpu")
-    )
+    model = FullyShardedDataParallel(nn.Linear(4, 4), use_orig_params=original, device_id=torch.device("cpu"))
     with pytest.raises(ConfigError, match="model=.*FSDP1.*fully_shard"):
         Inventory({"model": nn.Sequential(model)})
 
