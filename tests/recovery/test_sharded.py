@@ -16,28 +16,28 @@ KINDS = {
     "recompute": ("1:1:forward", "0:2:backward", "2:3:updating", "3:3:between"),
     "frozen": ("0:2:backward", "2:3:between steps", "1:4:updating"),
     "adversary": ("1:1:backward", "2:3:between steps"),
-    "compiled": ("0:2:backward", "3:4:computed"),
+    "compiled": ("0:2:backward",),
     "muon": ("1:2:forward", "0:3:updating", "2:4:stepped"),
     "checking": ("1:1:forward", "0:2:backward", "2:3:between batches"),
-    "experts": ("3:1:forward", "0:2:backward", "2:4:updating"),
+    "experts": ("3:1:forward", "0:2:backward", "2:3:updating"),
 }
 FULL = ("1:1:forward", "0:2:backward", "3:3:updating", "2:4:computed")
 FEW = {
     "llama": ("1:1:forward", "0:3:updating"),
-    "mixtral": ("2:2:backward",),
-    "lora_ddp": ("3:3:updating",),
+    "mixtral": ("0:2:backward",),
+    "lora_ddp": ("1:3:updating",),
     "lora_hsdp": ("1:2:backward",),
 }
 SLOW = os.environ.get("CHECKPOINTLESS_SLOW_TESTS") == "1"
 
 
-def check(faults: dict[str, tuple[str, ...]], script: Path, folder: Path) -> Ended:
+def check(faults: dict[str, tuple[str, ...]], script: Path, folder: Path, ranks: int = 4) -> Ended:
     """Both runs in one go; each rank of each fault must have died, and nothing but rung 1 been taken."""
     kinds = ",".join(faults)
     planned = [f"{kind}:{fault}" for kind, listed in faults.items() for fault in listed]
-    whole = launch(folder / "whole", ranks=4, script=script, KINDS=kinds)
+    whole = launch(folder / "whole", ranks=ranks, script=script, KINDS=kinds)
     assert whole.code == 0, whole.text
-    ended = launch(folder / "lost", ",".join(planned), ranks=4, script=script, KINDS=kinds)
+    ended = launch(folder / "lost", ",".join(planned), ranks=ranks, script=script, KINDS=kinds)
     assert ended.code == 0, ended.text
     died = {path.name for path in ended.out.glob("died-*")}
     late = {fault for fault in planned if fault.endswith(":late")}
@@ -55,4 +55,7 @@ def test_a_lost_rank_of_a_sharded_job_changes_no_bit(tmp_path: Path) -> None:
 def test_a_lost_rank_of_a_job_with_models_of_transformers_changes_no_bit(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("peft", reason="peft is not installed")
-    check(dict.fromkeys(FEW, FULL) if SLOW else FEW, MODELS, tmp_path)
+    if SLOW:
+        check(dict.fromkeys(FEW, FULL), MODELS, tmp_path)
+    else:
+        check(FEW, MODELS, tmp_path, ranks=2)  # two replicas of one shard
