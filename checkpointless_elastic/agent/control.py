@@ -294,8 +294,8 @@ class AgentControl:
         step = self._coordinator.step
         self._recoveries.restarting(action.rung, action.reason, generation, step, time.monotonic())
         self.generation = generation
-        self._fresh = True
-        if not self._workers.restart_all(f"rung {action.rung}: {action.reason}"):
+        self._fresh = self._workers.restart_all(f"rung {action.rung}: {action.reason}")
+        if not self._fresh:  # a replacement that is being forked may still start
             self._recoveries.close()
             self._workers.fail(culprits)
 

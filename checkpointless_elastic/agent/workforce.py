@@ -113,8 +113,8 @@ class LocalWorkforce:
     # ---- Witness ------------------------------
 
     def started(self, child: Child) -> None:
-        """Passed on with the global rank."""
-        if not self._restarting:
+        """Passed on with the global rank, unless all are being stopped anyway."""
+        if not self._restarting and self.verdict is None:
             self._control.started(self.base + child.local_rank, child.incarnation, child.pid, child.token)
 
     def lost(self, child: Child) -> None:

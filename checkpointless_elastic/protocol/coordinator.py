@@ -81,6 +81,7 @@ class Coordinator:
         self.pending: set[int] = set()
         self.lost: set[int] = set()
         self.left: set[int] = set()
+        self._ran = generation  # the generation that last ran
         self.exited: set[int] = set()
         self.decision: Decision | None = (
             None  # in force while a recovery goes on, for workers that connect late
@@ -345,7 +346,7 @@ class Coordinator:
     def _unfit(self, event: Unfit) -> list[Action]:
         if event.rank in self._ended:
             return []
-        if self._mirror_every and event.rank in self.whole and self.state is State.SETTLING:
+        if self._mirror_every and event.rank in self.whole and self.state in (State.FREEZING, State.SETTLING):
             self.state = State.FREEZING
             return self._go_back(self.step, f"rank {event.rank} cannot recover live: {event.reason}")
         return self._end(Restart(3, f"rank {event.rank} cannot recover live: {event.reason}"))
@@ -404,7 +405,10 @@ def _table() -> dict[tuple[State, type[Event]], _Handler]:
         rows[state, Unfit] = Coordinator._nothing if ended else Coordinator._unfit
         rows[state, Overdue] = Coordinator._overdue if state in _RECOVERING else Coordinator._nothing
         rows[state, AllFrozen] = Coordinator._all_frozen if state is State.FREEZING else Coordinator._nothing
-        rows[state, LeftEarly] = Coordinator._left_early if state in _RECOVERING else Coordinator._nothing
+        waits = (
+            state in _RECOVERING and state is not State.REBUILDING
+        )  # nobody waits for a peer any more there
+        rows[state, LeftEarly] = Coordinator._left_early if waits else Coordinator._nothing
     return rows
 
 

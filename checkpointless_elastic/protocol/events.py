@@ -51,7 +51,7 @@ class ExitedEarly(Event):
 
 @dataclass(frozen=True)
 class LeftEarly(Event):
-    """A survivor left its void attempt through an exception."""
+    """A survivor left its void attempt through an exception, or recovers before it began the one others are in."""
 
     rank: int
     generation: int

@@ -7,6 +7,7 @@ here blocks or talks to a peer; all calls belong to the main thread, while no st
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ from checkpointless_elastic.state.pieces import GRADIENT, Manifest, Piece, Piece
 from checkpointless_elastic.state.sharding import Ranks
 
 __all__ = ["Inventory", "Scan"]
+
+_FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +74,15 @@ class Inventory:
             )
         self._declared[key] = ranks
 
-    def settle(self) -> None:
+    def settle(self, void: bool = False) -> None:
         """Bring all objects to rest, see `Holder.settle`."""
         for holder in self.holders:
-            holder.settle()
+            holder.settle(void)
+
+    def check_start(self) -> None:
+        """Raise ConfigError if a replayable call cannot begin with what the objects hold."""
+        for holder in self.holders:
+            holder.check_start()
 
     def scan(self) -> Scan:
         """Look at all objects again. Costs some µs per tensor; `pieces` and `manifest` do it on their own."""
@@ -156,6 +165,8 @@ def _holders(objects: Mapping[str, Any], names: ParamNames) -> Iterator[Holder]:
     """One holder per object, modules first, since they name the parameters."""
     flat = [pair for name, value in objects.items() for pair in _flatten(name, value)]
     for name, value in flat:
+        _refuse(name, value)
+    for name, value in flat:
         if isinstance(value, nn.Module):
             yield ModuleHolder(name, value, names)
     for name, value in flat:
@@ -167,6 +178,27 @@ def _holders(objects: Mapping[str, Any], names: ParamNames) -> Iterator[Holder]:
             yield TensorHolder(name, value)
         elif not isinstance(value, nn.Module):
             yield _other(name, value)
+
+
+def _refuse(name: str, value: Any) -> None:
+    """Raise ConfigError for state that is not where torch shows it, so that it would be missed without a word.
+
+    Read in torch 2.13: FSDP1's parameters are views of flat ones that it swaps, gathers and pads; the state of
+    ZeroRedundancyOptimizer is in an optimizer inside it, on one rank only.
+    """
+    if isinstance(value, nn.Module):
+        fsdp = getattr(sys.modules.get(_FSDP1), "FullyShardedDataParallel", None)
+        if fsdp is not None and any(isinstance(module, fsdp) for module in value.modules()):
+            raise ConfigError(
+                f"Run({name}=...) got a model of FullyShardedDataParallel (FSDP1): shard it with "
+                "torch.distributed.fsdp.fully_shard, on a mesh with a replicated dimension for live recovery."
+            )
+    zero = getattr(sys.modules.get(_ZERO), "ZeroRedundancyOptimizer", None)
+    if zero is not None and isinstance(value, zero):
+        raise ConfigError(
+            f"Run({name}=...) got a ZeroRedundancyOptimizer, which keeps each part of its state on one rank only: use "
+            "a plain optimizer on parameters of fully_shard, on a mesh with a replicated dimension."
+        )
 
 
 def _other(name: str, value: Any) -> Holder:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.errors import ConfigError, StateMismatchError
 from checkpointless_elastic.state import sharding
 from checkpointless_elastic.state.holder import Found, Holder, Maker, ParamNames
 from checkpointless_elastic.state.pieces import BUFFER, PARAMETER
@@ -75,9 +75,17 @@ class ModuleHolder(Holder):
                 return ranks
         return None if sharding.is_sharded(tensor) else self._mesh
 
-    def settle(self) -> None:
+    def settle(self, void: bool = False) -> None:
         for root in self._sharded:
-            sharding.settle(root)
+            sharding.settle(root, void)
+
+    def check_start(self) -> None:
+        if any(map(sharding.accumulates, self._sharded)):
+            raise ConfigError(
+                f"{self.name} holds gradients of an earlier call that are not reduced yet "
+                "(set_requires_gradient_sync(False) or set_requires_all_reduce(False)); they would be lost with their "
+                "rank. Accumulate inside one replayable function."
+            )
 
     def containers(self) -> Iterator[dict[Any, Any]]:
         for module in self._flat:

@@ -24,6 +24,7 @@ __all__ = [
     "EVERYBODY",
     "Ranks",
     "Sharding",
+    "accumulates",
     "ddp_of",
     "fsdp_roots",
     "group_ranks",
@@ -185,15 +186,14 @@ def fsdp_roots(modules: Iterable[nn.Module]) -> list[Any]:
     return found
 
 
-def settle(root: Any) -> None:
+def settle(root: Any, void: bool = False) -> None:
     """Bring an FSDP2 model to rest: nothing gathered, nothing under way, whatever an attempt left it in.
 
-    Contacts nobody. The parameters are those that the optimizer has then. Gradients that were not reduced
-    (`set_requires_gradient_sync(False)`) are dropped.
+    Contacts nobody. The parameters are those that the optimizer has then. `void`: the attempt is undone, so gradients
+    that it has accumulated without reducing them (`set_requires_gradient_sync(False)`) are dropped.
     """
-    states = [module._get_fsdp_state() for module in root.modules() if hasattr(module, "_get_fsdp_state")]
-    groups = [group for state in states for group in _param_groups(state)]
-    if all(map(_at_rest, groups)):
+    states, groups = _parts(root)
+    if all(map(_at_rest, groups)) and not (void and any(map(_accumulated, groups))):
         return
     if states[0]._is_root:
         if not hasattr(root, "reset_iter_state"):
@@ -206,7 +206,33 @@ def settle(root: Any) -> None:
             param.unsharded_accumulated_grad = None
             if getattr(param, "_unsharded_param", None) is not None:
                 param._unsharded_param.grad = None
+        group._partial_reduce_output = None
         group._to_sharded()
+
+
+def accumulates(root: Any) -> bool:
+    """Whether an FSDP2 model holds gradients that were not reduced: they are in no tensor that an optimizer knows."""
+    return any(map(_accumulated, _parts(root)[1]))
+
+
+def _parts(root: Any) -> tuple[list[Any], list[Any]]:
+    """The states and the groups of parameters in a model."""
+    states = [module._get_fsdp_state() for module in root.modules() if hasattr(module, "_get_fsdp_state")]
+    return states, [group for state in states for group in _param_groups(state)]
+
+
+def _accumulated(group: Any) -> bool:
+    if getattr(group, "_partial_reduce_output", None) is not None:
+        return True
+    return any(map(_holds_gradient, group.fsdp_params))
+
+
+def _holds_gradient(param: Any) -> bool:
+    """It stands in one of two places, depending on the dtype in which gradients are reduced."""
+    unsharded = getattr(param, "_unsharded_param", None)
+    if param.unsharded_accumulated_grad is not None:
+        return True
+    return unsharded is not None and unsharded.grad is not None
 
 
 def _param_groups(state: Any) -> list[Any]:

@@ -113,6 +113,7 @@ class AttemptSnapshot:
         self._versions: list[int] = []
         self._notes: list[Any] = []
         self._unprepared: list[str] = []
+        self._compared: list[str] = []  # by the present attempt, bit by bit
         self._open = False
 
     @property
@@ -128,6 +129,7 @@ class AttemptSnapshot:
     def begin(self, function: object = None) -> None:
         """Start of an attempt. `function` tells replayable functions apart: each learns on its own."""
         self._inventory.settle()
+        self._inventory.check_start()
         if not self._is_current():
             self._view = self._look()
             self._is_current()
@@ -138,6 +140,7 @@ class AttemptSnapshot:
         if known.copies:
             with torch.no_grad():
                 torch._foreach_copy_(known.copies, known.sources)
+        self._compared = []
         self._lists = [(self._values[n], list(self._values[n])) for n in self._view.lists]
         self._gradients.begin()
         self._versions = list(map(_version, self._view.watched))
@@ -167,6 +170,7 @@ class AttemptSnapshot:
 
         To be called while the attempt is void: at the gate, or after an exception before it.
         """
+        self._inventory.settle(void=True)
         if self.gate():
             names = ", ".join(self._unprepared[:3])
             raise StateMismatchError(
@@ -175,6 +179,10 @@ class AttemptSnapshot:
             )
         self._put_structure_back()
         known = self._function
+        for key in self._compared:
+            known.checked[key] -= (
+                1  # the gate may move after the first call: two committed calls are compared
+            )
         with torch.no_grad():
             if known.copies:
                 torch._foreach_copy_(known.sources, known.copies)
@@ -276,8 +284,8 @@ class AttemptSnapshot:
 
     def _learn(self, keys: set[str]) -> None:
         known = self._function
-        for position in known.learning:
-            key = self._view.pieces[known.indices[position]].key
+        self._compared = [self._view.pieces[known.indices[position]].key for position in known.learning]
+        for key in self._compared:
             known.checked[key] = known.checked.get(key, 0) + 1
         if known.learning or not keys <= known.written:
             known.written |= keys

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 _active: Call | None = None
 _hooked = False
@@ -26,17 +26,25 @@ class Call:
     """One attempt of one replayable call.
 
     ``commit()`` is called at the gate; it returns once the step is committed, or raises VoidAttempt.
-    ``before_update()`` is called before each update by an optimizer, also of those before the gate.
+    ``before_update()`` is called before each update by an optimizer, also before the gate; ``applied()`` when one has
+    applied its update after the gate.
 
     Attributes:
         optimizer_steps: optimizer steps seen in this attempt.
         committed: the gate was passed.
     """
 
-    def __init__(self, expected: int, commit: Callable[[], None], before_update: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        expected: int,
+        commit: Callable[[], None],
+        before_update: Callable[[], None],
+        applied: Callable[[], None],
+    ) -> None:
         self._expected = expected
         self._commit = commit
         self._before_update = before_update
+        self.applied = applied
         self.optimizer_steps = 0
         self.committed = False
 
@@ -75,6 +83,7 @@ def install() -> None:
     global _hooked
     if not _hooked:
         register_optimizer_step_pre_hook(_before_step)
+        register_optimizer_step_post_hook(_after_step)
         _hooked = True
 
 
@@ -90,6 +99,12 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if "closure" in kwargs:
         return args, {**kwargs, "closure": gated}
     return (args[0], gated, *args[2:]), kwargs
+
+
+def _after_step(_optimizer: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    call = _active
+    if call is not None and call.committed:
+        call.applied()
 
 
 def _gated(closure: Callable[[], Any], call: Call) -> Callable[[], Any]:

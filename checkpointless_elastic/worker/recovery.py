@@ -14,7 +14,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from checkpointless_elastic.data.resume import Join, Resume, Skip
@@ -83,6 +82,7 @@ class Recovery:
                 pipelines.start_over()
                 if session.resumed(self._exchanged):
                     return
+                session.left_early()  # others may have begun the next attempt
             except (Superseded, groups.Superseded):
                 logger.debug("[rank %d] generation %d was superseded", session.rank, self._exchanged)
             except CheckpointlessError as error:
@@ -117,10 +117,6 @@ class Recovery:
             published = session.next_message(Restore, decision.generation).publications
             self._restore(decision, {rank: _decode(data) for rank, data in published.items()})
         else:
-            if session.torn:
-                raise StateMismatchError(
-                    f"{session.torn} is torn: a rank was lost in a collective that wrote into it after the gate"
-                )
             self._release_segments()
             publication, self._segments = publish(
                 self._run, decision, session.rank, session.run_dir, self.last_value
@@ -128,12 +124,6 @@ class Recovery:
             session.registry.report_use(self._job_store(), decision.generation)
             session.report(Stage.PUBLISHED, decision.generation, msgspec.msgpack.encode(publication))
         self._exchanged = decision.generation
-
-    def piece_in(self, outputs: list[torch.Tensor]) -> str:
-        """Key of a piece that is in the memory of one of these tensors; empty if there is none."""
-        written = {output.untyped_storage().data_ptr() for output in outputs if output.numel()}
-        pieces = self._run.inventory.pieces()
-        return next((p.key for p in pieces if p.tensor.untyped_storage().data_ptr() in written), "")
 
     def _release_segments(self) -> None:
         for segment in self._segments:

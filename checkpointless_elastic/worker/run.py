@@ -64,6 +64,7 @@ class Run:
         self._left = (
             False  # the last attempt was left through an exception, perhaps in the middle of a backward
         )
+        self._communicates = False  # an optimizer used collectives in its step, after the gate
         self.inventory = Inventory(objects)
         self.private: dict[str, bytes] = {}
         self.reserved: dict[
@@ -137,7 +138,7 @@ class Run:
     def _plain(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.attempt = 1
         try:
-            with gate.Call(1, _nothing, _nothing) as call:
+            with gate.Call(1, _nothing, _nothing, _nothing) as call:
                 value = function(*args, **kwargs)
         finally:
             self.attempt = 0
@@ -188,10 +189,14 @@ class Run:
         self._snapshot.begin(name)
         self.private = self.read_private()
         recovery.save_start(start)
+        self._communicates = False
         call = gate.Call(
-            self._gates.get(name, 1), functools.partial(self._commit, host, recovery), recovery.mirror.wait
+            self._gates.get(name, 1),
+            functools.partial(self._commit, host, recovery),
+            recovery.mirror.wait,
+            functools.partial(self._applied, host),
         )
-        host.in_call, host.committed, host.void_outputs = True, False, 0
+        host.in_call, host.committed, host.late, host.void_memory = True, False, False, set()
         try:
             with call:
                 value = function(*args, **kwargs)
@@ -220,6 +225,10 @@ class Run:
         host.committed = True
         host.registry.committed(host.step)
 
+    def _applied(self, host: session.Session) -> None:
+        """An optimizer that needs its peers for its update (Muon on DTensors) has its gate at the end of the call."""
+        self._communicates = self._communicates or host.late
+
     def _undo(self, host: session.Session, start: rng.RngState) -> object:
         self._snapshot.restore()
         rng.restore(start)
@@ -228,12 +237,11 @@ class Run:
     def _returned(
         self, host: session.Session, recovery: Recovery, name: str, call: gate.Call, value: Any
     ) -> Any:
-        if host.void_outputs and call.optimizer_steps > self._gates.get(name, 1):
-            host.unfit(
-                f"{name} used collectives between two optimizer steps after its gate; split it in two functions"
-            )
+        expected = call.optimizer_steps + self._communicates
+        if host.void_memory:
+            self._check_after_gate(host, name, expected)
         first = not self._gates
-        self._gates[name] = max(call.optimizer_steps, self._gates.get(name, 1))
+        self._gates[name] = max(expected, self._gates.get(name, 1))
         self.step += call.optimizer_steps > 0
         self._snapshot.returned(call.optimizer_steps > 0)
         self.private = self.read_private()
@@ -243,6 +251,14 @@ class Run:
             host.replicas(*self._held())
             recovery.reserve()
         return value
+
+    def _check_after_gate(self, host: session.Session, name: str, expected: int) -> None:
+        """Collectives after the gate have lost a rank: rung 3 if what they should have given is in the state."""
+        if expected > self._gates.get(name, 1):
+            host.unfit(f"{name} used collectives inside or between its optimizer steps, after its gate")
+        for piece in self.inventory.pieces():
+            if piece.tensor.untyped_storage().data_ptr() in host.void_memory:
+                host.unfit(f"a collective after the gate of {name} wrote into {piece.key} and lost a rank")
 
     # ---- what recovery asks
 

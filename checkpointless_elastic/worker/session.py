@@ -100,8 +100,9 @@ class Session:
         frozen: the newest generation that a Freeze named; the rank is frozen while it is above ``generation``.
         step: committed steps.
         shadow: this is a replacement that has not joined.
-        torn: key of a piece that a void collective has written into; empty: the state is whole.
         failed: the script's own exception is on its way out; the slot stays where it was raised.
+        late: a collective was asked for after the gate of the present call.
+        void_memory: addresses of what collectives after its gate left as NaN.
         cursor, resume: see data.loops.LoopHost.
     """
 
@@ -116,8 +117,8 @@ class Session:
         self.phase = Phase.COMPUTING
         self.in_call = False
         self.committed = False
-        self.void_outputs = 0
-        self.torn = ""
+        self.void_memory: set[int] = set()
+        self.late = False
         self.failed = False
         self._loaded = {name.partition(".")[0] for name in sys.modules}
         self.slot = Slot.open(slot_path(run_dir, rank))
@@ -199,6 +200,7 @@ class Session:
         """Take part in the recovery that is under way; returns when the job runs again. A sync point."""
         if self.recovery is None:
             self.await_end()
+        self.left_early()
         self.recovery.settle()  # type: ignore[union-attr]
 
     def await_end(self) -> None:
@@ -240,10 +242,11 @@ class Session:
             return True
 
     def left_early(self) -> None:
-        """This rank does not issue what its peers may: groups it shares with survivors are affected too.
+        """This rank will not issue what survivors may wait for in groups that lost nobody: these are affected too.
 
-        It left its void attempt through an exception, never began it, or stands outside of attempts.
+        It left its void attempt through an exception, or has not begun the one that others are in.
         """
+        self.freeze_seen.wait()  # the listener has voided the groups of lost ranks
         if self.registry.has_live_groups():
             self.channel.control.send(Left(self.frozen))
 
@@ -258,7 +261,10 @@ class Session:
     def situation(self) -> Situation:
         """How a collective that cannot run for real is answered now."""
         if self.in_call:
-            return Situation.COMMITTED if self.committed else Situation.ATTEMPT
+            if not self.committed:
+                return Situation.ATTEMPT
+            self.late = True
+            return Situation.COMMITTED
         return Situation.STARTUP if self.step == 0 else Situation.OUTSIDE
 
     def is_frozen(self) -> bool:
@@ -299,10 +305,8 @@ class Session:
         return queue.pop(0) if queue else None
 
     def void_after_commit(self, outputs: list[torch.Tensor]) -> None:
-        """Outputs of collectives after the gate that were filled with NaN. A piece among them is torn from now on."""
-        self.void_outputs += len(outputs)
-        if self.recovery is not None:
-            self.torn = self.torn or self.recovery.piece_in(outputs)
+        """Outputs of collectives after the gate that were filled with NaN."""
+        self.void_memory.update(output.untyped_storage().data_ptr() for output in outputs)
 
     # ---- data.loops.LoopHost
 

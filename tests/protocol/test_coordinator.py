@@ -120,6 +120,15 @@ def test_reports_of_an_older_generation_change_nothing() -> None:
     assert coordinator.step == 5
 
 
+def test_what_a_rank_left_counts_in_the_next_generation_too_until_the_job_runs_again() -> None:
+    coordinator = running(ranks=4)
+    coordinator.handle(Lost(1, "was lost"))
+    coordinator.handle(Lost(3, "was lost"))
+    assert messages(coordinator.handle(LeftEarly(0, 1))) == [Freeze(2, [1, 3], [0])]
+    assert coordinator.handle(LeftEarly(0, 2)) == []
+    assert coordinator.handle(LeftEarly(2, 0)) == []
+
+
 def test_a_loss_before_the_first_step_runs_the_script_again() -> None:
     coordinator = running(steps=0)
     (action,) = coordinator.handle(Lost(1, "was killed by SIGKILL"))

@@ -310,3 +310,19 @@ def test_buckets_of_ddp_that_gradients_are_views_of_come_back(tmp_path: Any) -> 
             optimizer.zero_grad(set_to_none=step % 2 == 0)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_void_attempts_are_no_calls_that_are_learned_from() -> None:
+    """The first call shows where the gate is: the second may write before it what the first did not."""
+    model = nn.Linear(3, 3)
+    snapshot = AttemptSnapshot(Inventory({"model": model}))
+    for _ in range(3):
+        snapshot.begin()
+        snapshot.restore()
+    assert not snapshot.gate()
+    before = model.weight.detach().clone()
+    snapshot.begin()
+    model.weight.data.add_(1)
+    assert not snapshot.gate()
+    snapshot.restore()
+    assert torch.equal(model.weight, before)
