@@ -306,7 +306,7 @@ class Session:
 
     def void_after_commit(self, outputs: list[torch.Tensor]) -> None:
         """Outputs of collectives after the gate that were filled with NaN."""
-        self.void_memory.update(output.untyped_storage().data_ptr() for output in outputs)
+        self.void_memory.update(output.untyped_storage().data_ptr() for output in outputs if output.numel())
 
     # ---- data.loops.LoopHost
 
