@@ -6,6 +6,7 @@ thread. Nothing here waits: a worker that does not answer meets a deadline.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -61,6 +62,9 @@ from checkpointless_elastic.worker.mirror import newest
 from checkpointless_elastic.worker.private import in_loop, slot_path
 
 logger = logging.getLogger(__name__)
+
+EXIT_LIMIT_S = 10.0
+"""How long the end of a job waits for the exit of the worker that is to blame."""
 
 
 def describe(status: int) -> str:
@@ -119,6 +123,7 @@ class AgentControl:
         self._gone: dict[int, int] = {}
         self._failed: dict[int, str] = {}
         self._replaced: set[int] = set()
+        self._culprits: list[int] = []
         for rank in ranks:
             Slot.create(slot_path(self._workers.run_dir, rank))
 
@@ -135,7 +140,8 @@ class AgentControl:
         self._links.retry()
 
     def lost(self, rank: int, incarnation: int) -> None:
-        if self._incarnations.get(rank) != incarnation or self._coordinator.state is State.ENDED:
+        known = (rank, incarnation) in self._known_lost
+        if known or self._incarnations.get(rank) != incarnation or self._coordinator.state is State.ENDED:
             return
         now = time.monotonic()
         self._links.drain(rank)
@@ -158,6 +164,8 @@ class AgentControl:
     def exited(self, rank: int, incarnation: int, status: int) -> None:
         if self._incarnations.get(rank) != incarnation or (rank, incarnation) in self._known_lost:
             self._recoveries.explain(rank, describe(status))
+            if rank in self._culprits:
+                self._workers.fail(self._culprits)
             return
         self._gone[rank] = status
         if self._coordinator.state is State.ENDED:
@@ -214,6 +222,7 @@ class AgentControl:
             self._handle(Unfit(rank, message.reason))
         elif isinstance(message, Failed):
             self._failed[rank] = message.error
+            self._loop.call_later(0.0, functools.partial(self._leaves, rank, self._incarnations[rank]))
         elif isinstance(message, Replicas):
             self._compare(rank, message)
         elif isinstance(message, Learned) and not self._learned:
@@ -299,9 +308,19 @@ class AgentControl:
             self._recoveries.close()
             self._workers.fail(culprits)
 
+    def _leaves(self, rank: int, incarnation: int) -> None:
+        """A script has failed. Its process closes its connections now and ends later: peers must not wait for that."""
+        known = (rank, incarnation) in self._known_lost or self._incarnations[rank] != incarnation
+        if not known and self._coordinator.protected and self._coordinator.state is not State.ENDED:
+            self._lose(rank, "was lost", time.monotonic())
+
     def _stop(self, action: Stop) -> None:
         logger.error("The job stops: %s", action.reason)
-        self._workers.fail(list(action.ranks))
+        self._culprits = list(action.ranks)
+        if all(self._workers.has_ended(rank) for rank in action.ranks):
+            self._workers.fail(self._culprits)
+        else:  # its exit code is named in the summary
+            self._loop.call_later(EXIT_LIMIT_S, lambda: self._workers.fail(self._culprits))
 
     def _succeed(self, action: Succeed) -> None:
         logger.info("All ranks have finished.")

@@ -169,6 +169,9 @@ class Workforce(Protocol):
     def kill(self, rank: int) -> None:
         """SIGKILL this rank's present worker and its children; `lost` and `exited` follow. No-op if it is gone."""
 
+    def has_ended(self, rank: int) -> bool:
+        """Is the exit code of this rank's present worker known?"""
+
     def succeed(self) -> None:
         """The job is done."""
 

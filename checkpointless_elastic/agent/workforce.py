@@ -160,6 +160,10 @@ class LocalWorkforce:
         self._loop.call_later(self._patience, lambda: self._signal_all(context, SIGKILL))
         return True
 
+    def has_ended(self, rank: int) -> bool:
+        """See Workforce."""
+        return self._present().children[rank - self.base].status is not None
+
     def succeed(self) -> None:
         """See Workforce."""
         if not self._decided():
