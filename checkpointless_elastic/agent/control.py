@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 
+from checkpointless_elastic.agent.lifelines import Lifelines
 from checkpointless_elastic.agent.links import Links
 from checkpointless_elastic.agent.recoveries import Recoveries
 from checkpointless_elastic.agent.runtime import EventLoop, Workforce
@@ -59,7 +60,7 @@ from checkpointless_elastic.protocol.messages import (
 from checkpointless_elastic.protocol.node import Node
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.mirror import newest
-from checkpointless_elastic.worker.private import in_loop, slot_path
+from checkpointless_elastic.worker.private import in_loop, lifeline_path, slot_path
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class AgentControl:
         self._loop = loop
         self._workers = workers
         self._links = Links(os.path.join(workers.run_dir, "agent.sock"), loop, self._accept, self._take)
+        self._lifelines = Lifelines(loop, self.lost)
         self._recoveries = Recoveries(self._settings.events, workers.log_dir, self._pids)
 
     def _begin(self) -> None:
@@ -179,6 +181,7 @@ class AgentControl:
 
     def stopped(self) -> None:
         self._recoveries.close()
+        self._lifelines.close()
         self._links.close()
 
     # ---- what workers say
@@ -192,6 +195,9 @@ class AgentControl:
             return Refused(f"wrong token for incarnation {hello.incarnation} of rank {hello.rank}.")
         if hello.channel == "vote" and self._coordinator.decision is not None:
             self._loop.call_later(0.0, lambda: self._catch_up(hello.rank))
+        if hello.channel == "control":
+            path = lifeline_path(self._workers.run_dir, hello.rank, hello.incarnation)
+            self._lifelines.follow(path, hello.rank, hello.incarnation, self._pids[hello.rank])
         shadow = hello.rank in self._replaced
         return Welcome(self._coordinator.generation, shadow, self._settings.mirror_every)
 

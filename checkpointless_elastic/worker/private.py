@@ -58,6 +58,11 @@ def slot_path(run_dir: str, rank: int) -> str:
     return os.path.join(run_dir, f"slot-{rank}")
 
 
+def lifeline_path(run_dir: str, rank: int, incarnation: int) -> str:
+    """Where the lifeline of a worker is until its agent has taken it up."""
+    return os.path.join(run_dir, f"lifeline-{rank}-{incarnation}")
+
+
 def write_state(slot: Slot, state: PrivateState) -> None:
     """Replace the private state in the slot, whole or not at all."""
     slot.write(*pack(state))

@@ -46,9 +46,10 @@ from checkpointless_elastic.protocol.messages import (
 )
 from checkpointless_elastic.protocol.messages import Resume as Resumed
 from checkpointless_elastic.state.slot import Slot
+from checkpointless_elastic.worker import lifeline
 from checkpointless_elastic.worker.channel import Channel
 from checkpointless_elastic.worker.exchange import expect
-from checkpointless_elastic.worker.private import slot_path
+from checkpointless_elastic.worker.private import lifeline_path, slot_path
 
 if TYPE_CHECKING:
     from checkpointless_elastic.data.resume import Resume
@@ -79,8 +80,10 @@ def connect_from_env() -> Session | None:
         return _session
     rank = int(os.environ["RANK"])
     incarnation = int(os.environ["CHECKPOINTLESS_INCARNATION"])
+    run_dir = os.environ["CHECKPOINTLESS_RUN_DIR"]
+    lifeline.hold(lifeline_path(run_dir, rank, incarnation))
     channel = Channel(path, rank, incarnation, os.environ["CHECKPOINTLESS_TOKEN"])
-    _session = Session(channel, rank, os.environ["CHECKPOINTLESS_RUN_DIR"])
+    _session = Session(channel, rank, run_dir)
     if _session.shadow:
         expect(_session.run_dir, rank)
     _session.registry.install()
