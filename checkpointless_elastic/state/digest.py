@@ -20,9 +20,10 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["digest", "digest_bytes", "get_ready"]
+__all__ = ["BLOCK_BYTES", "Digest", "digest", "digest_bytes", "get_ready"]
 
 _BLOCK = 1 << 17
+BLOCK_BYTES = 8 * _BLOCK
 _MASK = (1 << 64) - 1
 _FOLD = 0x9FB21C651E98DF25
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -37,17 +38,31 @@ def digest(tensor: torch.Tensor) -> int:
 
 def digest_bytes(data: torch.Tensor) -> int:
     """Digest of a flat uint8 tensor; unaligned ones are copied first. On CUDA it waits for the device."""
-    if data.data_ptr() % 8 or data.storage_offset() % 8:
-        data = data.clone()
-    whole = data.numel() // 8
-    sums = _sums(data[: whole * 8].view(torch.int64)) if whole else []
-    result = _mix(data.numel())
-    for value in sums:
-        result = _fold(result, value)
-    tail = data[whole * 8 :]
-    if tail.numel():
-        result = _fold(result, int.from_bytes(bytes(tail.tolist()), "little"))
-    return _mix(result)
+    result = Digest(data.numel())
+    result.add(data)
+    return result.value()
+
+
+class Digest:
+    """The digest of `nbytes` bytes that come in order, each time BLOCK_BYTES of them or a multiple, but the last."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._state = _mix(nbytes)
+
+    def add(self, data: torch.Tensor) -> None:
+        """The next bytes, a flat uint8 tensor."""
+        if data.data_ptr() % 8 or data.storage_offset() % 8:
+            data = data.clone()
+        whole = data.numel() // 8
+        for value in _sums(data[: whole * 8].view(torch.int64)) if whole else []:
+            self._state = _fold(self._state, value)
+        tail = data[whole * 8 :]
+        if tail.numel():
+            self._state = _fold(self._state, int.from_bytes(bytes(tail.tolist()), "little"))
+
+    def value(self) -> int:
+        """The digest of all bytes."""
+        return _mix(self._state)
 
 
 def get_ready() -> None:

@@ -21,7 +21,7 @@ import torch
 
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.state.device import gathered
-from checkpointless_elastic.state.digest import digest_bytes
+from checkpointless_elastic.state.digest import BLOCK_BYTES, Digest, digest_bytes
 from checkpointless_elastic.state.pieces import Piece, byte_view, carrier
 from checkpointless_elastic.state.plan import Chunk, Plan, Range, chunks
 from checkpointless_elastic.state.segment import Segment
@@ -168,12 +168,10 @@ class Receiver:
             )
         sent = self._read(source, chunk)
         if len(chunk.ranges) == 1:
-            arrived = self._data(chunk.ranges[0])
-            arrived.copy_(sent)
-            self._check(arrived, chunk, promised)
+            self._check(_copied(self._data(chunk.ranges[0]), sent), chunk, promised)
             return
-        arrived = sent.clone()
-        self._check(arrived, chunk, promised)
+        arrived = torch.empty_like(sent)
+        self._check(_copied(arrived, sent), chunk, promised)
         for part in chunk.ranges:
             begin = part.segment_offset - chunk.offset
             self._data(part).copy_(arrived[begin : begin + part.length])
@@ -181,8 +179,7 @@ class Receiver:
     def _data(self, part: Range) -> torch.Tensor:
         return self._held[part.piece].data[part.offset : part.offset + part.length]
 
-    def _check(self, arrived: torch.Tensor, chunk: Chunk, promised: ChunkDigest) -> None:
-        found = digest_bytes(arrived)
+    def _check(self, found: int, chunk: Chunk, promised: ChunkDigest) -> None:
         if found != promised.digest:
             raise StateMismatchError(
                 f"State from rank {promised.source} was damaged on its way: {self._names(chunk)} has digest "
@@ -194,6 +191,17 @@ class Receiver:
         return (
             keys[0] if len(keys) == 1 else f"{keys[0]} or one of the {len(keys) - 1} pieces up to {keys[-1]}"
         )
+
+
+def _copied(target: torch.Tensor, source: torch.Tensor) -> int:
+    """Copy, and give the digest of what has arrived. On the CPU in blocks, each digested while it is in the cache."""
+    step = BLOCK_BYTES if target.device.type == "cpu" else max(target.numel(), 1)
+    result = Digest(target.numel())
+    for start in range(0, target.numel(), step):
+        part = target[start : start + step]
+        part.copy_(source[start : start + step])
+        result.add(part)
+    return result.value()
 
 
 def _threads() -> int:

@@ -38,6 +38,9 @@ RESERVE_LIMIT = 1 << 30
 """Bytes of state on this node up to which shared memory for it is kept from the first step on: making its pages when a
 rank is lost would take time from the replacement. It is one more copy of the state per node."""
 
+_STRETCH = 4 << 20  # mapped in one go, so that the script can run in between
+_mapped: dict[str, Segment] = {}  # in a replacement, by path: reserved memory, mapped ahead
+
 
 class Publication(msgspec.Struct, frozen=True):
     """What one survivor publishes.
@@ -112,10 +115,10 @@ def reserve(run: Run, run_dir: str, rank: int, count: int) -> None:
     }
     share = sum(layout.segment_bytes / len(block.ranks or everybody) for block, layout in layouts.items())
     limit = min(RESERVE_LIMIT, room.f_bavail * room.f_frsize // 4)
-    _write_expected(Path(run_dir), rank, pieces)
-    for block, layout in layouts.items():
-        if not layout.segment_bytes or share * count > limit:
-            continue
+    reserved = [block for block, layout in layouts.items() if layout.segment_bytes and share * count <= limit]
+    _write_expected(Path(run_dir), rank, pieces, list(map(block_name, reserved)))
+    for block in reserved:
+        layout = layouts[block]
         holders, name = block.ranks or everybody, block_name(block)
         at = holders.index(rank)
         low = layout.segment_bytes * at // len(holders)
@@ -124,10 +127,10 @@ def reserve(run: Run, run_dir: str, rank: int, count: int) -> None:
         run.reserved[name].populate(write=True)
 
 
-def _write_expected(run_dir: Path, rank: int, pieces: list[Piece]) -> None:
+def _write_expected(run_dir: Path, rank: int, pieces: list[Piece], names: list[str]) -> None:
     path = run_dir / f"{EXPECTED}-{rank}"
     partial = path.with_suffix(".partial")
-    partial.write_bytes(msgspec.json.encode(_expected(pieces)))
+    partial.write_bytes(msgspec.json.encode((*_expected(pieces), names)))
     partial.replace(path)
 
 
@@ -142,15 +145,19 @@ def expect(run_dir: str, rank: int) -> None:
     """In a replacement, before its script: get ready, beside, what the transfer and the first step need."""
     path = Path(run_dir) / f"{EXPECTED}-{rank}"
     if path.exists():
-        make_pages = arena.prepare(*msgspec.json.decode(path.read_bytes(), type=tuple[int, int]))
-        threading.Thread(
-            target=_get_ready, args=(make_pages,), name="checkpointless-ready", daemon=True
-        ).start()
+        made, script, names = msgspec.json.decode(path.read_bytes(), type=tuple[int, int, list[str]])
+        segments = [path.with_name(name) for name in names if path.with_name(name).exists()]
+        _mapped.update((str(one), Segment.open(one, one.stat().st_size)) for one in segments)
+        arguments = (arena.prepare(made, script), list(_mapped.values()))
+        threading.Thread(target=_get_ready, args=arguments, name="checkpointless-ready", daemon=True).start()
 
 
-def _get_ready(make_pages: Callable[[], None]) -> None:
+def _get_ready(make_pages: Callable[[], None], segments: list[Segment]) -> None:
     digest.get_ready()
     make_pages()
+    for segment in segments:
+        for offset in range(0, segment.nbytes, _STRETCH):
+            segment.populate(offset, min(_STRETCH, segment.nbytes - offset))
 
 
 def _reserved(run: Run, run_dir: str, block: Block, nbytes: int) -> Segment | None:
@@ -160,7 +167,8 @@ def _reserved(run: Run, run_dir: str, block: Block, nbytes: int) -> Segment | No
     if not path.exists() or path.stat().st_size < nbytes:
         return None
     if name not in run.reserved:  # once a replacement, which came after the first step
-        run.reserved[name] = Segment.open(path, path.stat().st_size)
+        mapped = str(path) in _mapped
+        run.reserved[name] = _mapped.pop(str(path)) if mapped else Segment.open(path, path.stat().st_size)
     return run.reserved[name]
 
 
@@ -214,6 +222,8 @@ def _fill(pieces: list[Piece], layout: Plan, parts: dict[int, Stripe]) -> Transf
     if len(paths) != 1:
         raise StateMismatchError(f"the survivors published in different places: {sorted(paths)}")
     path = paths.pop()
+    if path in _mapped:
+        return _receive(Receiver(pieces, layout, in_segment(_mapped[path])), parts)
     if path:
         with Segment.open(Path(path), layout.segment_bytes) as segment:
             return _receive(Receiver(pieces, layout, in_segment(segment)), parts)
