@@ -72,13 +72,12 @@ class _View:
         self.pieces = scan.pieces
         self.params = [param for _, param in scan.params]
         self.number = {id(piece.outer): number for number, piece in enumerate(self.pieces)}
+        # Either a DTensor or its local part may be written, and each has its own version.
         watched = [
             (number, tensor)
             for number, piece in enumerate(self.pieces)
             if piece.info.role != OPTIMIZER
-            for tensor in dict.fromkeys(
-                [piece.tensor, piece.outer]
-            )  # either may be written, each has its own version
+            for tensor in dict.fromkeys([piece.tensor, piece.outer])
         ]
         self.watched_numbers = [number for number, _ in watched]
         self.watched = [tensor for _, tensor in watched]
@@ -179,10 +178,8 @@ class AttemptSnapshot:
             )
         self._put_structure_back()
         known = self._function
-        for key in self._compared:
-            known.checked[key] -= (
-                1  # the gate may move after the first call: two committed calls are compared
-            )
+        for key in self._compared:  # the gate may move after the first call: two committed calls are compared
+            known.checked[key] -= 1
         with torch.no_grad():
             if known.copies:
                 torch._foreach_copy_(known.sources, known.copies)

@@ -253,7 +253,7 @@ class Run:
         return value
 
     def _check_after_gate(self, host: session.Session, name: str, expected: int) -> None:
-        """Collectives after the gate have lost a rank: rung 3 if what they should have given is in the state."""
+        """Collectives after the gate have lost a rank: no live recovery if what they should have given is state."""
         if expected > self._gates.get(name, 1):
             host.unfit(f"{name} used collectives inside or between its optimizer steps, after its gate")
         for piece in self.inventory.pieces():
