@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.recovery.launching import difference, launch
+from tests.recovery.launching import Ended, difference, launch
 
 SCRIPT = Path(__file__).with_name("job_kinds.py")
+
+
+@pytest.fixture(scope="module")
+def wholes() -> dict[str, Ended]:
+    """Runs without a fault, by kind."""
+    return {}
 
 
 @pytest.mark.parametrize(
@@ -29,9 +35,10 @@ SCRIPT = Path(__file__).with_name("job_kinds.py")
         ("iterable", "stepped"),
     ],
 )
-def test_a_lost_rank_changes_no_bit(kind: str, moment: str, tmp_path: Path) -> None:
-    whole = launch(tmp_path / "whole", ranks=2, script=SCRIPT, KIND=kind)
+def test_a_lost_rank_changes_no_bit(kind: str, moment: str, wholes: dict[str, Ended], tmp_path: Path) -> None:
+    whole = wholes.get(kind) or launch(tmp_path / "whole", ranks=2, script=SCRIPT, KIND=kind)
     assert whole.code == 0, whole.text
+    wholes[kind] = whole
     ended = launch(tmp_path / "lost", ranks=2, script=SCRIPT, KIND=kind, DIE=moment)
     assert ended.code == 0, ended.text
     assert [record["rung"] for record in ended.recoveries()] == [1], ended.text

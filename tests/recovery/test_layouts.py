@@ -1,4 +1,4 @@
-"""State in shards, under tensor parallel and in pipeline stages: real jobs with two faults each at other moments.
+"""Tensor parallel, pipeline stages, and shards with tensor parallel: real jobs with two faults each at other moments.
 
 The job is the one that scripts/chaos strikes, with a schedule of its own for each layout."""
 
@@ -16,7 +16,6 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "jobs" / "chaos_job.py"
 STEPS = 10  # one epoch
 Struck = tuple[str, int, tuple[int, ...]]
 FAULTS: dict[str, list[Struck]] = {
-    "hsdp": [("backward", 2, (1,)), ("data", 6, (2, 3))],
     "tp": [("forward", 2, (3,)), ("after the loop", STEPS, (0,))],
     "pp": [("ready", 2, (0,)), ("evaluation", 6, (1, 3))],
     "hsdp_tp": [("update", 2, (0, 3)), ("saving", 6, (1,))],
