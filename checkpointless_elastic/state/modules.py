@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from checkpointless_elastic.errors import ConfigError, StateMismatchError
 from checkpointless_elastic.state import sharding
@@ -22,8 +23,8 @@ __all__ = ["ModuleHolder"]
 class ModuleHolder(Holder):
     """A module, wrapped by DDP or torch.compile or not. Tied weights are found once.
 
-    The flags `training` and `requires_grad` are state too: a replacement enters a step without running what came
-    before it, so `model.eval()` or a layer frozen after the first epoch would be missed.
+    The flags `training` and `requires_grad`, and DDP's own, are state too: a replacement enters a step without running
+    what came before it, so `model.eval()` or a layer frozen after the first epoch would be missed.
     """
 
     def __init__(self, name: str, module: nn.Module, names: ParamNames) -> None:
@@ -36,6 +37,7 @@ class ModuleHolder(Holder):
         self._params: list[torch.Tensor] = []
         self._sharded: list[Any] = []
         self._replicated: dict[str, Ranks] = {}
+        self._ddp: list[DistributedDataParallel] = []
         self._mesh: Ranks | None = None
 
     def tensors(self) -> Iterator[Found]:
@@ -63,6 +65,7 @@ class ModuleHolder(Holder):
             if param is not None
         ]
         self._replicated = dict(sharding.ddp_of(self._modules))
+        self._ddp = [module for module in self._flat if isinstance(module, DistributedDataParallel)]
         self._mesh = sharding.mesh_ranks(param for _, _, param in named_params)
         for key, path, param in named_params:
             self._names.add(key, param, self._replicas(path, param))
@@ -95,8 +98,7 @@ class ModuleHolder(Holder):
 
     def plain(self) -> Any:
         return {
-            "training": list(map(attrgetter("training"), self._flat)),
-            "requires_grad": list(map(attrgetter("requires_grad"), self._params)),
+            "flags": self._flags(),
             "extra": {path: _extra_state(module) for path, module in self._extra},
         }
 
@@ -104,29 +106,37 @@ class ModuleHolder(Holder):
         """Modules are built by the script: a difference is found by the inventory's comparison."""
 
     def load(self, plain: Any, live: Mapping[str, torch.Tensor]) -> None:
-        if len(plain["training"]) != len(self._flat) or len(plain["requires_grad"]) != len(self._params):
+        if list(map(len, plain["flags"])) != list(map(len, self._flags())):
             raise StateMismatchError(
                 f"{self.name} has another number of modules or parameters than on the survivors."
             )
-        self._set_flags(plain["training"], plain["requires_grad"])
+        self._set_flags(*plain["flags"])
         for path, module in self._extra:
             if path in plain["extra"]:
                 module.set_extra_state(plain["extra"][path])
 
-    def _set_flags(self, training: Iterable[bool], requires_grad: Iterable[bool]) -> None:
+    def _flags(self) -> tuple[list[bool], list[bool], list[bool]]:
+        """Of modules: training. Of parameters: requires_grad. Of DDP: whether the next forward sends buffers around."""
+        return (
+            list(map(attrgetter("training"), self._flat)),
+            list(map(attrgetter("requires_grad"), self._params)),
+            list(map(attrgetter("require_forward_param_sync"), self._ddp)),
+        )
+
+    def _set_flags(
+        self, training: Iterable[bool], requires_grad: Iterable[bool], forward_sync: Iterable[bool]
+    ) -> None:
         for module, flag in zip(self._flat, training, strict=True):
             if module.training != flag:
                 module.training = flag
         for param, flag in zip(self._params, requires_grad, strict=True):
             if param.requires_grad != flag:
                 param.requires_grad_(flag)
+        for ddp, flag in zip(self._ddp, forward_sync, strict=True):
+            ddp.require_forward_param_sync = flag
 
     def note(self) -> Any:
-        flags = (
-            list(map(attrgetter("training"), self._flat)),
-            list(map(attrgetter("requires_grad"), self._params)),
-        )
-        return flags, [copy_plain(_extra_state(module), _clone_all) for _, module in self._extra]
+        return self._flags(), [copy_plain(_extra_state(module), _clone_all) for _, module in self._extra]
 
     def put_back(self, noted: Any) -> None:
         flags, extra = noted
