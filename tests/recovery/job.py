@@ -5,10 +5,12 @@ Writes per rank and step a line "pid step" to OUT/steps-RANK.log, and all that m
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
 import sys
+import time
 from typing import Any
 
 import torch
@@ -27,11 +29,19 @@ FAULTS = [fault.split(":") for fault in os.environ.get("FAULTS", "").split(",") 
 
 
 class Boom(Exception):
-    """A fault of kind "raise"."""
+    """A fault of kind "raise", or "linger"."""
+
+
+def linger() -> None:
+    """A process that has failed: closes its connections and takes its time to end."""
+    dist.destroy_process_group()
+    time.sleep(3)
 
 
 def fail(kind: str, name: str) -> None:
-    if kind == "raise":
+    if kind == "linger":
+        atexit.register(linger)
+    if kind in ("raise", "linger"):
         raise Boom(name)
     if kind == "exit":
         os._exit(7)
@@ -105,7 +115,7 @@ def train_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def evaluate() -> float:
     model.eval()
     with torch.no_grad():
-        right = (net(inputs[rank::world]).argmax(1) == labels[rank::world]).sum()
+        right = (model(inputs[rank::world]).argmax(1) == labels[rank::world]).sum()
         moment("evaluate", run.step)
         dist.all_reduce(right)
     model.train()

@@ -44,6 +44,14 @@ def test_a_worker_lost_at_any_moment_costs_one_step(faults: str, oracle: Ended, 
     assert all(record["rung"] == 1 for record in ended.recoveries()), ended.text
 
 
+def test_nobody_waits_for_the_end_of_a_process_whose_script_has_failed(oracle: Ended, tmp_path: Path) -> None:
+    ended = launch(tmp_path, "1:5:forward:linger")
+    check(ended, oracle, recoveries=1)
+    (record,) = ended.recoveries()
+    assert record["lost_ranks"] == [1], ended.text
+    assert record["cause"] == "failed: Boom: forward"
+
+
 def test_survivors_keep_their_processes_and_a_replacement_has_its_own(oracle: Ended, tmp_path: Path) -> None:
     ended = launch(tmp_path, "1:5:forward:kill")
     check(ended, oracle, recoveries=1)
