@@ -37,7 +37,7 @@ def linger() -> None:
     """A process that has failed closes its connections, as the end of the interpreter does, and ends later."""
     for fd in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
-            if connection.family != socket.AF_UNIX:
+            if connection.family != socket.AF_UNIX and connection.getpeername():  # not one that listens
                 connection.shutdown(socket.SHUT_RDWR)
     time.sleep(3)
 
