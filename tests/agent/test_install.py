@@ -131,12 +131,12 @@ def test_torchrun_of_other_backends_does_not_load_the_library() -> None:
 
 def test_with_another_backend_in_the_same_process_our_agent_is_torchs(tmp_path: object) -> None:
     program = textwrap.dedent(
-        """
+        r"""
         import sys
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
         for backend, endpoint in (("checkpointless", ""), ("c10d", "localhost:0")):
             config = LaunchConfig(1, 1, 2, run_id="x", rdzv_backend=backend, rdzv_endpoint=endpoint, max_restarts=0)
-            program = "import os; print(os.getppid() == int(os.environ['LAUNCHER']))"
+            program = "import os; os.write(1, f\"{os.getppid() == int(os.environ['LAUNCHER'])} \".encode())"
             import os; os.environ["LAUNCHER"] = str(os.getpid())
             assert elastic_launch(config, sys.executable)("-u", "-c", program) == {0: None, 1: None}
         """
