@@ -21,6 +21,7 @@ KINDS = {
     "checking": ("1:1:forward", "0:2:backward", "2:3:between batches"),
     "experts": ("3:1:forward", "0:2:backward", "2:3:updating"),
 }
+SELDOM = ("adversary", "compiled")  # slow, or like another
 FULL = ("1:1:forward", "0:2:backward", "3:3:updating", "2:4:computed")
 FEW = {
     "llama": ("1:1:forward", "0:3:updating"),
@@ -49,7 +50,7 @@ def check(faults: dict[str, tuple[str, ...]], script: Path, folder: Path, ranks:
 
 
 def test_a_lost_rank_of_a_sharded_job_changes_no_bit(tmp_path: Path) -> None:
-    check(KINDS, SCRIPT, tmp_path)
+    check({kind: faults for kind, faults in KINDS.items() if SLOW or kind not in SELDOM}, SCRIPT, tmp_path)
 
 
 def test_a_lost_rank_of_a_job_with_models_of_transformers_changes_no_bit(tmp_path: Path) -> None:
