@@ -30,7 +30,7 @@ class Config:
         settle_timeout: limit for survivors to come out of a void step and for groups to be rebuilt; then rung 4.
         join_timeout: limit for a replacement to run the script up to its first step; then rung 4.
         max_faults_per_step: faults without one committed step between them, after which the job stops.
-        mirror_every: each rank copies its state to host memory at the start of every so-manieth step; 0: never.
+        mirror_every: committed calls between two copies of each rank's state to host memory; 0: none are made.
         events: file for the JSON lines of recoveries; empty: ``recoveries.jsonl`` in the log directory.
     """
 
@@ -45,7 +45,7 @@ class Config:
         8, "faults without a committed step between them before the job stops"
     )  # type: ignore[assignment]
     mirror_every: int = _setting(
-        0, "copy the state to host memory every so many steps, for shards without a replica; 0: never"
+        0, "copy the state to host memory every so many calls, for shards without a replica; 0: never"
     )  # type: ignore[assignment]
     events: str = _setting(
         "", "file for the JSON lines of recoveries; empty: recoveries.jsonl in the log directory"

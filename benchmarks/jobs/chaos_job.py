@@ -30,10 +30,8 @@ import checkpointless_elastic as ce
 
 LAYOUT = os.environ.get("BENCH_LAYOUT", "ddp")
 BATCH, PER_EPOCH, EVALUATE_EVERY, SAVE_EVERY = 8, 10, 4, 7
-CAN_CLIP = LAYOUT not in (
-    "tp",
-    "hsdp_tp",
-)  # torch 2.13 does not take the norm of parameters on several meshes
+# torch 2.13 does not take the norm of parameters on several meshes.
+CAN_CLIP = LAYOUT not in ("tp", "hsdp_tp")
 
 
 class Noise(Dataset[Tensor]):

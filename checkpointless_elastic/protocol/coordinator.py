@@ -81,7 +81,6 @@ class Coordinator:
         self.pending: set[int] = set()
         self.lost: set[int] = set()
         self.left: set[int] = set()
-        self._ran = generation  # the generation that last ran
         self.exited: set[int] = set()
         self.decision: Decision | None = (
             None  # in force while a recovery goes on, for workers that connect late

@@ -137,12 +137,6 @@ class Holder(ABC):
     def load(self, plain: Any, live: Mapping[str, torch.Tensor]) -> None:
         """Take over `plain`; the tensors are filled. No live tensor is replaced if the object allows it."""
 
-    def settle(self, void: bool = False) -> None:  # noqa: B027
-        """Bring the object to rest: at start and gate of an attempt, or to undo one (`void`). Contacts nobody."""
-
-    def check_start(self) -> None:  # noqa: B027
-        """Raise ConfigError if the object holds what a replayable call cannot begin with."""
-
     def stale(self) -> bool:
         """Whether `tensors` would find others than last time, where `containers` does not show it.
 

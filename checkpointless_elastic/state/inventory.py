@@ -57,6 +57,7 @@ class Inventory:
     def __init__(self, objects: Mapping[str, Any]) -> None:
         self._objects = dict(objects)
         self.holders: list[Holder] = []
+        self._sharded: list[ModuleHolder] = []
         self._declared: dict[str, Ranks] = {}
         self._names = ParamNames(self._declared)
         self.scan()
@@ -75,13 +76,13 @@ class Inventory:
         self._declared[key] = ranks
 
     def settle(self, void: bool = False) -> None:
-        """Bring all objects to rest, see `Holder.settle`."""
-        for holder in self.holders:
+        """Bring models of FSDP2 to rest, see `ModuleHolder.settle`."""
+        for holder in self._sharded:
             holder.settle(void)
 
     def check_start(self) -> None:
         """Raise ConfigError if a replayable call cannot begin with what the objects hold."""
-        for holder in self.holders:
+        for holder in self._sharded:
             holder.check_start()
 
     def scan(self) -> Scan:
@@ -93,6 +94,8 @@ class Inventory:
         for holder in self.holders:
             for found in holder.tensors():
                 self._add(pieces, seen, found)
+        modules = [holder for holder in self.holders if isinstance(holder, ModuleHolder)]
+        self._sharded = [holder for holder in modules if holder.sharded]
         containers = tuple(content for holder in self.holders for content in holder.containers())
         _check_unique(pieces)
         return Scan(tuple(pieces), tuple(self._names.items()), containers)

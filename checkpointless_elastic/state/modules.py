@@ -25,6 +25,9 @@ class ModuleHolder(Holder):
 
     The flags `training` and `requires_grad`, and DDP's own, are state too: a replacement enters a step without running
     what came before it, so `model.eval()` or a layer frozen after the first epoch would be missed.
+
+    Attributes:
+        sharded: the outermost modules of FSDP2 in it.
     """
 
     def __init__(self, name: str, module: nn.Module, names: ParamNames) -> None:
@@ -35,7 +38,7 @@ class ModuleHolder(Holder):
         self._flat: list[nn.Module] = []
         self._extra: list[tuple[str, nn.Module]] = []
         self._params: list[torch.Tensor] = []
-        self._sharded: list[Any] = []
+        self.sharded: list[Any] = []
         self._replicated: dict[str, Ranks] = {}
         self._ddp: list[DistributedDataParallel] = []
         self._mesh: Ranks | None = None
@@ -56,7 +59,7 @@ class ModuleHolder(Holder):
         self._modules = [(f"{self.name}.{path}" if path else self.name, module) for path, module in named]
         self._flat = [module for _, module in self._modules]
         self._extra = [(path, module) for path, module in self._modules if _has_extra_state(module)]
-        self._sharded = sharding.fsdp_roots(self._flat)
+        self.sharded = sharding.fsdp_roots(self._flat)
         self.settle()
         named_params = [
             (f"{path}.{key}", path, param)
@@ -79,11 +82,13 @@ class ModuleHolder(Holder):
         return None if sharding.is_sharded(tensor) else self._mesh
 
     def settle(self, void: bool = False) -> None:
-        for root in self._sharded:
+        """Bring FSDP2 to rest: at start and gate of an attempt, or to undo one (`void`). Contacts nobody."""
+        for root in self.sharded:
             sharding.settle(root, void)
 
     def check_start(self) -> None:
-        if any(map(sharding.accumulates, self._sharded)):
+        """Raise ConfigError if there are gradients that a replayable call cannot begin with."""
+        if any(map(sharding.accumulates, self.sharded)):
             raise ConfigError(
                 f"{self.name} holds gradients of an earlier call that are not reduced yet "
                 "(set_requires_gradient_sync(False) or set_requires_all_reduce(False)); they would be lost with their "

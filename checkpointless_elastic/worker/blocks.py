@@ -8,12 +8,24 @@ from typing import NamedTuple
 
 import msgspec
 
+from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.state.device import DeviceMemory
 from checkpointless_elastic.state.pieces import Manifest, Piece
+from checkpointless_elastic.state.plan import PieceSize, Plan, plan
 from checkpointless_elastic.state.sharding import EVERYBODY, Ranks
 from checkpointless_elastic.state.transfer import ChunkDigest
 
-__all__ = ["Block", "Shared", "Stripe", "block_name", "blocks", "holds", "twins"]
+__all__ = [
+    "Block",
+    "Shared",
+    "Stripe",
+    "block_name",
+    "blocks",
+    "holds",
+    "layout_of",
+    "stripe_of",
+    "twins",
+]
 
 
 class Shared(msgspec.Struct, frozen=True):
@@ -65,6 +77,19 @@ def blocks(pieces: Sequence[Piece]) -> dict[Block, list[Piece]]:
     for piece in pieces:
         found.setdefault(Block(piece.info.replicas, piece.info.device), []).append(piece)
     return found
+
+
+def layout_of(pieces: Sequence[Piece], ranks: Sequence[int]) -> Plan:
+    """How a block is shared among these ranks, which all hold it."""
+    return plan([PieceSize(piece.info.nbytes) for piece in pieces], ranks)
+
+
+def stripe_of(stripes: Sequence[Stripe], block: Block, whose: str) -> Stripe:
+    """The part of a block that `whose` gives; StateMismatchError if it has none."""
+    for stripe in stripes:
+        if stripe.block == block:
+            return stripe
+    raise StateMismatchError(f"{whose} does not hold what ranks {list(block.ranks)} should share")
 
 
 def twins(pieces: Sequence[Piece]) -> Ranks:

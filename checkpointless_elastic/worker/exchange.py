@@ -20,13 +20,23 @@ from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision
 from checkpointless_elastic.state import arena, device, digest
 from checkpointless_elastic.state.pieces import MADE, Piece
-from checkpointless_elastic.state.plan import PieceSize, Plan, plan
+from checkpointless_elastic.state.plan import Plan
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks
 from checkpointless_elastic.state.transfer import Receiver, TransferReport, in_segment, vouch
 from checkpointless_elastic.state.transfer import publish as publish_stripe
 from checkpointless_elastic.worker import mirror
-from checkpointless_elastic.worker.blocks import Block, Shared, Stripe, block_name, blocks, holds, twins
+from checkpointless_elastic.worker.blocks import (
+    Block,
+    Shared,
+    Stripe,
+    block_name,
+    blocks,
+    holds,
+    layout_of,
+    stripe_of,
+    twins,
+)
 
 if TYPE_CHECKING:
     from checkpointless_elastic.worker.run import Run
@@ -94,8 +104,7 @@ def _own_part(run_dir: str, name: str, layout: Plan, rank: int) -> Segment:
 
 def _layout(pieces: Sequence[Piece], block: Block, sources: Sequence[int]) -> Plan:
     """Which of the live ranks that hold a block sends what. StateMismatchError if none lives."""
-    live = [rank for rank in sources if holds(block.ranks, rank)]
-    layout = plan([PieceSize(piece.info.nbytes) for piece in pieces], live)
+    layout = layout_of(pieces, [rank for rank in sources if holds(block.ranks, rank)])
     if layout.unsourced:
         raise StateMismatchError(f"no survivor holds {pieces[layout.unsourced[0]].key}")
     return layout
@@ -204,12 +213,12 @@ def receive(
     for block, held in blocks(run.inventory.pieces()).items():
         live = [rank for rank in decision.sources if holds(block.ranks, rank)]
         if live:
-            layout = plan([PieceSize(piece.info.nbytes) for piece in held], live)
-            parts = {rank: _stripe(publications[rank], block) for rank in layout.stripes}
+            found = {rank: publications[rank].stripes for rank in live}
         else:
             keeper = mirror.lead(block)
-            layout = mirror.layout(held, keeper)
-            parts = {keeper: mirror.find(run_dir, keeper, decision.step).stripe(block)}
+            found = {keeper: mirror.find(run_dir, keeper, decision.step).stripes}
+        layout = layout_of(held, list(found))
+        parts = {rank: stripe_of(stripes, block, f"rank {rank}") for rank, stripes in found.items()}
         report = _fill(held, layout, parts)
         moved, seconds = moved + report.nbytes, seconds + report.seconds
     run.inventory.load_meta(common.manifest)
@@ -235,10 +244,3 @@ def _receive(receiver: Receiver, parts: dict[int, Stripe]) -> TransferReport:
     for rank, part in parts.items():
         receiver.receive(rank, part.digests)
     return receiver.finish()
-
-
-def _stripe(publication: Publication, block: Block) -> Stripe:
-    for stripe in publication.stripes:
-        if stripe.block == block:
-            return stripe
-    raise StateMismatchError(f"a survivor does not hold what ranks {list(block.ranks)} should share with it")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
@@ -21,11 +20,10 @@ import msgspec
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.protocol.mirrors import is_due
 from checkpointless_elastic.state.pieces import OPTIMIZER, PARAMETER, Piece, carrier, make_tensor
-from checkpointless_elastic.state.plan import PieceSize, Plan, plan
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.slot import Content, Slot
 from checkpointless_elastic.state.transfer import publish
-from checkpointless_elastic.worker.blocks import Block, Shared, Stripe, block_name, blocks, twins
+from checkpointless_elastic.worker.blocks import Block, Shared, Stripe, block_name, blocks, layout_of, twins
 from checkpointless_elastic.worker.packing import pack, unpack
 from checkpointless_elastic.worker.private import PrivateState
 
@@ -63,14 +61,6 @@ class Entry(msgspec.Struct, frozen=True):
         """The private state of then."""
         return unpack(Content(self.private, self.parts), PrivateState, PrivateState.states)
 
-    def stripe(self, block: Block) -> Stripe:
-        """A block. StateMismatchError if it is not kept here."""
-        for stripe in self.stripes:
-            if stripe.block == block:
-                return stripe
-        ranks = list(block.ranks)
-        raise StateMismatchError(f"the mirror of step {self.step} does not hold what ranks {ranks} share")
-
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Entry).decode
@@ -79,11 +69,6 @@ _decode = msgspec.msgpack.Decoder(Entry).decode
 def lead(block: Block) -> int:
     """The rank that keeps a block."""
     return block.ranks[0] if block.ranks else 0
-
-
-def layout(pieces: Sequence[Piece], rank: int) -> Plan:
-    """A block as one rank has it in its mirror."""
-    return plan([PieceSize(piece.info.nbytes) for piece in pieces], [rank])
 
 
 def _path(run_dir: str, rank: int) -> str:
@@ -183,7 +168,7 @@ class Mirror:
         versions = list(map(_version, watched))
         used = {stripe.path for data in self._whole.values() for stripe in _decode(data).stripes}
         for block, held in copies.items():
-            whole = layout(held, self._rank)
+            whole = layout_of(held, [self._rank])
             segment = self._segment(block_name(block), whole.segment_bytes, used)
             entry.stripes.append(Stripe(block, str(segment.path), publish(held, whole, self._rank, segment)))
         if list(map(_version, watched)) != versions:
