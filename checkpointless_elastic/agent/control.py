@@ -236,8 +236,8 @@ class AgentControl:
             self._workers.learn(message.modules)
 
     def _compare(self, rank: int, held: Replicas) -> None:
-        differ = self._coordinator.compare(rank, held)
-        exposed = self._coordinator.exposed()
+        differ = self._coordinator.holdings.compare(rank, held)
+        exposed = self._coordinator.holdings.exposed()
         if differ:
             logger.warning(
                 "A lost rank cannot be recovered live: %s. Leave it out of Run, make it equal, or name the ranks that "

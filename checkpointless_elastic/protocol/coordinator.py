@@ -10,9 +10,10 @@ yet; ``lost`` ranks are those lost since the job last ran (their groups are void
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.between import Standing
 from checkpointless_elastic.protocol.events import (
     Action,
     AllFrozen,
@@ -23,9 +24,11 @@ from checkpointless_elastic.protocol.events import (
     ExitedEarly,
     LeftEarly,
     Lost,
+    NodeLost,
     Opened,
     Overdue,
     Reached,
+    Reopened,
     Replace,
     Restart,
     Stop,
@@ -33,6 +36,7 @@ from checkpointless_elastic.protocol.events import (
     Tally,
     Unfit,
 )
+from checkpointless_elastic.protocol.holdings import Holdings
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
@@ -41,7 +45,6 @@ from checkpointless_elastic.protocol.messages import (
     Phase,
     Rebuild,
     Release,
-    Replicas,
     Restore,
     Resume,
     Stage,
@@ -68,6 +71,7 @@ class Coordinator:
 
     Attributes:
         step: the step that is committed next; 0 before the first commit.
+        store: where workers meet, see Decision.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Coordinator:
         self.generation = self._ran_in = generation  # now, and when the job last ran
         self.state = State.RUNNING
         self.step = 0
+        self.store = ""
         self.whole = set(ranks)
         self.pending: set[int] = set()
         self.lost: set[int] = set()
@@ -90,15 +95,29 @@ class Coordinator:
         self._faults_since_commit = 0
         self._errors: dict[int, tuple[int, str]] = {}
         self._unprotected: set[int] = set(ranks)
-        self._held: dict[int, Replicas] = {}
-        self._twins: dict[int, frozenset[int]] = {}  # of each rank, those that hold all that it holds
+        self.holdings = Holdings(ranks)
         self._mirror_every = mirror_every
         self._mirrored: dict[int, int] = {}  # of lost ranks, the step of their newest mirror
         self._back_to: int | None = None  # the step to which all ranks go back
         self._ended: set[int] = set()  # survivors that were ended for it and are not yet gone
-        self.distrust = ""  # why live recovery would not give the right state; empty: it would
         self._frozen: dict[int, Frozen] = {}
         self._reports: dict[Stage, dict[int, bytes]] = {}
+
+    def take_over(self, standings: Iterable[Standing]) -> None:
+        """Know what the last coordinator knew, as far as agents can tell. NodeLost or Reopened comes next."""
+        for standing in standings:
+            self.step = max(self.step, standing.step)
+            self.pending |= set(standing.pending)
+            self.lost |= set(standing.lost) | set(standing.pending)
+            self.left |= set(standing.left)
+            self.exited |= set(standing.gone)
+            self._unprotected -= set(standing.protected)
+            self.holdings.held |= standing.held
+        self.whole -= self.pending
+        self._ran_in = self.generation - 1 if self.lost else self.generation
+        if self.step and self.holdings.held:
+            self._unprotected &= self.holdings.held.keys()  # the others had made a Run, or this step was not reached
+            self.holdings.find_twins()
 
     def protect(self, rank: int) -> None:
         """This rank's script has made a Run."""
@@ -107,27 +126,7 @@ class Coordinator:
     @property
     def protected(self) -> bool:
         """Can a loss be answered by rung 1, as far as is known now?"""
-        return self.step > 0 and not self._unprotected and not self.distrust
-
-    def compare(self, rank: int, held: Replicas) -> str:
-        """Take what a rank holds; a sentence when all are in and are not as they claim, else ''."""
-        self._held[rank] = held
-        if self._held.keys() != self.ranks:
-            return ""
-        holders: dict[tuple[str, frozenset[int]], dict[int, int]] = {}
-        for other in sorted(self.ranks):
-            claims = [frozenset(claim) or self.ranks for claim in self._held[other].claims]
-            self._twins[other] = self.ranks.intersection(*claims)
-            for key, (claim, digest) in self._held[other].pieces.items():
-                holders.setdefault((key, claims[claim]), {})[other] = digest
-        self.distrust = next(
-            filter(None, (_disagreement(key, ranks, held) for (key, ranks), held in holders.items())), ""
-        )
-        return self.distrust
-
-    def exposed(self) -> list[int]:
-        """Ranks that hold something that no other rank holds, as far as is known."""
-        return [rank for rank, twins in sorted(self._twins.items()) if twins == {rank}]
+        return self.step > 0 and not self._unprotected and not self.holdings.distrust
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event. Raises ProtocolError if the event is not allowed in this state."""
@@ -184,46 +183,67 @@ class Coordinator:
         stop = None if event.rank in self._ended else self._repeated(event)
         if stop:
             return self._end(stop)
-        self._ended.discard(event.rank)
         self._mirrored[event.rank] = event.mirrored
-        newly = {event.rank} | self.exited
+        replaced = sorted({event.rank} | self.exited)
+        actions = self._without({event.rank}, event.cause, f"rank {event.rank} {event.cause}")
+        return actions if self.state is State.ENDED else [*map(Replace, replaced), *actions]
+
+    def _node_lost(self, event: NodeLost) -> list[Action]:
+        """Its ranks are started by whoever takes the node's place."""
+        stop = self._too_many(tuple(sorted(event.ranks)))
+        if stop:
+            return self._end(stop)
+        self._mirrored.update(dict.fromkeys(event.ranks, -1))
+        replaced = sorted(self.exited - event.ranks)
+        actions = self._without(set(event.ranks), event.cause, f"node {event.node} {event.cause}")
+        return actions if self.state is State.ENDED else [*map(Replace, replaced), *actions]
+
+    def _reopened(self, event: Reopened) -> list[Action]:
+        if not self.protected:
+            return self._end(Restart(3, event.cause))
+        return self._open(event.cause)
+
+    def _without(self, ranks: set[int], cause: str, sentence: str) -> list[Action]:
+        newly = ranks | self.exited
         self.exited = set()
+        self._ended -= newly
         self.lost |= newly
         self.whole -= newly
         self.pending |= newly
         if not self.protected:
-            return self._end(Restart(3, self._why_not_live(event)))
+            return self._end(Restart(3, self._why_not_live(sentence)))
         stranded = self._stranded()
         if stranded and not self._mirror_every:
             return self._end(Restart(3, f"no survivor holds the state of rank {stranded[0]}"))
-        replaced: list[Action] = [Replace(rank) for rank in sorted(newly)]
-        actions = replaced + self._open(event.cause)
+        actions = self._open(cause)
         return actions if self.whole else actions + self._decide()
 
     def _stranded(self) -> list[int]:
         """Lost ranks of which no live rank holds all that they held."""
-        return [rank for rank in sorted(self.pending) if not self._twins.get(rank, self.ranks) & self.whole]
+        return [rank for rank in sorted(self.pending) if not self.holdings.twins(rank) & self.whole]
 
-    def _why_not_live(self, event: Lost) -> str:
-        if self.distrust:
-            return f"rank {event.rank} {event.cause}, and {self.distrust}"
+    def _why_not_live(self, sentence: str) -> str:
+        if self.holdings.distrust:
+            return f"{sentence}, and {self.holdings.distrust}"
         if self._unprotected:
-            rank = min(self._unprotected)
-            return f"rank {event.rank} {event.cause}, and the script of rank {rank} has made no Run"
-        return f"rank {event.rank} {event.cause} before the first step was committed"
+            return f"{sentence}, and the script of rank {min(self._unprotected)} has made no Run"
+        return f"{sentence} before the first step was committed"
 
     def _repeated(self, event: Lost) -> Action | None:
-        self._faults_since_commit += 1
         failure = (self.step, event.error)
         if event.error and self._errors.get(event.rank) == failure:
             reason = f"rank {event.rank} failed twice at step {self.step} with the same error: {event.error}"
             return Restart(3, reason) if event.rank in self.pending else Stop(reason, (event.rank,))
         if event.error:
             self._errors[event.rank] = failure
-        if self._faults_since_commit > self._max_faults:
-            reason = f"{self._faults_since_commit} faults at step {self.step} without a committed step between them"
-            return Stop(reason, (event.rank,))
-        return None
+        return self._too_many((event.rank,))
+
+    def _too_many(self, ranks: tuple[int, ...]) -> Action | None:
+        self._faults_since_commit += 1
+        if self._faults_since_commit <= self._max_faults:
+            return None
+        reason = f"{self._faults_since_commit} faults at step {self.step} without a committed step between them"
+        return Stop(reason, ranks)
 
     def _end(self, action: Action) -> list[Action]:
         self.state = State.ENDED
@@ -289,7 +309,9 @@ class Coordinator:
     def _settle(self, target: int, kind: str) -> list[Action]:
         self.step = target
         self.state = State.SETTLING
-        self.decision = Decision(self.generation, target, sorted(self.whole), sorted(self.pending))
+        self.decision = Decision(
+            self.generation, target, sorted(self.whole), sorted(self.pending), self.store
+        )
         details: dict[str, object] = {"step": target, "decision": kind}
         stranded = self._stranded()
         if stranded:
@@ -369,17 +391,6 @@ class Coordinator:
         return []
 
 
-def _disagreement(key: str, ranks: frozenset[int], digests: dict[int, int]) -> str:
-    """Why these ranks are not replicas of one piece; empty if they are."""
-    first = min(digests)
-    for rank in sorted(ranks):
-        if rank not in digests:
-            return f"{key} of rank {first} should be the same on rank {rank}, which has no such state"
-        if digests[rank] != digests[first]:
-            return f"{key} differs between ranks {first} and {rank}, so they are no replicas"
-    return ""
-
-
 COMPLETED: dict[Stage, Callable[[Coordinator], list[Action]]] = {
     Stage.READY: Coordinator._commit,
     Stage.FINISHED: Coordinator._finish,
@@ -400,6 +411,8 @@ def _table() -> dict[tuple[State, type[Event]], _Handler]:
         ended = state is State.ENDED
         rows[state, Tally] = Coordinator._nothing if ended else Coordinator._tally
         rows[state, Lost] = Coordinator._nothing if ended else Coordinator._lost
+        rows[state, NodeLost] = Coordinator._nothing if ended else Coordinator._node_lost
+        rows[state, Reopened] = Coordinator._nothing if ended else Coordinator._reopened
         rows[state, ExitedEarly] = Coordinator._nothing if ended else Coordinator._exited_early
         rows[state, Unfit] = Coordinator._nothing if ended else Coordinator._unfit
         rows[state, Overdue] = Coordinator._overdue if state in _RECOVERING else Coordinator._nothing

@@ -43,6 +43,22 @@ class Lost(Event):
 
 
 @dataclass(frozen=True)
+class NodeLost(Event):
+    """A node is gone with these workers; they come back on another one. ``cause`` completes "node 3 ..."."""
+
+    node: int
+    ranks: frozenset[int]
+    cause: str
+
+
+@dataclass(frozen=True)
+class Reopened(Event):
+    """The coordinator is another one, and no rank was lost with the old one."""
+
+    cause: str
+
+
+@dataclass(frozen=True)
 class ExitedEarly(Event):
     """A worker ended with code 0 outside its loops without waiting for the others."""
 

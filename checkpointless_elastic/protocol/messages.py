@@ -118,12 +118,14 @@ class Learned(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """The connection is accepted. ``shadow``: this worker is a replacement and contacts no peer until it joins.
 
-    ``mirror_every``: of which steps it keeps mirrors, see `protocol.mirrors`.
+    ``mirror_every``: of which steps it keeps mirrors, see `protocol.mirrors`. ``bases``: the first rank of each
+    node; empty: there is one.
     """
 
     generation: int
     shadow: bool
     mirror_every: int = 0
+    bases: list[int] = []
 
 
 class Refused(Message, frozen=True):
@@ -148,12 +150,16 @@ class Freeze(Message, frozen=True):
 
 
 class Decision(Message, frozen=True):
-    """All ranks go on at ``step``. A rank that is ready for ``step - 1`` applies it first."""
+    """All ranks go on at ``step``. A rank that is ready for ``step - 1`` applies it first.
+
+    ``store``: "host:port" of the store in which workers meet from now on; empty: that of MASTER_ADDR and MASTER_PORT.
+    """
 
     generation: int
     step: int
     sources: list[int]
     pending: list[int]
+    store: str = ""
 
 
 class Restore(Message, frozen=True):

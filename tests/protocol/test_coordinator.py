@@ -202,9 +202,9 @@ def test_a_rank_that_is_unfit_ends_live_recovery_with_its_reason() -> None:
 
 def test_replicas_that_differ_are_never_used() -> None:
     coordinator = running()
-    assert coordinator.compare(0, holding(w=1, b=2)) == ""
-    assert coordinator.compare(1, holding(w=1, b=2)) == ""
-    assert "b differs between ranks 0 and 2" in coordinator.compare(2, holding(w=1, b=3))
+    assert coordinator.holdings.compare(0, holding(w=1, b=2)) == ""
+    assert coordinator.holdings.compare(1, holding(w=1, b=2)) == ""
+    assert "b differs between ranks 0 and 2" in coordinator.holdings.compare(2, holding(w=1, b=3))
     (action,) = coordinator.handle(Lost(1, "was lost"))
     assert isinstance(action, Restart) and "b differs" in action.reason
 
@@ -214,13 +214,13 @@ def sharded(*, replicas: int) -> Coordinator:
     coordinator = running(ranks=4)
     for rank in range(4):
         claim = [rank % 2, rank % 2 + 2] if replicas == 2 else [rank]
-        assert coordinator.compare(rank, holding(claim, [], shard=claim[0], ema=7)) == ""
+        assert coordinator.holdings.compare(rank, holding(claim, [], shard=claim[0], ema=7)) == ""
     return coordinator
 
 
 def test_a_lost_shard_is_recovered_live_while_a_replica_of_it_lives() -> None:
     coordinator = sharded(replicas=2)
-    assert coordinator.exposed() == []
+    assert coordinator.holdings.exposed() == []
     assert only(coordinator.handle(Lost(0, "was lost")), Replace) == [Replace(0)]
     assert only(coordinator.handle(Lost(3, "was lost")), Replace) == [Replace(3)]
     (action,) = coordinator.handle(Lost(2, "was lost"))
@@ -229,15 +229,15 @@ def test_a_lost_shard_is_recovered_live_while_a_replica_of_it_lives() -> None:
 
 def test_a_shard_without_a_replica_is_known_before_it_is_lost() -> None:
     coordinator = sharded(replicas=1)
-    assert coordinator.exposed() == [0, 1, 2, 3]
+    assert coordinator.holdings.exposed() == [0, 1, 2, 3]
     (action,) = coordinator.handle(Lost(1, "was lost"))
     assert action == Restart(3, "no survivor holds the state of rank 1")
 
 
 def test_a_piece_that_a_claimed_replica_does_not_have_is_named() -> None:
     coordinator = running(ranks=2)
-    assert coordinator.compare(0, holding(stage0=1)) == ""
-    assert "stage0 of rank 0 should be the same on rank 1" in coordinator.compare(1, holding(stage1=1))
+    assert coordinator.holdings.compare(0, holding(stage0=1)) == ""
+    assert "stage0 of rank 0 should be the same on rank 1" in coordinator.holdings.compare(1, holding(stage1=1))
 
 
 def test_a_rank_that_ended_well_is_replaced_with_a_lost_one() -> None:

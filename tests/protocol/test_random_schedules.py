@@ -178,7 +178,7 @@ class World:
         for rank in range(ranks):
             self.coordinator.protect(rank)
             if every:
-                assert self.coordinator.compare(rank, Replicas([[rank]], {"shard": (0, rank)})) == ""
+                assert self.coordinator.holdings.compare(rank, Replicas([[rank]], {"shard": (0, rank)})) == ""
 
     def run(self) -> None:
         for _ in range(200_000):

@@ -1,0 +1,311 @@
+"""Messages between agents, encoded as those between a worker and its agent (see `messages`).
+
+Up go what an agent's ranks have reached and what became of them; down go orders, which carry the term of the
+coordinator that gave them. An agent and its *guardian* (the agent of the next seat) talk directly: the guardian keeps
+copies of the private state of the other's ranks.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    Decision,
+    Freeze,
+    Frozen,
+    Left,
+    Message,
+    Mismatch,
+    Protected,
+    Rebuild,
+    Release,
+    Replicas,
+    Restore,
+    Resume,
+    Stage,
+)
+
+VERSION = 1
+
+Said = Protected | Left | Mismatch | Replicas
+"""What one worker has to say to the coordinator."""
+
+
+class Standing(msgspec.Struct, frozen=True, array_like=True):
+    """Where an agent with a seat stands: what a new coordinator must know of it.
+
+    Attributes:
+        step: the next step to be committed, as far as this agent knows.
+        pending: its ranks that are replacements and have not joined.
+        lost, left: of the recovery that goes on, empty if none does; see Freeze.
+        gone: its ranks whose worker is gone, with the exit code.
+        protected: its ranks whose script has made a Run.
+        held: what its ranks hold, as they said after the first step.
+        released: all ranks of the job have finished the script.
+    """
+
+    seat: int
+    generation: int
+    step: int
+    restarts: int
+    pending: list[int]
+    lost: list[int]
+    left: list[int]
+    gone: dict[int, int]
+    protected: list[int]
+    held: dict[int, Replicas]
+    released: bool
+
+
+# ---- to the coordinator ----------------------------------------------------------------------------------------------
+
+
+class Join(Message, frozen=True):
+    """First message of an agent. ``address``: where it listens; ``size``: how many workers it would run."""
+
+    version: int
+    agent: str
+    address: str
+    size: int
+    standing: Standing | None = None
+
+
+class Gathered(Message, frozen=True):
+    """Ranks of this agent have reached a stage; by rank, what they have to say of it."""
+
+    stage: Stage
+    generation: int
+    step: int
+    reports: dict[int, bytes]
+
+
+class Answers(Message, frozen=True):
+    """What ranks of this agent answered to Freeze."""
+
+    generation: int
+    reports: dict[int, Frozen]
+
+
+class RankStarted(Message, frozen=True):
+    """A worker was forked."""
+
+    rank: int
+    pid: int
+
+
+class RankGone(Message, frozen=True):
+    """A worker is lost; see `events.Lost`."""
+
+    rank: int
+    cause: str
+    error: str
+    mirrored: int
+
+
+class RankExited(Message, frozen=True):
+    """A worker ended with code 0 without waiting for the others."""
+
+    rank: int
+
+
+class RankExplained(Message, frozen=True):
+    """The exit status of a lost worker has come."""
+
+    rank: int
+    cause: str
+
+
+class RankSays(Message, frozen=True):
+    """A worker's word to the coordinator."""
+
+    rank: int
+    said: Said
+
+
+class NodeEnded(Message, frozen=True):
+    """All workers of this agent have ended after the job was released, or one badly. ``bad``: exit codes but 0."""
+
+    seat: int
+    restarts: int
+    bad: dict[int, int]
+
+
+# ---- from the coordinator --------------------------------------------------------------------------------------------
+
+
+class Seated(Message, frozen=True):
+    """Run the workers of this seat.
+
+    Attributes:
+        bases: the first rank of each seat.
+        world: number of ranks.
+        store: "host:port" of the store in which workers meet.
+        guardian: address of the agent of the next seat; empty if there is no other.
+        taken: the seat of a lost agent: its ranks are replacements, their private state is with the guardian.
+        restarts: how many times the script was run before.
+    """
+
+    term: int
+    seat: int
+    bases: list[int]
+    world: int
+    store: str
+    guardian: str
+    generation: int
+    restarts: int
+    taken: bool
+
+
+class Spare(Message, frozen=True):
+    """Wait: no seat is free. ``bases`` and ``world``: see Seated; empty before the job has begun."""
+
+    term: int
+    bases: list[int]
+    world: int
+
+
+class Order(Message, frozen=True):
+    """What all agents with a seat do, or pass on to their workers."""
+
+    term: int
+    message: Ordered
+
+
+class Reseated(Message, frozen=True):
+    """By seat, the address of its new agent."""
+
+    addresses: dict[int, str]
+
+
+class ReplaceRank(Message, frozen=True):
+    """Start the next incarnation of this rank, whose worker is gone."""
+
+    rank: int
+
+
+class EndRank(Message, frozen=True):
+    """End this worker; its loss comes as any other."""
+
+    rank: int
+
+
+class RunAgain(Message, frozen=True):
+    """Stop all workers and run the script from its top; its workers meet in ``store``."""
+
+    generation: int
+    restarts: int
+    reason: str
+    store: str
+
+
+class Halt(Message, frozen=True):
+    """The job has failed because of these ranks."""
+
+    reason: str
+    ranks: list[int]
+
+
+class Done(Message, frozen=True):
+    """The job has succeeded."""
+
+
+class Turned(Message, frozen=True):
+    """This agent may not take part. ``fenced``: its seat was given to another; it may come back as a new agent."""
+
+    reason: str
+    fenced: bool
+
+
+# ---- both ways -------------------------------------------------------------------------------------------------------
+
+
+class Beat(Message, frozen=True):
+    """A sign of life. ``count``: of the coordinator's beats, as the directory has it; ``seat``: the sender's, or -1."""
+
+    term: int
+    count: int
+    seat: int
+
+
+# ---- between an agent and its guardian -------------------------------------------------------------------------------
+
+
+class Ward(Message, frozen=True):
+    """The sender has this seat, the receiver guards it. ``wants``: send what is kept of these ranks."""
+
+    seat: int
+    ranks: list[int]
+    wants: bool
+
+
+class Copy(Message, frozen=True):
+    """The private state of a rank.
+
+    Attributes:
+        generation, step: of the step that the rank was ready for when this was sent; step -1: for none.
+        numbers: parts of the blob; those not in ``parts`` the receiver has.
+        log: entries of the startup log, if they are sent along.
+    """
+
+    rank: int
+    generation: int
+    step: int
+    blob: bytes
+    numbers: list[int]
+    parts: dict[int, bytes]
+    log: list[bytes] | None = None
+
+
+class Kept(Message, frozen=True):
+    """All that the guardian has of a seat's ranks, whole."""
+
+    copies: list[Copy]
+
+
+Ordered = (
+    Commit
+    | Freeze
+    | Decision
+    | Restore
+    | Rebuild
+    | Resume
+    | Release
+    | Reseated
+    | RunAgain
+    | Halt
+    | Done
+)
+
+Between = (
+    Join
+    | Gathered
+    | Answers
+    | RankStarted
+    | RankGone
+    | RankExited
+    | RankExplained
+    | RankSays
+    | NodeEnded
+    | Seated
+    | Spare
+    | Order
+    | ReplaceRank
+    | EndRank
+    | Turned
+    | Beat
+    | Ward
+    | Copy
+    | Kept
+)
+
+_decoder: msgspec.msgpack.Decoder[Between] = msgspec.msgpack.Decoder(Between)
+
+
+def decode(body: bytes | memoryview) -> Between:
+    """The message in ``body`` (without its length). Raises ProtocolError on anything else."""
+    try:
+        return _decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"An agent sent a message that cannot be read: {error}.") from error

@@ -1,0 +1,67 @@
+"""Which rank holds what: the claims and digests that ranks report after the first step."""
+
+from __future__ import annotations
+
+from checkpointless_elastic.protocol.messages import Replicas
+
+__all__ = ["Holdings"]
+
+
+class Holdings:
+    """What ranks have said that they hold.
+
+    Attributes:
+        held: by rank.
+        distrust: why live recovery would not give the right state; empty: it would, as far as is known.
+    """
+
+    def __init__(self, ranks: frozenset[int]) -> None:
+        self.ranks = ranks
+        self.held: dict[int, Replicas] = {}
+        self.distrust = ""
+        self._twins: dict[int, frozenset[int]] = {}
+
+    def compare(self, rank: int, held: Replicas) -> str:
+        """Take what a rank holds; a sentence when all are in and are not as they claim, else ''."""
+        self.held[rank] = held
+        if self.held.keys() != self.ranks:
+            return ""
+        self.find_twins()
+        holders: dict[tuple[str, frozenset[int]], dict[int, int]] = {}
+        for other in sorted(self.ranks):
+            claims = self._claims(other)
+            for key, (claim, digest) in self.held[other].pieces.items():
+                holders.setdefault((key, claims[claim]), {})[other] = digest
+        self.distrust = next(
+            filter(None, (_disagreement(key, ranks, held) for (key, ranks), held in holders.items())), ""
+        )
+        return self.distrust
+
+    def find_twins(self) -> None:
+        """A rank that nobody can ask any more is a twin of those that say they are twins of it."""
+        self._twins = {rank: self.ranks.intersection(*self._claims(rank)) for rank in self.held}
+        for rank in self.ranks - self.held.keys():
+            known = {other for other in self.held if rank in self._twins[other]}
+            self._twins[rank] = frozenset(known | {rank})
+
+    def twins(self, rank: int) -> frozenset[int]:
+        """The ranks that hold all that this one holds, itself among them; all of them before it is known."""
+        return self._twins.get(rank, self.ranks)
+
+    def exposed(self) -> list[int]:
+        """Ranks that hold something that no other rank holds, as far as is known."""
+        return [rank for rank, twins in sorted(self._twins.items()) if twins == {rank}]
+
+    def _claims(self, rank: int) -> list[frozenset[int]]:
+        return [frozenset(claim) or self.ranks for claim in self.held[rank].claims]
+
+
+def _disagreement(key: str, ranks: frozenset[int], digests: dict[int, int]) -> str:
+    """Why these ranks are not replicas of one piece; empty if they are."""
+    first = min(digests)
+    for rank in sorted(ranks):
+        if rank not in digests:
+            return f"{key} of rank {first} should be the same on rank {rank}, which has no such state"
+        if digests[rank] != digests[first]:
+            return f"{key} differs between ranks {first} and {rank}, so they are no replicas"
+    return ""
