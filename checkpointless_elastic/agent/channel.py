@@ -33,7 +33,7 @@ class Channel(Protocol):
         """Plain bytes from received ones. Raises NotAccepted."""
 
     def seal(self, data: bytes) -> bytes:
-        """Bytes to send for plain ones."""
+        """Bytes to send for plain ones. Raises NotAccepted when the connection has failed already."""
 
     def pending(self) -> bytes:
         """Bytes that are to be sent on the channel's own behalf, after each `open` and at first."""
@@ -84,8 +84,11 @@ class Secure:
     def seal(self, data: bytes) -> bytes:
         """See Channel."""
         view = memoryview(data)
-        while view:
-            view = view[self._tls.write(view[:_CHUNK]) :]
+        try:
+            while view:
+                view = view[self._tls.write(view[:_CHUNK]) :]
+        except ssl.SSLError as error:
+            raise NotAccepted(_explained(error)) from error
         return self._out.read()
 
     def pending(self) -> bytes:

@@ -57,7 +57,12 @@ class Resolver:
 
     def look_up(self, host: str, port: int, found: Found) -> None:
         """Call `found(targets, "")` or `found([], why)` on the loop, if the resolver is not closed before."""
-        threading.Thread(target=self._work, args=(host, port, found), name="resolve", daemon=True).start()
+        thread = threading.Thread(target=self._work, args=(host, port, found), name="resolve", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads
+            self._results.append((found, [], str(error)))
+            self._wake()
 
     def close(self) -> None:
         """Deliver nothing any more."""
@@ -71,6 +76,9 @@ class Resolver:
             self._results.append((found, [(row[0], row[4]) for row in rows], ""))
         except (OSError, UnicodeError) as error:
             self._results.append((found, [], str(error)))
+        self._wake()
+
+    def _wake(self) -> None:
         with contextlib.suppress(OSError):  # closed, or full of wake-ups already
             self._writer.send(b"x")
 
@@ -138,10 +146,13 @@ class Dial:
         """Try the next address; the last one may take all the time that is left."""
         family, target = self._left.pop(0)
         self._turn = self._loop.call_later(self._share, self._skip) if self._left else None
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        self._socket.setblocking(False)
-        code = self._socket.connect_ex(target)
-        if code == errno.EINPROGRESS:
+        try:
+            self._socket = socket.socket(family, socket.SOCK_STREAM)
+            self._socket.setblocking(False)
+            code = self._socket.connect_ex(target)
+        except OSError as error:  # no descriptor left, no IPv6 here, no such interface
+            code = error.errno if error.errno and error.errno > 0 else errno.EADDRNOTAVAIL
+        if self._socket is not None and code == errno.EINPROGRESS:
             self._loop.watch(self._socket.fileno(), self._check, self._check)
         else:
             self._result(code)
@@ -152,10 +163,9 @@ class Dial:
 
     def _result(self, code: int) -> None:
         connection = self._socket
-        assert connection is not None
-        if code == 0 and _to_itself(connection):
+        if connection is not None and code == 0 and _to_itself(connection):
             code = errno.ECONNREFUSED
-        if code == 0:
+        if connection is not None and code == 0:
             self._socket = None
             self._loop.unwatch(connection.fileno())
             self.cancel()

@@ -260,30 +260,32 @@ def _cut(data: bytes) -> tuple[_Step | None, bytes]:
     if len(data) < _HEADER.size:
         return None, b""
     _, version, length = _HEADER.unpack_from(data)
+    end = _HEADER.size + length
+    if length <= MAX_HANDSHAKE and len(data) < end:
+        return None, b""
+    try:
+        step = _decode(data[_HEADER.size : end], length)
+    except NotAccepted:
+        if version == VERSION:
+            raise
+        step = None
+    if isinstance(step, Refusal):
+        raise NotAccepted(f"it refused this agent: {_printable(step.reason)}")
+    if step is None or version != VERSION:
+        reason = f"it speaks version {version} of the agents' protocol, this agent version {VERSION}"
+        raise NotAccepted(reason, refusal(f"this agent speaks version {VERSION}, the other one {version}"))
+    return step, data[end:]
+
+
+def _decode(body: bytes, length: int) -> _Step:
+    """The message of a body of which `length` bytes were announced."""
     if length > MAX_HANDSHAKE:
         raise NotAccepted(
             f"it announced a handshake message of {length} bytes, at most {MAX_HANDSHAKE} are allowed"
         )
-    end = _HEADER.size + length
-    if len(data) < end:
-        return None, b""
-    step = _decode(data[_HEADER.size : end], version)
-    if isinstance(step, Refusal):
-        raise NotAccepted(f"it refused this agent: {_printable(step.reason)}")
-    if version != VERSION:
-        reason = f"it speaks version {version} of the agents' protocol, this agent version {VERSION}"
-        raise NotAccepted(reason, refusal(f"this agent speaks version {VERSION}, the other one {version}"))
-    assert step is not None
-    return step, data[end:]
-
-
-def _decode(body: bytes, version: int) -> _Step | None:
-    """The message; None if it cannot be read and is of another version."""
     try:
         return _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        if version != VERSION:
-            return None
         raise NotAccepted(f"it sent a handshake message that cannot be read ({error})") from error
 
 

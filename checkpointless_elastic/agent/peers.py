@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from typing import Any
 
 from checkpointless_elastic.agent.channel import Channel, Channels
 from checkpointless_elastic.agent.dial import Dial, Resolver
@@ -43,6 +44,7 @@ class Peer:
         incoming: the other agent connected.
         address: "host:port" of the other end, as it was given or as it is seen.
         how: after its end: how it ended.
+        received: bytes that came before it was opened.
     """
 
     def __init__(self, peers: Peers, address: str, incoming: bool) -> None:
@@ -56,7 +58,7 @@ class Peer:
         self._early: list[bytes] = []
         self._doomed = False
         self._frames = Frames()
-        self._received = 0
+        self.received = 0
         self._dial: Dial | None = None
         self._stream: Stream | None = None
         self._channel: Channel
@@ -84,7 +86,10 @@ class Peer:
         elif waiting and waiting + len(body) > MAX_WAITING:
             self._fail_soon(f"it does not read: {waiting} bytes wait")
         elif self.agent:
-            self._write(body)
+            try:
+                self._write(body)
+            except NotAccepted as error:
+                self._fail_soon(f"it cannot be sent to: {error.reason}")
         else:
             self._early.append(body)
 
@@ -139,10 +144,10 @@ class Peer:
         except NotAccepted as error:
             self._reject(error)
         except ProtocolError as error:
-            self.fail(Closed.REJECTED, f"not accepted: {error}")
+            self.fail(Closed.REJECTED, f"not accepted: {str(error).rstrip('.')}")
 
     def _shake(self, handshake: Handshake, data: bytes) -> None:
-        self._received += len(data)
+        self.received += len(data)
         plain = self._channel.open(data)
         self._tell(self._channel.pending())
         self._greet()
@@ -150,7 +155,7 @@ class Peer:
             self._tell(self._sealed(handshake.feed(plain)))
         if handshake.done:
             self._open(handshake)
-        elif self._received > _HANDSHAKE_BYTES:
+        elif self.received > _HANDSHAKE_BYTES:
             raise NotAccepted(f"it sent more than {_HANDSHAKE_BYTES} bytes before the end of the handshake")
 
     def _greet(self) -> None:
@@ -288,7 +293,9 @@ class Peers:
 
     def failed(self, peer: Peer, reason: str) -> None:
         """A peer has ended, not by us."""
-        if peer.how is Closed.REJECTED or (peer.incoming and not peer.agent):
+        if not peer.agent and peer.incoming and peer.how is Closed.GONE and not peer.received:
+            logger.debug("%s connected and went away without a word.", peer.address)
+        elif peer.how is Closed.REJECTED or (peer.incoming and not peer.agent):
             self._log.warning(
                 "The connection %s %s is closed: %s.", "from" if peer.incoming else "to", peer.address, reason
             )
@@ -323,11 +330,13 @@ class Peers:
             except BlockingIOError:
                 return
             except OSError as error:
+                if self._listener.fileno() < 0:
+                    return
                 if error.errno in _NO_DESCRIPTORS:
                     self._pause(error)
                     return
                 continue  # that connection is gone already
-            self._admit(connection, f"{where[0]}:{where[1]}")
+            self._admit(connection, _written(where))
 
     def _admit(self, connection: socket.socket, address: str) -> None:
         if len(self._shaking) >= self._max_handshakes:
@@ -342,6 +351,12 @@ class Peers:
         logger.warning("No connection can be accepted for now: %s.", os.strerror(error.errno or 0))
         self.loop.unwatch(self._listener.fileno())
         self.loop.call_later(_ACCEPT_PAUSE_S, self._resume)
+
+
+def _written(where: tuple[Any, ...]) -> str:
+    """A socket's address as text."""
+    host, port = where[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _listen(bind: tuple[str, int]) -> socket.socket:

@@ -116,7 +116,9 @@ class Coordinator:
         self.whole -= self.pending
         self._ran_in = self.generation - 1 if self.lost else self.generation
         if self.step and self.holdings.held:
-            self._unprotected &= self.holdings.held.keys()  # the others had made a Run, or this step was not reached
+            self._unprotected &= (
+                self.holdings.held.keys()
+            )  # the others had made a Run, or this step was not reached
             self.holdings.find_twins()
 
     def protect(self, rank: int) -> None:
@@ -242,7 +244,9 @@ class Coordinator:
         self._faults_since_commit += 1
         if self._faults_since_commit <= self._max_faults:
             return None
-        reason = f"{self._faults_since_commit} faults at step {self.step} without a committed step between them"
+        reason = (
+            f"{self._faults_since_commit} faults at step {self.step} without a committed step between them"
+        )
         return Stop(reason, ranks)
 
     def _end(self, action: Action) -> list[Action]:
