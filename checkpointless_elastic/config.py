@@ -31,6 +31,10 @@ class Config:
         join_timeout: limit for a replacement to run the script up to its first step; then rung 4.
         max_faults_per_step: faults without one committed step between them, after which the job stops.
         mirror_every: committed calls between two copies of each rank's state to host memory; 0: none are made.
+        job_token_file: file with the secret that all agents of the job share; empty: CHECKPOINTLESS_JOB_TOKEN.
+        tls_ca: PEM file of the authority that signs the agents' certificates; empty: connections are plain.
+        tls_cert: PEM file of this agent's certificate.
+        tls_key: PEM file of its key.
         events: file for the JSON lines of recoveries; empty: ``recoveries.jsonl`` in the log directory.
     """
 
@@ -47,6 +51,12 @@ class Config:
     mirror_every: int = _setting(
         0, "copy the state to host memory every so many calls, for shards without a replica; 0: never"
     )  # type: ignore[assignment]
+    job_token_file: str = _setting(
+        "", "file with the secret that all agents share; empty: the variable CHECKPOINTLESS_JOB_TOKEN"
+    )  # type: ignore[assignment]
+    tls_ca: str = _setting("", "PEM file of the authority that signs the agents' certificates; empty: no TLS")  # type: ignore[assignment]
+    tls_cert: str = _setting("", "PEM file of this agent's certificate")  # type: ignore[assignment]
+    tls_key: str = _setting("", "PEM file of this agent's key, not encrypted")  # type: ignore[assignment]
     events: str = _setting(
         "", "file for the JSON lines of recoveries; empty: recoveries.jsonl in the log directory"
     )  # type: ignore[assignment]
@@ -59,6 +69,15 @@ class Config:
             raise ConfigError(f"max_faults_per_step must be at least 1, not {self.max_faults_per_step}.")
         if self.mirror_every < 0:
             raise ConfigError(f"mirror_every must be 0 or a number of steps, not {self.mirror_every}.")
+
+        self._check_tls()
+
+    def _check_tls(self) -> None:
+        missing = [name for name in ("tls_ca", "tls_cert", "tls_key") if not getattr(self, name)]
+        if 0 < len(missing) < 3:
+            raise ConfigError(
+                f"TLS needs tls_ca, tls_cert and tls_key; {' and '.join(missing)} is missing: give it, or none of them."
+            )
 
     @classmethod
     def parse(cls, options: Mapping[str, object], env: Mapping[str, str]) -> Config:

@@ -297,5 +297,5 @@ def decode(body: bytes | memoryview) -> Between:
     """The message in ``body`` (without its length). Raises ProtocolError on anything else."""
     try:
         return _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"An agent sent a message that cannot be read: {error}.") from error

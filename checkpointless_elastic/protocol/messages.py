@@ -210,7 +210,7 @@ def decode_from_worker(body: bytes | memoryview) -> FromWorker:
     """The message in ``body`` (without its length). Raises ProtocolError on anything else."""
     try:
         return _from_worker.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"A worker sent a message that cannot be read: {error}.") from error
 
 
@@ -218,7 +218,7 @@ def decode_to_worker(body: bytes | memoryview) -> ToWorker:
     """The message in ``body`` (without its length). Raises ProtocolError on anything else."""
     try:
         return _to_worker.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"The agent sent a message that cannot be read: {error}.") from error
 
 
