@@ -58,6 +58,7 @@ class CheckpointlessAgent(LocalElasticAgent):
         handler = spec.rdzv_handler
         self._ours = isinstance(handler, CheckpointlessRendezvousHandler)
         if isinstance(handler, CheckpointlessRendezvousHandler):
+            handler.has_agent = True
             if not isinstance(spec.entrypoint, str):
                 logger.warning(
                     "Only commands are protected: %r runs as under plain torchrun.", spec.entrypoint

@@ -206,8 +206,10 @@ class AgentControl:
     def lost(self, rank: int, incarnation: int) -> None:
         station = self._station
         known = (rank, incarnation) in self._known_lost
-        if known or self._incarnations.get(rank) != incarnation or station is None or station.stopped:
+        if known or self._incarnations.get(rank) != incarnation or station is None:
             return
+        if station.stopped or station.released:
+            return  # its exit status counts now
         self._links.drain(rank)
         with Slot.open(slot_path(self.run_dir, rank)) as slot:
             runs = in_loop(slot)
@@ -290,7 +292,8 @@ class AgentControl:
         """A script has failed. Its process closes its connections now and ends later: peers must not wait for that."""
         known = (rank, incarnation) in self._known_lost or self._incarnations[rank] != incarnation
         station = self._station
-        if not known and station is not None and not station.stopped and station.is_protected(rank):
+        over = station is None or station.stopped or station.released
+        if station is not None and not known and not over and station.is_protected(rank):
             self._lose(rank, "was lost")
 
     # ---- what the coordinator says

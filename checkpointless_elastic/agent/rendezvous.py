@@ -14,8 +14,13 @@ import secrets
 import socket
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+)
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from checkpointless_elastic.agent.credentials import read_tls, read_token
@@ -41,11 +46,13 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
     Attributes:
         config: the settings of the job.
         max_nodes: how many agents may take part.
+        has_agent: set by our agent, see `next_rendezvous`.
     """
 
     def __init__(self, params: RendezvousParameters) -> None:
         self.config = Config.parse(params.config, os.environ)
         self.max_nodes = params.max_nodes
+        self.has_agent = False
         self._params = params
         self._active = self.config.active_nodes or params.min_nodes
         if not params.min_nodes <= self._active <= params.max_nodes:
@@ -110,11 +117,21 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
     # ---- RendezvousHandler
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Only torch's own agent asks. Raises UnsupportedTorchError."""
-        raise UnsupportedTorchError(
-            "This torch looks up LocalElasticAgent before it makes the rendezvous handler, so the checkpointless "
-            "agent is not in place; use a torch version from 2.6 to 2.13."
-        )
+        """For a function in place of a command, which torch's own code runs on one node: rank 0 of 1, with a new store.
+
+        Raises UnsupportedTorchError when our agent is not in place, ConfigError with several nodes.
+        """
+        if not self.has_agent:
+            raise UnsupportedTorchError(
+                "This torch looks up LocalElasticAgent before it makes the rendezvous handler, so the checkpointless "
+                "agent is not in place; use a torch version from 2.6 to 2.13."
+            )
+        if self.max_nodes > 1:
+            raise ConfigError("A function runs on one node only: give a command, or --nnodes 1.")
+        host, _, port = self.open_store().rpartition(":")
+        assert self._store is not None
+        store = PrefixStore(f"torchelastic/{self._run_id}", self._store)
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(host, int(port)))
 
     def get_backend(self) -> str:
         """The name in `--rdzv-backend`."""
@@ -157,6 +174,10 @@ def _own_address(params: RendezvousParameters) -> str:
     """The address at which other nodes reach this one: given, or that of the interface towards the endpoint."""
     if params.local_addr:
         return params.local_addr
+    if not str(params.endpoint or "").strip():
+        raise ConfigError(
+            "Several nodes need an endpoint that all of them can reach: give --rdzv-endpoint HOST:PORT."
+        )
     reasons = []
     for endpoint in str(params.endpoint or "").split(","):
         host, port = parse_rendezvous_endpoint(endpoint.strip(), default_port=1)

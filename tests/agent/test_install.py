@@ -94,7 +94,7 @@ def test_active_nodes_outside_of_the_range_of_nnodes_is_an_error() -> None:
 
 
 def test_an_endpoint_that_cannot_be_reached_from_here_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="give an endpoint that all nodes can reach"):
+    with pytest.raises(ConfigError, match="give --rdzv-endpoint"):
         CheckpointlessRendezvousHandler(parameters(endpoint="", min_nodes=2, max_nodes=2))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from checkpointless_elastic.agent.peers import Closed, Peer
+from checkpointless_elastic.agent.peers import Closed
 from tests.agent.meeting import Agent, agents
 
 
