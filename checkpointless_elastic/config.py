@@ -31,6 +31,12 @@ class Config:
         join_timeout: limit for a replacement to run the script up to its first step; then rung 4.
         max_faults_per_step: faults without one committed step between them, after which the job stops.
         mirror_every: committed calls between two copies of each rank's state to host memory; 0: none are made.
+        store_timeout: limit for one call to the rendezvous store; with etcd, more than an election there takes (2 s).
+        is_host: whether this agent opens the embedded store: true or false; empty: if the endpoint is this machine.
+        etcd_user: user name at etcd; its password stands in `etcd_password_file` or CHECKPOINTLESS_ETCD_PASSWORD.
+        etcd_password_file: file with the password of `etcd_user`.
+        etcd_ca: file with the certificates that etcd's must descend from; given, connections use TLS.
+        etcd_cert, etcd_key: files with the certificate and key that the agent shows to etcd.
         events: file for the JSON lines of recoveries; empty: ``recoveries.jsonl`` in the log directory.
     """
 
@@ -47,18 +53,38 @@ class Config:
     mirror_every: int = _setting(
         0, "copy the state to host memory every so many calls, for shards without a replica; 0: never"
     )  # type: ignore[assignment]
+    store_timeout: timedelta = _setting(  # type: ignore[assignment]
+        timedelta(seconds=5), "limit for one call to the rendezvous store"
+    )
+    is_host: str = _setting(
+        "", "whether this agent opens the embedded store: true, false; empty: if the endpoint is this machine"
+    )  # type: ignore[assignment]
+    etcd_user: str = _setting(
+        "", "user at etcd; password in etcd_password_file or CHECKPOINTLESS_ETCD_PASSWORD"
+    )  # type: ignore[assignment]
+    etcd_password_file: str = _setting("", "file with the password of etcd_user")  # type: ignore[assignment]
+    etcd_ca: str = _setting("", "file with the CA of etcd's certificates; given, connections use TLS")  # type: ignore[assignment]
+    etcd_cert: str = _setting("", "file with the certificate that the agent shows to etcd")  # type: ignore[assignment]
+    etcd_key: str = _setting("", "file with the key of etcd_cert")  # type: ignore[assignment]
     events: str = _setting(
         "", "file for the JSON lines of recoveries; empty: recoveries.jsonl in the log directory"
     )  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        for name in ("timeout", "settle_timeout", "join_timeout"):
+        for name in ("timeout", "settle_timeout", "join_timeout", "store_timeout"):
             if getattr(self, name) <= timedelta(0):
                 raise ConfigError(f"{name} must be a positive number of seconds, not {getattr(self, name)}.")
         if self.max_faults_per_step < 1:
             raise ConfigError(f"max_faults_per_step must be at least 1, not {self.max_faults_per_step}.")
         if self.mirror_every < 0:
             raise ConfigError(f"mirror_every must be 0 or a number of steps, not {self.mirror_every}.")
+
+        if self.is_host not in ("", "true", "false"):
+            raise ConfigError(f"is_host must be true, false or left out, not {self.is_host!r}.")
+        if bool(self.etcd_cert) != bool(self.etcd_key):
+            raise ConfigError("etcd_cert and etcd_key belong together: give both or neither.")
+        if self.etcd_cert and not self.etcd_ca:
+            raise ConfigError("etcd_cert needs TLS: give etcd_ca too.")
 
     @classmethod
     def parse(cls, options: Mapping[str, object], env: Mapping[str, str]) -> Config:
