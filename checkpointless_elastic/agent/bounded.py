@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class BoundedCaller:
-    """Runs calls one after the other on its own daemon thread. One that is stuck holds up later ones, never a caller."""
+    """Runs calls one after the other on its own daemon thread. One that is stuck holds up later ones, no caller."""
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()

@@ -39,7 +39,7 @@ class Directory(ABC):
 
     @abstractmethod
     def beat(self, term: int, count: int) -> bool:
-        """The coordinator of this term says that it lives; False: a newer term exists, so it is fenced and must stop."""
+        """The coordinator of this term says that it lives; False: a newer term exists and it must stop."""
 
     @abstractmethod
     def last_beat(self, term: int) -> int:
@@ -47,7 +47,7 @@ class Directory(ABC):
 
     @abstractmethod
     def wait_newer(self, term: int, timeout: float) -> Leader | None:
-        """Wait in the store until a term above this one exists; None after `timeout` seconds (one limit may come on top)."""
+        """Wait in the store until a newer term exists; None after `timeout` seconds (and up to one limit)."""
 
     @abstractmethod
     def end(self, verdict: str) -> None:
@@ -59,7 +59,7 @@ class Directory(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the store; from any thread. A waiting call ends with DirectoryError. Raises nothing."""
+        """Let go of the store; from any thread. A waiting call ends within one limit. Raises nothing."""
 
 
 def open_directory(backend: str, params: RendezvousParameters, config: Config) -> Directory:

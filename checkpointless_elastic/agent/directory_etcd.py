@@ -28,6 +28,8 @@ from checkpointless_elastic.errors import ConfigError, DirectoryError
 __all__ = ["EtcdDirectory", "open_etcd"]
 
 DEFAULT_PORT = 2379
+OPEN_S = 30.0
+"""Longest wait for etcd's first answer. No agent starts it, so one that does not answer is rather a wrong address."""
 LEASE_S = 60
 """The lease's time to live; a quarter of it between two renewals."""
 PASSWORD = "CHECKPOINTLESS_ETCD_PASSWORD"
@@ -36,7 +38,7 @@ PASSWORD = "CHECKPOINTLESS_ETCD_PASSWORD"
 def open_etcd(params: RendezvousParameters, config: Config) -> EtcdDirectory:
     """The directory at `--rdzv-endpoint` (``host:port,host:port``), after its first answer."""
     endpoints = parse_endpoints(str(params.endpoint or ""))
-    limit, timeout = config.store_timeout.total_seconds(), config.timeout.total_seconds()
+    limit, timeout = config.store_timeout.total_seconds(), min(config.timeout.total_seconds(), OPEN_S)
     return EtcdDirectory.open(endpoints, params.run_id, limit, timeout=timeout, access=read_access(config))
 
 
@@ -100,7 +102,8 @@ class EtcdDirectory(Directory):
         client = EtcdClient(endpoints, access or Access(), limit)
         directory = cls(client, run_id, limit, lease_s)
         try:
-            client.get(directory._term, timeout)
+            client.begin(timeout)
+            client.get(directory._term)  # shows a login that is missing, which a lease does not need
             directory._renew()
         except DirectoryError:
             client.close()
@@ -108,11 +111,13 @@ class EtcdDirectory(Directory):
         return directory
 
     def newest(self) -> Leader | None:
+        self._client.begin()
         return self._look()[0]
 
     def claim(self, leader: Leader) -> bool:
         if leader.term < 1:
             raise ValueError(f"Terms begin at 1, not {leader.term}.")
+        self._client.begin()
         while True:
             newest, modified, _ = self._look()
             if (newest.term if newest else 0) != leader.term - 1:
@@ -122,6 +127,7 @@ class EtcdDirectory(Directory):
                 return True
 
     def beat(self, term: int, count: int) -> bool:
+        self._client.begin()
         values = {self._beat: f"{term} {count}"}
         while True:
             self._renew()
@@ -135,6 +141,7 @@ class EtcdDirectory(Directory):
                 return False
 
     def last_beat(self, term: int) -> int:
+        self._client.begin()
         self._renew()
         value = self._client.get(self._beat)[0]
         of, _, count = value.partition(" ")
@@ -143,6 +150,7 @@ class EtcdDirectory(Directory):
     def wait_newer(self, term: int, timeout: float) -> Leader | None:
         deadline = time.monotonic() + timeout
         while True:
+            self._client.begin()
             newest, _, revision = self._look()
             if newest is not None and newest.term > term:
                 return newest
@@ -154,9 +162,11 @@ class EtcdDirectory(Directory):
     def end(self, verdict: str) -> None:
         if not verdict:
             raise ValueError("A verdict says how the job ended; it cannot be empty.")
+        self._client.begin()
         self._write(self._verdict, 0, {self._verdict: verdict})
 
     def verdict(self) -> str:
+        self._client.begin()
         self._renew()
         return self._client.get(self._verdict)[0]
 

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SLICE_S = 1.0
+"""Longest wait in the store, which answers at once when the term comes: then this side looks whether it was closed."""
+
 
 def open_tcp(params: RendezvousParameters, config: Config) -> TcpDirectory:
     """The directory at `--rdzv-endpoint`; without a port, the host's agent takes any."""
@@ -83,6 +86,7 @@ class TcpDirectory(Directory):
         if is_host or port == 0:
             caller.close()
             raise DirectoryError(_cannot_host(host, port, reason))
+        logger.info("Connecting to the rendezvous store at %s:%d for up to %g s.", host, port, timeout)
         try:
             store = caller.call(lambda: _open(host, port, False, timeout, limit), timeout + limit)
         except (RuntimeError, ValueError, TimeoutError) as error:
@@ -127,7 +131,7 @@ class TcpDirectory(Directory):
             leader = self.newest()
             if leader is not None and leader.term > term:
                 return leader
-            left = min(deadline - time.monotonic(), self._limit)
+            left = min(deadline - time.monotonic(), self._limit, SLICE_S)
             if left <= 0:
                 return None
             self._wait(_leader(term + 1), max(left, 0.001))  # 0 would be no limit at all
@@ -156,8 +160,6 @@ class TcpDirectory(Directory):
         return self._known
 
     def _wait(self, key: str, seconds: float) -> None:
-        """In slices of one limit, so that a server that stopped is noticed."""
-
         def wait(store: PrefixStore) -> None:
             try:
                 store.wait([key], timedelta(seconds=seconds))

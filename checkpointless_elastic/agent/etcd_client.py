@@ -100,6 +100,12 @@ class EtcdClient:
         self._at = 0
         self._token = ""
         self._closed = threading.Event()
+        self.begin(limit)
+
+    def begin(self, limit: float | None = None) -> None:
+        """From now on calls have, all together, the limit (or that many seconds) until the next `begin`."""
+        self._given = self._limit if limit is None else limit
+        self._deadline = time.monotonic() + self._given
 
     def close(self) -> None:
         """From any thread; ends a call in progress."""
@@ -107,9 +113,9 @@ class EtcdClient:
         for member in self._members:
             member.channel.close()
 
-    def get(self, key: str, limit: float | None = None) -> tuple[str, int, int]:
+    def get(self, key: str) -> tuple[str, int, int]:
         """Value ('' if there is none), the revision that wrote it (0), and the store's. Linearizable."""
-        answer = self._call(lambda m, how: m.kv.Range(rpc.RangeRequest(key=key.encode()), **how), limit)
+        answer = self._call(lambda m, how: m.kv.Range(rpc.RangeRequest(key=key.encode()), **how))
         found = answer.kvs[0] if answer.kvs else None
         value, modified = (found.value.decode(), found.mod_revision) if found else ("", 0)
         return value, modified, answer.header.revision
@@ -143,8 +149,8 @@ class EtcdClient:
     def keep_alive(self, lease: int) -> bool:
         """Begin the lease's time anew; False: it has expired."""
         request = rpc.LeaseKeepAliveRequest(ID=lease)
-        answer = self._call(lambda m, how: next(iter(m.lease.LeaseKeepAlive(iter([request]), **how))))
-        return bool(answer.TTL > 0)
+        answer = self._call(lambda m, how: next(m.lease.LeaseKeepAlive(iter([request]), **how), None))
+        return answer is not None and answer.TTL > 0
 
     def wait_change(self, key: str, revision: int, seconds: float) -> None:
         """Return as soon as the key was written in that revision or later, after `seconds`, or when the watch broke.
@@ -161,8 +167,11 @@ class EtcdClient:
         try:
             how = self._how(seconds, ("hasleader", "true"))  # a member cut off from the others ends the watch
             for answer in member.watch.Watch(requests(), **how):
-                if answer.events or answer.canceled:
+                if answer.canceled:
+                    break
+                if answer.events:
                     return
+            self._closed.wait(min(seconds, 0.1))
         except (grpc.RpcError, ValueError) as error:
             if isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return
@@ -179,13 +188,11 @@ class EtcdClient:
         request = rpc.TxnRequest(compare=tests, success=puts)
         return bool(self._call(lambda m, how: m.kv.Txn(request, **how)).succeeded)
 
-    def _call(self, work: Callable[[_Member, dict[str, Any]], T], limit: float | None = None) -> T:
-        """The answer of the first member that gives one within the limit."""
-        limit = self._limit if limit is None else limit
-        deadline = time.monotonic() + limit
+    def _call(self, work: Callable[[_Member, dict[str, Any]], T]) -> T:
+        """The answer of the first member that gives one in time."""
         failure = "no answer"
         for tries in itertools.count(1):
-            left = deadline - time.monotonic()
+            left = self._deadline - time.monotonic()
             if left <= 0 or self._closed.is_set():
                 break
             try:
@@ -195,20 +202,20 @@ class EtcdClient:
             except ValueError:  # gRPC's answer to a call on a closed connection
                 break
             if tries % len(self._members) == 0:
-                self._closed.wait(min(0.02 * 2 ** min(tries, 4), max(deadline - time.monotonic(), 0)))
+                self._closed.wait(min(0.02 * 2 ** min(tries, 4), max(self._deadline - time.monotonic(), 0)))
         if self._closed.is_set():
             raise DirectoryError(f"The connection to etcd at {self.endpoint} is closed.")
         raise DirectoryError(
-            f"etcd at {self.endpoint} did not answer within {limit:g} s (last: {failure}); check that most of its "
+            f"etcd at {self.endpoint} did not answer within {self._given:g} s (last: {failure}); check that most of its "
             f"members run, that --rdzv-endpoint names their client addresses, and etcd_ca, etcd_cert and etcd_key."
         )
 
     def _try(self, work: Callable[[_Member, dict[str, Any]], T], seconds: float) -> T:
-        member = self._members[self._at]
+        member, until = self._members[self._at], time.monotonic() + seconds
         if self._access.user and not self._token:
             request = rpc.AuthenticateRequest(name=self._access.user, password=self._access.password)
             self._token = member.auth.Authenticate(request, timeout=seconds).token
-        return work(member, self._how(seconds))
+        return work(member, self._how(max(until - time.monotonic(), 0.001)))
 
     def _how(self, seconds: float, *metadata: tuple[str, str]) -> dict[str, Any]:
         token = (("token", self._token),) if self._token else ()
@@ -231,8 +238,8 @@ class EtcdClient:
     def _refused(self, details: str) -> str:
         who = f"user {self._access.user!r}" if self._access.user else "a client without a user"
         return (
-            f"etcd at {self.endpoint} refuses {who} ({details}); check etcd_user and its password, and that this user may "
-            f"read and write keys under /checkpointless/."
+            f"etcd at {self.endpoint} refuses {who} ({details}); check etcd_user and its password, and that this "
+            f"user may read and write keys under /checkpointless/."
         )
 
 
