@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 __all__ = ["BoundedCaller"]
@@ -27,14 +27,17 @@ class BoundedCaller:
 
     def call(self, work: Callable[[], T], limit: float) -> T:
         """What `work` returns or raises; TimeoutError after `limit` seconds, and then it is not begun later."""
-        future: Future[T] = Future()
-        self._calls.put((future, work))
-        done = threading.Event()
-        future.add_done_callback(lambda _: done.set())
-        if not done.wait(limit):
+        future = self.submit(work)
+        if not wait([future], limit).done:
             future.cancel()
             raise TimeoutError(f"no answer within {limit:g} s")
         return future.result()
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """The same without waiting."""
+        future: Future[T] = Future()
+        self._calls.put((future, work))
+        return future
 
     def close(self) -> None:
         """The thread ends when the calls before this one have come back."""

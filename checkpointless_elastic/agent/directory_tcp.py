@@ -1,8 +1,9 @@
 """The directory in a TCPStore that the agent on the endpoint's machine hosts: nothing to install, lost with that agent.
 
 One key per term, written by compare_set and never changed, so a term has one coordinator and terms have no gaps; a
-coordinator is fenced when the next term's key exists. TCPStore of torch 2.6 to 2.13 answers waiting clients as soon as
-the key they wait for is set.
+coordinator is fenced when the next term's key exists. Agents wait for the next term in the store, which answers as soon
+as its key is set. torch 2.13 writes two lines to stderr for each wait that ends unanswered, so a wait is never given
+up: it has a connection of its own and goes on when `wait_newer` returns without a term.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import TypeVar
 
 import msgspec
-from torch.distributed import DistStoreError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
 
@@ -29,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SLICE_S = 1.0
-"""Longest wait in the store, which answers at once when the term comes: then this side looks whether it was closed."""
+PROBE_S = 1.0
+"""How often a waiting agent looks whether the store still answers and the directory is still open."""
+FOREVER = timedelta(days=7)
+"""TCPStore counts milliseconds in 32 bits."""
 
 
 def open_tcp(params: RendezvousParameters, config: Config) -> TcpDirectory:
@@ -55,9 +59,14 @@ class TcpDirectory(Directory):
         self.endpoint = f"{store.host}:{store.port}"
         self.hosts = hosts
         self._caller = caller
-        self._store: PrefixStore | None = PrefixStore(f"checkpointless/{run_id}", store)
+        self._host, self._port = store.host, store.port
+        self._prefix = f"checkpointless/{run_id}"
+        self._store: PrefixStore | None = PrefixStore(self._prefix, store)
         self._limit = limit
         self._known: Leader | None = None
+        self._waiter = BoundedCaller("checkpointless-new-term")
+        self._awaited: Future[None] | None = None
+        self._wait_store: PrefixStore | None = None
 
     @classmethod
     def open(
@@ -131,10 +140,10 @@ class TcpDirectory(Directory):
             leader = self.newest()
             if leader is not None and leader.term > term:
                 return leader
-            left = min(deadline - time.monotonic(), self._limit, SLICE_S)
+            left = min(deadline - time.monotonic(), PROBE_S)
             if left <= 0:
                 return None
-            self._wait(_leader(term + 1), max(left, 0.001))  # 0 would be no limit at all
+            self._wait(leader.term + 1 if leader else 1, left)
 
     def end(self, verdict: str) -> None:
         if not verdict:
@@ -150,6 +159,7 @@ class TcpDirectory(Directory):
     def close(self) -> None:
         self._store = None
         self._caller.close()
+        self._waiter.close()  # a wait that is not answered lasts as long as the store or this process
 
     def _newest(self, store: PrefixStore) -> Leader | None:
         term = self._known.term if self._known else 0
@@ -159,29 +169,38 @@ class TcpDirectory(Directory):
             self._known = msgspec.json.decode(store.get(_leader(term)), type=Leader)
         return self._known
 
-    def _wait(self, key: str, seconds: float) -> None:
-        def wait(store: PrefixStore) -> None:
-            try:
-                store.wait([key], timedelta(seconds=seconds))
-            except DistStoreError:
-                pass  # not in this time; a broken connection is a DistNetworkError
+    def _wait(self, term: int, seconds: float) -> None:
+        """Until somebody has claimed the term, which nobody has yet, or for that long."""
+        if self._awaited is None or self._awaited.done():
+            self._awaited = self._waiter.submit(lambda: self._await(_leader(term)))
+        wait([self._awaited], seconds)
+        if self._awaited.done() and (error := self._awaited.exception()) is not None:
+            raise self._failure(error, "wait for a new coordinator") from error
 
-        self._call(wait, "wait for a new coordinator", seconds)
+    def _await(self, key: str) -> None:
+        """On the waiter's thread, with its connection."""
+        if self._wait_store is None:
+            store = _open(self._host, self._port, False, self._limit, self._limit)
+            self._wait_store = PrefixStore(self._prefix, store)
+        self._wait_store.wait([key], FOREVER)
 
-    def _call(self, work: Callable[[PrefixStore], T], aim: str, more: float = 0.0) -> T:
+    def _call(self, work: Callable[[PrefixStore], T], aim: str) -> T:
         store = self._store
         if store is None:
             raise DirectoryError(
                 f"The connection to the rendezvous store at {self.endpoint} is closed; cannot {aim}."
             )
         try:
-            return self._caller.call(lambda: work(store), self._limit + more)
+            return self._caller.call(lambda: work(store), self._limit)
         except (RuntimeError, ValueError, TimeoutError, msgspec.DecodeError) as error:
-            raise DirectoryError(
-                f"The rendezvous store at {self.endpoint} failed ({_first_line(error)}), so this agent cannot {aim}; "
-                f"it lives in the agent that hosts it and is lost with it: start the job again, or use "
-                f"--rdzv-backend checkpointless-etcd, which survives the loss of any node."
-            ) from error
+            raise self._failure(error, aim) from error
+
+    def _failure(self, error: BaseException, aim: str) -> DirectoryError:
+        return DirectoryError(
+            f"The rendezvous store at {self.endpoint} failed ({_first_line(error)}), so this agent cannot {aim}; "
+            f"it lives in the agent that hosts it and is lost with it: start the job again, or use "
+            f"--rdzv-backend checkpointless-etcd, which survives the loss of any node."
+        )
 
 
 def _leader(term: int) -> str:

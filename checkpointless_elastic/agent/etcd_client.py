@@ -206,8 +206,8 @@ class EtcdClient:
         if self._closed.is_set():
             raise DirectoryError(f"The connection to etcd at {self.endpoint} is closed.")
         raise DirectoryError(
-            f"etcd at {self.endpoint} did not answer within {self._given:g} s (last: {failure}); check that most of its "
-            f"members run, that --rdzv-endpoint names their client addresses, and etcd_ca, etcd_cert and etcd_key."
+            f"etcd at {self.endpoint} did not answer within {self._given:g} s (last: {failure}); check that most of "
+            f"its members run, that --rdzv-endpoint names their client addresses, and etcd_ca, etcd_cert and etcd_key."
         )
 
     def _try(self, work: Callable[[_Member, dict[str, Any]], T], seconds: float) -> T:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -39,11 +40,12 @@ def connect(cluster: Cluster, run_id: str = "job", limit: float = 5.0, **options
     return EtcdDirectory.open(cluster.endpoints, run_id, limit, timeout=20.0, **options)  # type: ignore[arg-type]
 
 
-def keys(cluster: Cluster, run_id: str) -> list[bytes]:
+def stored(cluster: Cluster, run_id: str) -> list[Any]:
+    """The keys of a job, with their leases."""
     prefix = f"/checkpointless/{run_id}/".encode()
     with grpc.insecure_channel(cluster.endpoints[0]) as channel:
         request = rpc.RangeRequest(key=prefix, range_end=prefix[:-1] + b"0", keys_only=True)
-        return [found.key for found in rpc.KVStub(channel).Range(request, timeout=5).kvs]
+        return list(rpc.KVStub(channel).Range(request, timeout=5).kvs)
 
 
 def test_claims_and_beats_go_on_when_the_leading_member_is_killed(own_etcd: Starter) -> None:
@@ -104,14 +106,18 @@ def test_a_waiting_agent_misses_nothing_over_a_restart_and_a_compaction(own_etcd
             assert waiting.result(30) == leader(2, "b")
 
 
-def test_a_job_leaves_no_key_behind(etcd: Cluster) -> None:
+def test_every_key_of_a_job_expires_with_one_lease_of_a_minute(etcd: Cluster) -> None:
     run_id = uuid.uuid4().hex
-    with closing(connect(etcd, run_id, lease_s=1)) as directory:
+    with closing(connect(etcd, run_id)) as directory:
         assert directory.claim(leader(1))
         assert directory.beat(1, 1)
         directory.end("succeeded")
-        assert len(keys(etcd, run_id)) == 4
-    wait_until(lambda: not keys(etcd, run_id), "the lease expires", 15)
+    found = stored(etcd, run_id)
+    assert len(found) == 4
+    (lease,) = {key.lease for key in found}
+    with grpc.insecure_channel(etcd.endpoints[0]) as channel:
+        left = rpc.LeaseStub(channel).LeaseTimeToLive(rpc.LeaseTimeToLiveRequest(ID=lease), timeout=5)
+    assert (left.grantedTTL, left.TTL > 50) == (60, True)
 
 
 def test_agents_that_all_paused_until_their_keys_expired_go_on_in_their_term(etcd: Cluster) -> None:
@@ -125,7 +131,7 @@ def test_agents_that_all_paused_until_their_keys_expired_go_on_in_their_term(etc
             assert one.claim(leader(1))
             assert one.claim(leader(2))
             assert other.newest() == leader(2)
-        wait_until(lambda: not keys(etcd, beats) and not keys(etcd, claims), "the leases expire", 15)
+        wait_until(lambda: not stored(etcd, beats) and not stored(etcd, claims), "the leases expire", 15)
         one, other = jobs[beats]
         assert one.beat(2, 7)
         assert other.last_beat(2) == 7
@@ -139,7 +145,7 @@ def test_agents_that_paused_never_follow_a_job_that_began_anew(etcd: Cluster) ->
     with closing(connect(etcd, run_id, lease_s=1)) as one, closing(connect(etcd, run_id, lease_s=1)) as late:
         assert one.claim(leader(1))
         assert one.claim(leader(2))
-        wait_until(lambda: not keys(etcd, run_id), "the lease expires", 15)
+        wait_until(lambda: not stored(etcd, run_id), "the lease expires", 15)
         assert late.claim(leader(1, "late"))
         with pytest.raises(DirectoryError, match="went back from term 2 .*end it and start it again"):
             one.beat(2, 1)

@@ -51,7 +51,7 @@ def start_host() -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def port_of(host: Host) -> int:
+def port_of(host: subprocess.Popen[str]) -> int:
     assert host.stdout is not None
     return int(host.stdout.readline().rsplit(":", 1)[1])
 
@@ -130,7 +130,7 @@ def test_when_the_host_dies_every_call_fails_at_once_and_so_does_a_wait() -> Non
             waiting.result(0.2)
         process.kill()
         process.wait()
-        assert max(seconds_to_fail(lambda c=call: c(directory)) for call in CALLS.values()) < LIMIT_S
+        assert max(seconds_to_fail(functools.partial(call, directory)) for call in CALLS.values()) < LIMIT_S
         assert waiting.result(20) < 0.2 + LIMIT_S
 
 
@@ -211,6 +211,15 @@ def test_a_host_elsewhere_needs_a_port() -> None:
         DirectoryError, match="port of localhost is not known; give --rdzv-endpoint HOST:PORT"
     ):
         connect(0)
+
+
+def test_the_store_is_gone_when_its_host_closes_even_while_it_waits() -> None:
+    host = connect(0, is_host=True)
+    port = int(host.endpoint.rsplit(":", 1)[1])
+    with closing(connect(port)) as other:
+        assert host.wait_newer(0, 0.1) is None
+        host.close()
+        seconds_to_fail(lambda: other.wait_newer(0, 60))
 
 
 def test_the_threads_of_a_closed_directory_end(host: Host) -> None:
