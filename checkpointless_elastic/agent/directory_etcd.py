@@ -30,6 +30,8 @@ __all__ = ["EtcdDirectory", "open_etcd"]
 DEFAULT_PORT = 2379
 OPEN_S = 30.0
 """Longest wait for etcd's first answer. No agent starts it, so one that does not answer is rather a wrong address."""
+PROBE_S = 2.0
+"""How often a waiting agent reads and watches anew: a watch at a member that is stopped says nothing."""
 LEASE_S = 60
 """The lease's time to live; a quarter of it between two renewals."""
 PASSWORD = "CHECKPOINTLESS_ETCD_PASSWORD"
@@ -75,13 +77,12 @@ def read_access(config: Config, env: Mapping[str, str] = os.environ) -> Access:
 class EtcdDirectory(Directory):
     """See the module. ``endpoint``: the members' addresses, as given."""
 
-    def __init__(self, client: EtcdClient, run_id: str, limit: float, lease_s: int) -> None:
+    def __init__(self, client: EtcdClient, run_id: str, lease_s: int) -> None:
         prefix = f"/checkpointless/{run_id}/"
         self.endpoint = client.endpoint
         self._client = client
         self._leader, self._term = prefix + "leader", prefix + "term"
         self._beat, self._verdict = prefix + "beat", prefix + "verdict"
-        self._limit = limit
         self._lease = int.from_bytes(hashlib.sha256(prefix.encode()).digest()[:8], "big") >> 1 or 1
         self._lease_s = lease_s
         self._renewed = -float("inf")
@@ -100,7 +101,7 @@ class EtcdDirectory(Directory):
     ) -> EtcdDirectory:
         """Connect within `timeout` seconds. ``lease_s``: how long keys outlive the last agent, in seconds."""
         client = EtcdClient(endpoints, access or Access(), limit)
-        directory = cls(client, run_id, limit, lease_s)
+        directory = cls(client, run_id, lease_s)
         try:
             client.begin(timeout)
             client.get(directory._term)  # shows a login that is missing, which a lease does not need
@@ -154,7 +155,7 @@ class EtcdDirectory(Directory):
             newest, _, revision = self._look()
             if newest is not None and newest.term > term:
                 return newest
-            left = min(deadline - time.monotonic(), self._limit)
+            left = min(deadline - time.monotonic(), PROBE_S)
             if left <= 0:
                 return None
             self._client.wait_change(self._leader, revision + 1, left)

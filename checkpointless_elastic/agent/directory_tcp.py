@@ -87,7 +87,7 @@ class TcpDirectory(Directory):
         reason = ""
         if is_host or (is_host is None and _matches_machine_hostname(host)):
             try:
-                store = caller.call(lambda: _open(host, port, True, limit, limit), 2 * limit)
+                store = caller.call(lambda: _open(host, port, True, limit, limit), timeout + limit)
                 logger.info("This agent hosts the rendezvous store at %s:%d.", host, store.port)
                 return cls(caller, store, True, run_id, limit)
             except (RuntimeError, ValueError, TimeoutError) as error:

@@ -29,7 +29,7 @@ __all__ = ["Access", "EtcdClient", "Refusal"]
 
 T = TypeVar("T")
 
-TRIES_PER_LIMIT = 4
+TRIES_PER_LIMIT = 6
 """A member that is stopped or cut off gets this part of the limit before the next one is asked."""
 
 _OPTIONS = [

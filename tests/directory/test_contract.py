@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -81,8 +81,7 @@ def test_a_waiting_agent_wakes_within_a_second_of_a_claim(open_one: Opener) -> N
     assert one.claim(leader(1))
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(lambda: (other.wait_newer(1, 20), time.monotonic()))
-        with pytest.raises(TimeoutError):
-            waiting.result(0.3)  # it waits
+        assert not wait([waiting], 0.3).done  # it waits
         claimed = time.monotonic()
         assert one.claim(leader(2, "b"))
         found, woke = waiting.result(20)
@@ -120,8 +119,7 @@ def test_closing_ends_a_wait(open_one: Opener) -> None:
     directory = open_one()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(directory.wait_newer, 0, 60)
-        with pytest.raises(TimeoutError):
-            waiting.result(0.2)
+        assert not wait([waiting], 0.2).done
         directory.close()
         with pytest.raises(DirectoryError, match="is closed"):
             waiting.result(20)

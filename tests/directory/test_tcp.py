@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,8 +126,7 @@ def test_when_the_host_dies_every_call_fails_at_once_and_so_does_a_wait() -> Non
         directory, other = (stack.enter_context(closing(connect(port))) for _ in range(2))
         pool = stack.enter_context(ThreadPoolExecutor(1))
         waiting = pool.submit(seconds_to_fail, lambda: other.wait_newer(0, 60))
-        with pytest.raises(TimeoutError):
-            waiting.result(0.2)
+        assert not wait([waiting], 0.2).done
         process.kill()
         process.wait()
         assert max(seconds_to_fail(functools.partial(call, directory)) for call in CALLS.values()) < LIMIT_S
@@ -146,8 +145,7 @@ def test_when_the_host_is_stopped_every_call_fails_within_its_limit(host: Host) 
 def test_when_the_host_is_stopped_a_wait_fails_within_one_limit_and_a_second(host: Host) -> None:
     with closing(host.connect()) as directory, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(seconds_to_fail, lambda: directory.wait_newer(0, 60))
-        with pytest.raises(TimeoutError):
-            waiting.result(0.2)
+        assert not wait([waiting], 0.2).done
         host.stop()
         assert waiting.result(20) < 0.2 + LIMIT_S + 1.5
 
@@ -187,8 +185,7 @@ def test_an_agent_waits_for_the_host_to_come_up() -> None:
     (port,) = free_ports(1)
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(connect, port, timeout=60.0)
-        with pytest.raises(TimeoutError):
-            opening.result(0.2)
+        assert not wait([opening], 0.2).done
         with closing(connect(port, is_host=True)), closing(opening.result(60)) as directory:
             assert directory.newest() is None
 
