@@ -11,91 +11,119 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from checkpointless_elastic.agent.directory import Leader
 from checkpointless_elastic.agent.directory_tcp import TcpDirectory
 from checkpointless_elastic.errors import DirectoryError
+from tests.conftest import wait_until
 from tests.directory.etcd_server import free_ports
 
 LIMIT_S = 1.0
 LEADER = Leader(1, "a", "a.example:29400")
 
-HOST = """
-import sys
-from checkpointless_elastic.agent.directory_tcp import TcpDirectory
-directory = TcpDirectory.open("localhost", 0, "job", 5.0, timeout=5.0, is_host=True)
-print(directory.endpoint, flush=True)
-sys.stdin.read()
-"""
-
-STUCK = """
-import os, signal, sys
+NURSERY = """
+import os, signal, sys, threading
 from checkpointless_elastic.agent.directory_tcp import TcpDirectory
 from checkpointless_elastic.errors import DirectoryError
-directory = TcpDirectory.open("localhost", int(sys.argv[1]), "job", 0.5, timeout=5.0, is_host=False)
-os.kill(int(sys.argv[2]), signal.SIGSTOP)
-try:
-    directory.newest()
-except DirectoryError:
-    print("failed as it should")
-"""
 
 
-def start_host() -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", HOST]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def host():
+    directory = TcpDirectory.open("localhost", 0, "job", 5.0, timeout=5.0, is_host=True)
+    print(os.getpid(), directory.endpoint.rsplit(":", 1)[1], flush=True)
+    threading.Event().wait()
 
 
-def port_of(host: subprocess.Popen[str]) -> int:
-    assert host.stdout is not None
-    return int(host.stdout.readline().rsplit(":", 1)[1])
-
-
-@contextmanager
-def running_host() -> Iterator[subprocess.Popen[str]]:
-    """Another process that hosts a store."""
-    process = start_host()
+def stuck(port, host):
+    directory = TcpDirectory.open("localhost", int(port), "job", 0.5, timeout=5.0, is_host=False)
+    os.kill(int(host), signal.SIGSTOP)
     try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+        while True:
+            directory.newest()
+    except DirectoryError:
+        print("failed as it should", flush=True)
 
 
-@pytest.fixture(scope="module")
-def shared_host() -> Iterator[tuple[subprocess.Popen[str], int]]:
-    with running_host() as process:
-        yield process, port_of(process)
+for line in sys.stdin:
+    name, *arguments = line.split()
+    pid = os.fork()
+    if pid == 0:
+        globals()[name](*arguments)
+        sys.exit(0)
+    if name == "stuck":
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+"""Forks processes that have torch loaded: one import for all tests."""
+
+
+class Nursery:
+    """The process that runs NURSERY. Its children are in its process group and end with it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ask(self, line: str) -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self.read()
+
+    def read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def end(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
 
 
 @dataclass
 class Host:
-    """A host that a test may stop."""
+    """A process that hosts a store; a test may stop it."""
 
-    process: subprocess.Popen[str]
+    pid: int
     port: int
     job: str
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
+        self._send(signal.SIGSTOP, psutil.STATUS_STOPPED)
 
     def go_on(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
+        os.kill(self.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL, psutil.STATUS_ZOMBIE)
+
+    def _send(self, number: signal.Signals, status: str) -> None:
+        os.kill(self.pid, number)
+        wait_until(lambda: psutil.Process(self.pid).status() == status, f"the host is {status}")
 
     def connect(self, **options: object) -> TcpDirectory:
         return connect(self.port, self.job, **options)
 
 
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.end()
+
+
 @pytest.fixture
-def host(shared_host: tuple[subprocess.Popen[str], int]) -> Iterator[Host]:
-    host = Host(*shared_host, uuid.uuid4().hex)
-    yield host
-    host.go_on()
+def host(nursery: Nursery) -> Host:
+    pid, port = nursery.ask("host").split()
+    return Host(int(pid), int(port), uuid.uuid4().hex)
 
 
 def connect(port: int, job: str = "job", **options: object) -> TcpDirectory:
@@ -120,15 +148,13 @@ CALLS: dict[str, Callable[[TcpDirectory], object]] = {
 }
 
 
-def test_when_the_host_dies_every_call_fails_at_once_and_so_does_a_wait() -> None:
-    with running_host() as process, ExitStack() as stack:
-        port = port_of(process)
-        directory, other = (stack.enter_context(closing(connect(port))) for _ in range(2))
+def test_when_the_host_dies_every_call_fails_at_once_and_so_does_a_wait(host: Host) -> None:
+    with ExitStack() as stack:
+        directory, other = (stack.enter_context(closing(host.connect())) for _ in range(2))
         pool = stack.enter_context(ThreadPoolExecutor(1))
         waiting = pool.submit(seconds_to_fail, lambda: other.wait_newer(0, 60))
         assert not wait([waiting], 0.2).done
-        process.kill()
-        process.wait()
+        host.kill()
         assert max(seconds_to_fail(functools.partial(call, directory)) for call in CALLS.values()) < LIMIT_S
         assert waiting.result(20) < 0.2 + LIMIT_S
 
@@ -159,10 +185,9 @@ def test_when_the_host_goes_on_so_do_the_calls(host: Host) -> None:
         assert directory.newest() == LEADER
 
 
-def test_a_process_with_a_call_that_never_comes_back_can_end(host: Host) -> None:
-    command = [sys.executable, "-c", STUCK, str(host.port), str(host.process.pid)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "failed as it should\n"), done.stderr
+def test_a_process_with_a_call_that_never_comes_back_can_end(host: Host, nursery: Nursery) -> None:
+    assert nursery.ask(f"stuck {host.port} {host.pid}") == "failed as it should"
+    assert nursery.read() == "0"
 
 
 def test_the_first_agent_on_the_endpoints_machine_hosts_and_the_next_one_connects() -> None:
