@@ -40,6 +40,12 @@ class Config:
         on_loss_timeout: how long to wait for it.
         heartbeat: seconds between two signs of life of an agent.
         heartbeat_misses: after so many heartbeats without a sign of life an agent is taken to be gone.
+        store_timeout: limit for one call to the rendezvous store; with etcd, more than an election there takes (2 s).
+        is_host: whether this agent opens the embedded store: true or false; empty: if the endpoint is this machine.
+        etcd_user: user name at etcd; its password stands in `etcd_password_file` or CHECKPOINTLESS_ETCD_PASSWORD.
+        etcd_password_file: file with the password of `etcd_user`.
+        etcd_ca: file with the certificates that etcd's must descend from; given, connections use TLS.
+        etcd_cert, etcd_key: files with the certificate and key that the agent shows to etcd.
         events: file for the JSON lines of recoveries; empty: ``recoveries.jsonl`` in the log directory.
     """
 
@@ -75,13 +81,26 @@ class Config:
     tls_ca: str = _setting("", "PEM file of the authority that signs the agents' certificates; empty: no TLS")  # type: ignore[assignment]
     tls_cert: str = _setting("", "PEM file of this agent's certificate")  # type: ignore[assignment]
     tls_key: str = _setting("", "PEM file of this agent's key, not encrypted")  # type: ignore[assignment]
+    store_timeout: timedelta = _setting(  # type: ignore[assignment]
+        timedelta(seconds=5), "limit for one call to the rendezvous store"
+    )
+    is_host: str = _setting(
+        "", "whether this agent opens the embedded store: true, false; empty: if the endpoint is this machine"
+    )  # type: ignore[assignment]
+    etcd_user: str = _setting(
+        "", "user at etcd; password in etcd_password_file or CHECKPOINTLESS_ETCD_PASSWORD"
+    )  # type: ignore[assignment]
+    etcd_password_file: str = _setting("", "file with the password of etcd_user")  # type: ignore[assignment]
+    etcd_ca: str = _setting("", "file with the CA of etcd's certificates; given, connections use TLS")  # type: ignore[assignment]
+    etcd_cert: str = _setting("", "file with the certificate that the agent shows to etcd")  # type: ignore[assignment]
+    etcd_key: str = _setting("", "file with the key of etcd_cert")  # type: ignore[assignment]
     events: str = _setting(
         "", "file for the JSON lines of recoveries; empty: recoveries.jsonl in the log directory"
     )  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        for name in ("timeout", "settle_timeout", "join_timeout", "on_loss_timeout", "heartbeat"):
-            if getattr(self, name) <= timedelta(0):
+        for name, item in self.__dataclass_fields__.items():
+            if isinstance(item.default, timedelta) and getattr(self, name) <= timedelta(0):
                 raise ConfigError(f"{name} must be a positive number of seconds, not {getattr(self, name)}.")
         if self.max_faults_per_step < 1:
             raise ConfigError(f"max_faults_per_step must be at least 1, not {self.max_faults_per_step}.")
@@ -94,14 +113,20 @@ class Config:
         if self.mirror_every < 0:
             raise ConfigError(f"mirror_every must be 0 or a number of steps, not {self.mirror_every}.")
 
-        self._check_tls()
+        self._check_stores()
 
-    def _check_tls(self) -> None:
+    def _check_stores(self) -> None:
         missing = [name for name in ("tls_ca", "tls_cert", "tls_key") if not getattr(self, name)]
         if 0 < len(missing) < 3:
             raise ConfigError(
                 f"TLS needs tls_ca, tls_cert and tls_key; {' and '.join(missing)} is missing: give it, or none of them."
             )
+        if self.is_host not in ("", "true", "false"):
+            raise ConfigError(f"is_host must be true, false or left out, not {self.is_host!r}.")
+        if bool(self.etcd_cert) != bool(self.etcd_key):
+            raise ConfigError("etcd_cert and etcd_key belong together: give both or neither.")
+        if self.etcd_cert and not self.etcd_ca:
+            raise ConfigError("etcd_cert needs TLS: give etcd_ca too.")
 
     @classmethod
     def parse(cls, options: Mapping[str, object], env: Mapping[str, str]) -> Config:
