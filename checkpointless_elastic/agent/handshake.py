@@ -286,7 +286,9 @@ def _decode(body: bytes, length: int) -> _Step:
     try:
         return _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise NotAccepted(f"it sent a handshake message that cannot be read ({error})") from error
+        raise NotAccepted(
+            f"it sent a handshake message that cannot be read ({_printable(str(error))})"
+        ) from error
 
 
 def _is_tls(data: bytes) -> bool:
