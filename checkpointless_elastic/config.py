@@ -76,7 +76,7 @@ class Config:
         missing = [name for name in ("tls_ca", "tls_cert", "tls_key") if not getattr(self, name)]
         if 0 < len(missing) < 3:
             raise ConfigError(
-                f"TLS needs tls_ca, tls_cert and tls_key; {' and '.join(missing)} is missing: give it, or none of them."
+                f"TLS needs tls_ca, tls_cert and tls_key; {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: give all or none."
             )
 
     @classmethod

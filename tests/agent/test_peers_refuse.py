@@ -225,7 +225,7 @@ def insider(agent: Agent, choose: random.Random) -> bytes:
     initiator = Handshake(identity(), Role.INITIATOR)
     with raw(agent) as connection:
         connection.sendall(initiator.start())
-        proof = initiator.feed(answer(agent, connection, HEADER.size + 60))
+        proof = initiator.feed(answer(agent, connection, HEADER.size + 1))
         sent = mutated(proof, choose)
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
@@ -277,7 +277,8 @@ def test_thousands_of_broken_handshakes_open_nothing_and_leave_nothing(agent: Ag
     agent.until(lambda: all(stream.closed for stream in agent.peers._ending))
     agent.peers._ending.clear()
     after = cost()
-    assert after[:2] == before[:2]
+    assert after[0] == before[0]
+    assert after[1] <= before[1]
     assert after[2] - before[2] < 16 << 20
     serves(agent)
 
