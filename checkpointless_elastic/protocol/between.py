@@ -40,7 +40,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
         step: the next step to be committed, as far as this agent knows.
         pending: its ranks that are replacements and have not joined.
         lost, left: of the recovery that goes on, empty if none does; see Freeze.
-        gone: its ranks whose worker is gone, with the exit code.
+        gone: its ranks whose worker is gone and not yet replaced.
         protected: its ranks whose script has made a Run.
         held: what its ranks hold, as they said after the first step.
         released: all ranks of the job have finished the script.
@@ -53,7 +53,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     pending: list[int]
     lost: list[int]
     left: list[int]
-    gone: dict[int, int]
+    gone: list[int]
     protected: list[int]
     held: dict[int, Replicas]
     released: bool

@@ -72,6 +72,7 @@ class Coordinator:
     Attributes:
         step: the step that is committed next; 0 before the first commit.
         store: where workers meet, see Decision.
+        released: all ranks have finished.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Coordinator:
         self.ranks = ranks
         self.generation = self._ran_in = generation  # now, and when the job last ran
         self.state = State.RUNNING
+        self.released = False
         self.step = 0
         self.store = ""
         self.whole = set(ranks)
@@ -113,6 +115,7 @@ class Coordinator:
             self.exited |= set(standing.gone)
             self._unprotected -= set(standing.protected)
             self.holdings.held |= standing.held
+            self.released |= standing.released
         self.whole -= self.pending
         self._ran_in = self.generation - 1 if self.lost else self.generation
         if self.step and self.holdings.held:
@@ -171,7 +174,7 @@ class Coordinator:
         return actions
 
     def _finish(self) -> list[Action]:
-        self.state = State.ENDED
+        self.state, self.released = State.ENDED, True
         return [Broadcast(Release(self.generation)), Succeed()]
 
     def _exited_early(self, event: ExitedEarly) -> list[Action]:
@@ -262,18 +265,19 @@ class Coordinator:
         self._reports = {}
         return [
             Opened(self.generation, frozenset(self.lost), cause),
-            Broadcast(self._freeze()),
+            Broadcast(self.freeze()),
             Deadline(self.generation, self.state.value, "settle_timeout"),
         ]
 
-    def _freeze(self) -> Freeze:
+    def freeze(self) -> Freeze:
+        """The Freeze in force, for agents that come late."""
         return Freeze(self.generation, sorted(self.lost), sorted(self.left))
 
     def _left_early(self, event: LeftEarly) -> list[Action]:
         if event.generation <= self._ran_in or event.rank in self.left or event.rank not in self.whole:
             return []  # of a recovery that has ended, or of a worker that is gone
         self.left.add(event.rank)
-        return [Broadcast(self._freeze())]
+        return [Broadcast(self.freeze())]
 
     def _all_frozen(self, event: AllFrozen) -> list[Action]:
         if event.generation != self.generation:

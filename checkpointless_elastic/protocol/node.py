@@ -7,14 +7,21 @@ from checkpointless_elastic.protocol.messages import Decision, Frozen, Report, S
 
 
 class Node:
-    """Gathers for the ranks of one node. Reports of an older generation are dropped."""
+    """Gathers for the ranks of one node. Reports of an older generation are dropped.
 
-    def __init__(self, ranks: frozenset[int], generation: int) -> None:
+    ``wards``: ranks of another node. A step is ready here only when what they had when they were ready for it was
+    copied to this node: once it is committed, their replacements need it.
+    """
+
+    def __init__(self, ranks: frozenset[int], generation: int, wards: frozenset[int] = frozenset()) -> None:
         self.ranks = ranks
         self.generation = generation
+        self._wards = wards
+        self._copied: dict[int, tuple[int, int]] = {}
         self._pending: frozenset[int] = frozenset()
         self._exited: set[int] = set()
         self._reports: dict[Stage, dict[int, bytes]] = {}
+        self._step = 0
         self._frozen: dict[int, Frozen] = {}
 
     def opened(self, generation: int, lost: frozenset[int]) -> None:
@@ -37,12 +44,16 @@ class Node:
         """A worker has reached a stage. The tally, when it was the last one expected of this node."""
         if report.generation != self.generation:
             return None
-        reports = self._reports.setdefault(report.stage, {})
-        reports[rank] = report.payload
-        if not self._expected(report.stage) <= reports.keys():
+        self._reports.setdefault(report.stage, {})[rank] = report.payload
+        self._step = report.step
+        return self._tally(report.stage)
+
+    def copied(self, rank: int, generation: int, step: int) -> Tally | None:
+        """A ward's state was copied. The tally of the step, when this was the last that was missing."""
+        if rank not in self._wards:
             return None
-        del self._reports[report.stage]
-        return Tally(report.stage, report.generation, report.step, reports)
+        self._copied[rank] = (generation, step)
+        return self._tally(Stage.READY) if Stage.READY in self._reports else None
 
     def frozen(self, rank: int, answer: Frozen) -> AllFrozen | None:
         """A worker has answered Freeze. All answers, when it was the last one expected of this node."""
@@ -52,6 +63,17 @@ class Node:
         if not self.ranks - self._pending <= self._frozen.keys():
             return None
         return AllFrozen(self.generation, dict(self._frozen))
+
+    def _tally(self, stage: Stage) -> Tally | None:
+        if not self._expected(stage) <= self._reports[stage].keys():
+            return None
+        if stage is Stage.READY and not self._kept():
+            return None
+        return Tally(stage, self.generation, self._step, self._reports.pop(stage))
+
+    def _kept(self) -> bool:
+        now = (self.generation, self._step)
+        return all(self._copied.get(rank) == now for rank in self._wards)
 
     def _expected(self, stage: Stage) -> frozenset[int]:
         if stage is Stage.PUBLISHED:

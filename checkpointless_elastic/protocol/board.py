@@ -1,0 +1,433 @@
+"""The coordinator's side of agents: who has which seat, who waits as a spare, and what they are told.
+
+A *seat* is a place in the job with fixed ranks. The agent in it may change: a lost agent's seat goes to a spare, or to
+an agent that comes later. `Coordinator` decides about steps and ranks; the board turns what agents say into its events,
+and its actions into messages. Like it, the board does no input or output and reads no clock.
+
+That an agent is gone is acted on only after the directory has confirmed that this term is the newest (`Guard`): a
+coordinator that was cut off or paused must not give away seats.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.acts import Act, Guard, Heard, Perform, Restarting, Tell
+from checkpointless_elastic.protocol.between import (
+    VERSION,
+    Answers,
+    Between,
+    Done,
+    EndRank,
+    Gathered,
+    Halt,
+    Join,
+    NodeEnded,
+    Order,
+    Ordered,
+    RankExited,
+    RankExplained,
+    RankGone,
+    RankSays,
+    RankStarted,
+    ReplaceRank,
+    Reseated,
+    RunAgain,
+    Seated,
+    Spare,
+    Standing,
+    Turned,
+)
+from checkpointless_elastic.protocol.coordinator import Coordinator, State
+from checkpointless_elastic.protocol.events import (
+    Action,
+    AllFrozen,
+    Broadcast,
+    Deadline,
+    End,
+    Event,
+    ExitedEarly,
+    LeftEarly,
+    Lost,
+    NodeLost,
+    Overdue,
+    Reopened,
+    Replace,
+    Restart,
+    Stop,
+    Succeed,
+    Tally,
+    Unfit,
+)
+from checkpointless_elastic.protocol.messages import Left, Mismatch, Protected, Replicas, Restore
+from checkpointless_elastic.protocol.rules import OnLoss, Rules
+
+__all__ = ["Board"]
+
+
+@dataclass
+class _Agent:
+    """What the board knows of one: where it listens, how many workers it runs, and its seat (-1: none)."""
+
+    name: str
+    address: str
+    size: int
+    seat: int = -1
+
+
+class Board:
+    """See the module. ``open_store()``: makes a new store for workers and gives its address.
+
+    Attributes:
+        acts: what is to be done, taken away by whoever calls.
+        bases, world: see Seated; empty before the job begins.
+    """
+
+    def __init__(self, term: int, me: str, rules: Rules, open_store: Callable[[], str]) -> None:
+        self.acts: list[Act] = []
+        self.bases: list[int] = []
+        self.world = 0
+        self.coordinator: Coordinator | None = None
+        self._term, self._me, self._rules, self._open_store = term, me, rules, open_store
+        self._agents: dict[str, _Agent] = {}
+        self._seats: list[str] = []  # the agent in each, '' when it is vacant
+        self._taken: list[bool] = []  # the next agent in this seat continues what the last one did
+        self._store = ""
+        self._restarts = 0
+        self._suspects: list[
+            tuple[int, str]
+        ] = []  # seats whose agent is gone, and why, until that is confirmed
+        self._early: list[tuple[str, Between]] = []  # said while agents come over from the last coordinator
+        self._ended: dict[int, dict[int, int]] = {}
+        self._over = False
+        self._standings: dict[int, Standing] = {}
+        self._awaited: set[int] = set()  # seats whose agents may still come over from the last coordinator
+        self._since: dict[str, float] = {}  # when what has a limit began
+
+    # ---- agents come
+
+    def take_over(self, bases: list[int], world: int, old_seat: int, now: float) -> None:
+        """The job goes on under a new coordinator: wait for the agents with seats, but for that of the old one."""
+        self._know(bases, world)
+        self._awaited = set(range(len(bases))) - {old_seat}
+        self._since["taking over"] = now
+        if not self._awaited:
+            self._go_on()
+
+    def join(self, join: Join, now: float) -> None:
+        """An agent has connected."""
+        if join.version != VERSION:
+            self._tell(
+                join.agent, Turned(f"it speaks version {join.version}, the coordinator {VERSION}", False)
+            )
+        elif self._over:
+            self._tell(join.agent, Turned("the job has ended", False))
+        elif join.standing is not None:
+            self._rejoin(join, join.standing)
+        elif len(self._agents) >= self._rules.max_nodes:
+            self._tell(join.agent, Turned(f"the job has its {self._rules.max_nodes} nodes", False))
+        else:
+            self._agents[join.agent] = _Agent(join.agent, join.address, join.size)
+            self._since.setdefault("gathering", now)
+            self._welcome(join.agent)
+
+    def _welcome(self, name: str) -> None:
+        self._tell(name, Spare(self._term, self.bases, self.world))
+        if not self.bases:
+            if len(self._agents) >= self._rules.active_nodes:
+                self._begin()
+        elif self.coordinator is not None:
+            self._fill()
+
+    def _rejoin(self, join: Join, standing: Standing) -> None:
+        """An agent that has a seat comes over, or back."""
+        if standing.seat not in self._awaited:
+            self._tell(join.agent, Turned(f"its seat {standing.seat} was given up", True))
+            return
+        self._awaited.discard(standing.seat)
+        self._agents[join.agent] = _Agent(join.agent, join.address, join.size, standing.seat)
+        self._seats[standing.seat] = join.agent
+        self._standings[standing.seat] = standing
+        if not self._awaited:
+            self._go_on()
+
+    def _begin(self) -> None:
+        """Enough agents are there: the first ones get seats, the coordinator's own the first."""
+        names = sorted(self._agents, key=lambda name: name != self._me)[: self._rules.active_nodes]
+        sizes = [self._agents[name].size for name in names]
+        self._know([0, *itertools.accumulate(sizes)][:-1], sum(sizes))
+        for name in self._agents:
+            if name not in names:
+                self._tell(name, Spare(self._term, self.bases, self.world))
+        self._store = self._open_store()
+        self.coordinator = self._new_coordinator(0)
+        for seat, name in enumerate(names):
+            self._seats[seat], self._agents[name].seat = name, seat
+        for seat in range(len(names)):
+            self._seat(seat, taken=False)
+
+    def _know(self, bases: list[int], world: int) -> None:
+        self.bases, self.world = bases, world
+        self._seats, self._taken = [""] * len(bases), [False] * len(bases)
+
+    def _new_coordinator(self, generation: int) -> Coordinator:
+        rules = self._rules
+        ranks = frozenset(range(self.world))
+        coordinator = Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
+        coordinator.store = self._store
+        return coordinator
+
+    def _go_on(self) -> None:
+        """All that will come over from the last coordinator have: open a generation with what is lost."""
+        standings = list(self._standings.values())
+        missing = [seat for seat, name in enumerate(self._seats) if not name]
+        self._awaited.clear()
+        self._store = self._open_store()
+        self._restarts = max((standing.restarts for standing in standings), default=0)
+        self.coordinator = self._new_coordinator(max((s.generation for s in standings), default=0))
+        self.coordinator.take_over(standings)
+        if any(standing.released for standing in standings):
+            self.coordinator.state = State.ENDED
+            self._ended = {seat: {} for seat in missing}
+        elif len({standing.restarts for standing in standings}) > 1:
+            self._run_again(Restart(4, "the coordinator was lost while the script was being started again"))
+        else:
+            for seat in missing:
+                self._taken[seat] = True
+                self._decide(NodeLost(seat, self._ranks(seat), "was lost with the coordinator"))
+            if not missing:
+                self._decide(Reopened("the coordinator is another one"))
+        self._fill()
+        early, self._early = self._early, []
+        for name, message in early:
+            self.received(name, message)
+
+    # ---- agents go
+
+    def left(self, name: str, why: str) -> None:
+        """An agent's connection has ended. Without a seat it is forgotten, else see Guard."""
+        agent = self._agents.pop(name, None)
+        if agent is not None and agent.seat >= 0:
+            self._seats[agent.seat] = ""
+            self._suspects.append((agent.seat, why))
+            self.acts.append(Guard())
+
+    def confirmed(self, count: int, now: float) -> None:
+        """The directory has confirmed the term after the first ``count`` losses were reported."""
+        suspects, self._suspects = self._suspects[:count], self._suspects[count:]
+        for seat, why in suspects:
+            self._vacate(seat, why, now)
+        self._fill()
+
+    def _vacate(self, seat: int, why: str, now: float) -> None:
+        self._standings.pop(seat, None)
+        if self.coordinator is None:  # the last coordinator's agents are still coming over
+            self._awaited.discard(seat)
+            if not self._awaited:
+                self._go_on()
+            return
+        self._taken[seat] = True
+        self._since["vacant"] = now
+        self._decide(NodeLost(seat, self._ranks(seat), why))
+        if (
+            self.coordinator.state is State.ENDED and not self._over
+        ):  # all have finished: it needs nobody any more
+            self._node_ended(NodeEnded(seat, self._restarts, {}))
+
+    def _fill(self) -> None:
+        """Give vacant seats to spares of the same size."""
+        if self.coordinator is None or self._over or self.coordinator.released:
+            return
+        filled = {}
+        for seat in self._vacant():
+            spare = next(
+                (a for a in self._agents.values() if a.seat < 0 and a.size == len(self._ranks(seat))), None
+            )
+            if spare is not None:
+                self._seats[seat], spare.seat = spare.name, seat
+                filled[seat] = spare.address
+        if filled:
+            self._order(Reseated(filled), but=set(filled))
+        for seat in filled:
+            self._seat(seat, self._taken[seat])
+            self._taken[seat] = False
+        if filled and self.coordinator.state in (State.SETTLING, State.RESTORING):
+            generation, state = self.coordinator.generation, self.coordinator.state.value
+            self.acts.append(Perform(Deadline(generation, state, "join_timeout")))
+
+    def _seat(self, seat: int, taken: bool) -> None:
+        assert self.coordinator is not None
+        guardian = self._seats[(seat + 1) % len(self._seats)]
+        address = self._agents[guardian].address if guardian and len(self._seats) > 1 else ""
+        seated = Seated(
+            self._term,
+            seat,
+            self.bases,
+            self.world,
+            self._store,
+            address,
+            self.coordinator.generation,
+            self._restarts,
+            taken,
+        )
+        self._tell(self._seats[seat], seated)
+        if taken and self.coordinator.state is not State.RUNNING:
+            self._tell(self._seats[seat], Order(self._term, self.coordinator.freeze()))
+            if self.coordinator.decision is not None:
+                self._tell(self._seats[seat], Order(self._term, self.coordinator.decision))
+
+    def _vacant(self) -> list[int]:
+        suspected = {seat for seat, _ in self._suspects}
+        return [seat for seat, name in enumerate(self._seats) if not name and seat not in suspected]
+
+    # ---- time
+
+    def tick(self, now: float) -> None:
+        """Look at what has a limit."""
+        rules = self._rules
+        if self._awaited and now - self._since["taking over"] > 2 * rules.detection:
+            self._go_on()
+        vacant = self._vacant()
+        if self.coordinator is None:
+            if not self.bases and now - self._since.get("gathering", now) > rules.timeout:
+                here = len(self._agents)
+                self._halt(f"{here} of {rules.active_nodes} nodes came within {rules.timeout:.0f} s", [])
+        elif vacant and not self._over and not self.coordinator.released:
+            waits = rules.loss_timeout if rules.on_loss is OnLoss.WAIT else 0.0
+            if now - self._since.setdefault("vacant", now) > waits:
+                reason = f"no node has come for the lost node {vacant[0]} within {waits:.0f} s"
+                self._halt(reason, sorted(self._ranks(vacant[0])))
+
+    def overdue(self, deadline: Overdue) -> None:
+        """A limit that the coordinator set has passed. While a seat is vacant its replacements cannot arrive."""
+        assert self.coordinator is not None
+        if all(self._seats) or self.coordinator.state is State.FREEZING:
+            self._decide(deadline)
+
+    # ---- agents say
+
+    def received(self, name: str, message: Between) -> None:
+        """A message of an agent with a seat."""
+        agent = self._agents.get(name)
+        if agent is None or agent.seat < 0 or self._over:
+            return
+        if self.coordinator is None:
+            self._early.append((name, message))
+            return
+        if isinstance(message, (RankStarted, RankExplained, RankGone, Gathered)):
+            self.acts.append(Heard(message))
+        if isinstance(message, Gathered):
+            self._decide(Tally(message.stage, message.generation, message.step, message.reports))
+        elif isinstance(message, Answers):
+            self._decide(AllFrozen(message.generation, message.reports))
+        elif isinstance(message, RankGone):
+            self._decide(Lost(message.rank, message.cause, message.error, message.mirrored))
+        elif isinstance(message, RankExited):
+            self._decide(ExitedEarly(message.rank))
+        elif isinstance(message, RankSays):
+            self._said(message)
+        elif isinstance(message, NodeEnded) and message.restarts == self._restarts:
+            self._node_ended(message)
+
+    def _said(self, message: RankSays) -> None:
+        assert self.coordinator is not None
+        said = message.said
+        if isinstance(said, Protected):
+            self.coordinator.protect(message.rank)
+        elif isinstance(said, Replicas):
+            self.coordinator.holdings.compare(message.rank, said)
+            self.acts.append(Heard(message))
+        elif isinstance(said, Left):
+            self._decide(LeftEarly(message.rank, said.generation))
+        elif isinstance(said, Mismatch):
+            self._decide(Unfit(message.rank, said.reason))
+
+    def _node_ended(self, message: NodeEnded) -> None:
+        self._ended[message.seat] = message.bad
+        if message.bad:
+            self._halt("", sorted(message.bad))
+        elif len(self._ended) == len(self._seats):
+            self._over = True
+            self._order(Done())
+
+    # ---- the coordinator decides
+
+    def _decide(self, event: Event) -> None:
+        assert self.coordinator is not None
+        try:
+            actions = self.coordinator.handle(event)
+        except ProtocolError as error:
+            actions = [Restart(4, f"the ranks do not agree: {error}")]
+        for action in actions:
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        assert self.coordinator is not None
+        if isinstance(action, Broadcast):
+            only = self.coordinator.pending if isinstance(action.message, Restore) else None
+            self._order(action.message, only=only)  # type: ignore[arg-type]
+        elif isinstance(action, Replace):
+            self._tell_rank(action.rank, ReplaceRank(action.rank))
+        elif isinstance(action, End):
+            self._tell_rank(action.rank, EndRank(action.rank))
+        elif isinstance(action, Restart):
+            self._run_again(action)
+        elif isinstance(action, Stop):
+            self._halt(action.reason, list(action.ranks))
+        elif not isinstance(action, Succeed):
+            self.acts.append(Perform(action))
+
+    def _run_again(self, restart: Restart) -> None:
+        assert self.coordinator is not None
+        old = self.coordinator
+        old.state = State.ENDED
+        reason = f"rung {restart.rung}: {restart.reason}"
+        self.acts.append(Perform(Restarting(restart.rung, restart.reason, old.generation + 1, old.step)))
+        if self._restarts >= self._rules.max_restarts:
+            self._halt(
+                f"no restart is left (--max-restarts is {self._rules.max_restarts}) and one is needed: {reason}",
+                sorted(old.lost),
+            )
+            return
+        self._restarts += 1
+        self._store = self._open_store()
+        self.coordinator = self._new_coordinator(old.generation + 1)
+        self._ended = {}
+        self._taken = [False] * len(self._seats)
+        self._order(RunAgain(self.coordinator.generation, self._restarts, reason, self._store))
+
+    def _halt(self, reason: str, ranks: list[int]) -> None:
+        if self._over:
+            return
+        self._over = True
+        self.acts.append(Perform(Stop(reason, tuple(ranks))))
+        for name in self._agents:
+            self._tell(name, Order(self._term, Halt(reason, ranks)))
+
+    # ---- telling
+
+    def _order(self, message: Ordered, only: set[int] | None = None, but: set[int] | None = None) -> None:
+        """To all agents with a seat; only to those with one of these ranks, or not to those in these seats."""
+        order = Order(self._term, message)
+        if isinstance(message, Done):
+            for name in self._agents:
+                self._tell(name, order)
+            return
+        for seat, name in enumerate(self._seats):
+            wanted = only is None or not only.isdisjoint(self._ranks(seat))
+            if name and wanted and not (but and seat in but):
+                self._tell(name, order)
+
+    def _tell_rank(self, rank: int, message: Between) -> None:
+        seat = next(seat for seat in reversed(range(len(self.bases))) if self.bases[seat] <= rank)
+        if self._seats[seat]:
+            self._tell(self._seats[seat], message)
+
+    def _tell(self, name: str, message: Between) -> None:
+        self.acts.append(Tell(name, message))
+
+    def _ranks(self, seat: int) -> frozenset[int]:
+        return frozenset(range(self.bases[seat], [*self.bases[1:], self.world][seat]))

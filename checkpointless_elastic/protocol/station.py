@@ -1,0 +1,182 @@
+"""An agent's seat: what its ranks reached and said, and what the coordinator ordered, as far as other agents need it.
+
+Turns a worker's messages into those to the coordinator; those of several ranks are gathered into one per stage. It is
+also what a new coordinator is told when the last one is gone (`standing`).
+"""
+
+from __future__ import annotations
+
+from checkpointless_elastic.protocol.between import (
+    Answers,
+    Between,
+    Gathered,
+    NodeEnded,
+    Ordered,
+    RankExited,
+    RankGone,
+    RankSays,
+    RunAgain,
+    Seated,
+    Standing,
+)
+from checkpointless_elastic.protocol.events import Tally
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    Decision,
+    Freeze,
+    FromWorker,
+    Frozen,
+    Left,
+    Mismatch,
+    Protected,
+    Release,
+    Replicas,
+    Report,
+    Resume,
+)
+from checkpointless_elastic.protocol.node import Node
+
+__all__ = ["Station"]
+
+
+class Station:
+    """One run of the script in one seat.
+
+    Attributes:
+        seat: what the coordinator said.
+        ranks: of this seat.
+        generation: of the membership in force.
+        step: the next step to be committed, as far as is known here.
+        decision: in force while a recovery goes on, for workers that connect late.
+        pending: ranks that are replacements and have not joined.
+        gone: exit codes of workers that are gone and were not replaced.
+        released: all ranks of the job have finished.
+        stopped: nothing counts any more: the script is run again, or the job ends.
+    """
+
+    def __init__(self, seat: Seated) -> None:
+        self.seat = seat
+        last = [*seat.bases[1:], seat.world][seat.seat]
+        self.ranks = frozenset(range(seat.bases[seat.seat], last))
+        self.generation = seat.generation
+        self.step = 0
+        self.decision: Decision | None = None
+        self.pending: set[int] = set(self.ranks) if seat.taken else set()
+        self.gone: dict[int, int] = {}
+        self.released = False
+        self.stopped = False
+        self._absent: set[int] = set()  # its ranks that are gone and not yet replaced
+        self._lost: set[int] = set(self.pending)
+        self._left: set[int] = set()
+        self._protected: set[int] = set()
+        self._held: dict[int, Replicas] = {}
+        self._node = Node(self.ranks, seat.generation, self._wards())
+        if seat.taken:
+            self._node.opened(seat.generation, self.ranks)
+
+    def _wards(self) -> frozenset[int]:
+        """The ranks of the seat before this one: their private state is kept here."""
+        seats = len(self.seat.bases)
+        before = (self.seat.seat - 1) % seats
+        if before == self.seat.seat:
+            return frozenset()
+        return frozenset(range(self.seat.bases[before], [*self.seat.bases[1:], self.seat.world][before]))
+
+    @property
+    def recovering(self) -> bool:
+        """Does a recovery go on?"""
+        return bool(self._lost or self._left) or self.decision is not None
+
+    def is_protected(self, rank: int) -> bool:
+        """Can the loss of this rank be answered by rung 1, as far as is known here?"""
+        return rank in self._protected and (self.step > 0 or self.seat.taken)
+
+    # ---- up
+
+    def said(self, rank: int, message: FromWorker) -> Between | None:
+        """What the coordinator is told of a worker's message; None: nothing now."""
+        if isinstance(message, Report):
+            return _gathered(self._node.report(rank, message))
+        if isinstance(message, Frozen):
+            answers = self._node.frozen(rank, message)
+            return None if answers is None else Answers(answers.generation, answers.reports)
+        if isinstance(message, Protected):
+            self._protected.add(rank)
+        if isinstance(message, Replicas):
+            self._held[rank] = message
+        return RankSays(rank, message) if isinstance(message, (Protected, Replicas, Left, Mismatch)) else None
+
+    def copied(self, rank: int, generation: int, step: int) -> Between | None:
+        """The private state that a ward had when it was ready for this step is kept here."""
+        return _gathered(self._node.copied(rank, generation, step))
+
+    def lost(self, rank: int, cause: str, error: str, mirrored: int) -> RankGone:
+        """A worker is gone; see `events.Lost`."""
+        self._absent.add(rank)
+        return RankGone(rank, cause, error, mirrored)
+
+    def exited(self, rank: int) -> RankExited:
+        """A worker ended well without waiting."""
+        self._absent.add(rank)
+        self._node.exited(rank)
+        return RankExited(rank)
+
+    def ended(self) -> NodeEnded | None:
+        """What is to be said once the job was released, or nothing is left to wait for; None: not yet."""
+        bad = {rank: code for rank, code in self.gone.items() if code}
+        if not self.released or not (bad or self.gone.keys() >= self.ranks):
+            return None
+        return NodeEnded(self.seat.seat, self.seat.restarts, bad)
+
+    def standing(self) -> Standing:
+        """What a new coordinator must know."""
+        return Standing(
+            self.seat.seat,
+            self.generation,
+            self.step,
+            self.seat.restarts,
+            sorted(self.pending),
+            sorted(self._lost),
+            sorted(self._left),
+            sorted(self._absent),
+            sorted(self._protected),
+            self._held,
+            self.released,
+        )
+
+    # ---- down
+
+    def obey(self, message: Ordered) -> None:
+        """Take note of an order."""
+        if isinstance(message, Commit):
+            self.step = max(self.step, message.step + 1)
+        elif isinstance(message, Freeze):
+            self._opened(message)
+        elif isinstance(message, Decision):
+            self.decision, self.step = message, max(self.step, message.step)
+            self.pending = set(message.pending) & self.ranks
+            self._node.decided(message)
+        elif isinstance(message, Resume):
+            self.decision, self.pending = None, set()
+            self._lost, self._left = set(), set()
+        elif isinstance(message, Release):
+            self.released = True
+        elif isinstance(message, RunAgain):
+            self.stopped = True
+
+    def _opened(self, freeze: Freeze) -> None:
+        if freeze.generation > self.generation:
+            self.decision = None
+            self.generation = freeze.generation
+            self._node.opened(freeze.generation, frozenset(freeze.lost))
+        self._lost, self._left = set(freeze.lost), set(freeze.left)
+
+    def replaced(self, rank: int) -> None:
+        """The next incarnation of a rank is being started."""
+        self.pending.add(rank)
+        self._absent.discard(rank)
+        self.gone.pop(rank, None)
+
+
+def _gathered(tally: Tally | None) -> Gathered | None:
+    return None if tally is None else Gathered(tally.stage, tally.generation, tally.step, tally.reports)
