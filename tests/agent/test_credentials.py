@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
 
 from checkpointless_elastic import Config, ConfigError
 from checkpointless_elastic.agent import preload
+from checkpointless_elastic.agent.context import Child, ForkedContext, Launch
 from checkpointless_elastic.agent.credentials import (
     TOKEN_VARIABLE,
     Tls,
@@ -18,7 +20,6 @@ from checkpointless_elastic.agent.credentials import (
     without_secrets,
 )
 from tests.agent.nursery import nursery
-from tests.conftest import Launcher
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 
@@ -122,8 +123,28 @@ def test_a_fork_server_does_not_start_with_the_token(tmp_path: Path, monkeypatch
         assert nest.run("script", [str(tmp_path / "look.py")]).out == "False True\n"
 
 
-def test_workers_of_a_job_do_not_get_the_token(torchrun: Launcher) -> None:
-    script = torchrun.script(LOOK)
-    done = torchrun.run("--no-python", sys.executable, script, env={TOKEN_VARIABLE: TOKEN}, ranks=1)
-    assert done.code == 0, done.err
-    assert done.out == "False False\n"
+class Silent:
+    """Is told of workers and does nothing."""
+
+    def started(self, child: Child) -> None: ...
+
+    def lost(self, child: Child) -> None: ...
+
+    def exited(self, child: Child, status: int) -> None: ...
+
+
+@pytest.mark.parametrize("program", [False, True], ids=["script", "program"])
+def test_workers_do_not_get_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: bool) -> None:
+    monkeypatch.setattr(preload, "BASE", ("checkpointless_elastic.worker.bootstrap",))
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    (tmp_path / "look.py").write_text(LOOK)
+    command = ("/usr/bin/env", sys.executable) if program else (sys.executable, "-u")
+    logs = DefaultLogsSpecs(log_dir=str(tmp_path / "logs"), redirects=Std.OUT)
+    with nursery(tmp_path) as nest:
+        launch = Launch(nest.loop, nest.servers, Silent(), lambda child: {}, lambda rank: [])
+        args = {0: (*command[1:], str(tmp_path / "look.py"))}
+        context = ForkedContext("worker", command[0], args, {0: {}}, logs, launch, {})
+        nest.servers.offspring = context
+        context._start()
+        assert nest.loop.run(context.all_ended, 60.0)
+        assert Path(context.stdouts[0]).read_text() == "False False\n"
