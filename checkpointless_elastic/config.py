@@ -69,14 +69,14 @@ class Config:
             raise ConfigError(f"max_faults_per_step must be at least 1, not {self.max_faults_per_step}.")
         if self.mirror_every < 0:
             raise ConfigError(f"mirror_every must be 0 or a number of steps, not {self.mirror_every}.")
-
         self._check_tls()
 
     def _check_tls(self) -> None:
         missing = [name for name in ("tls_ca", "tls_cert", "tls_key") if not getattr(self, name)]
         if 0 < len(missing) < 3:
+            lack = " and ".join(missing) + (" is" if len(missing) == 1 else " are")
             raise ConfigError(
-                f"TLS needs tls_ca, tls_cert and tls_key; {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: give all or none."
+                f"TLS needs tls_ca, tls_cert and tls_key; {lack} missing: give all three or none."
             )
 
     @classmethod

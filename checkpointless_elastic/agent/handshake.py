@@ -22,6 +22,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import hmac
+import os
 import secrets
 import struct
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class Identity:
 
     def digest(self) -> bytes:
         """What is sent in place of the job's id."""
-        return hashlib.sha256(b"checkpointless job\0" + self.job.encode()).digest()
+        return hashlib.sha256(b"checkpointless job\0" + os.fsencode(self.job)).digest()
 
 
 class NotAccepted(ProtocolError):

@@ -230,6 +230,21 @@ def test_all_connections_end_when_an_agent_closes(pair: list[Agent]) -> None:
     one.until(lambda: bool(one.closed))
     assert two.bodies() == [b"x"]
     assert one.fate(two.address)[0] is Closed.REFUSED
+    late = two.peers.connect(one.address)
+    assert late.how is Closed.GONE
+    assert not one.loop.run(lambda: bool(two.closed), 0.05)
+
+
+def test_many_connections_closed_at_once_all_deliver_their_last_message(pair: list[Agent]) -> None:
+    one, two = pair
+    both = [one.meet(two) for _ in range(100)]
+    for mine, theirs in both:
+        mine.send(b"unread")
+        theirs.send(bytes(300_000))
+        theirs.close("test")
+    one.until(lambda: len(one.closed) == 100)
+    assert one.bodies() == [bytes(300_000)] * 100
+    one.until(lambda: not two.peers._ending)
 
 
 def test_a_message_that_its_taker_refuses_closes_the_connection(

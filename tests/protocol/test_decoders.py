@@ -86,20 +86,20 @@ def test_every_message_comes_back_as_it_was_sent(name: str) -> None:
             assert decode(encode(message)[4:]) == message
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", DECODERS)
 def test_changed_messages_are_messages_or_a_protocol_error(name: str, seed: int) -> None:
     decode, union = DECODERS[name]
     choose = random.Random(seed)
     kinds = typing.get_args(union)
     refused = 0
-    for _ in range(3000):
+    for _ in range(2000):
         body = changed(encode(filled(choose.choice(kinds), choose))[4:], choose)
         try:
             assert isinstance(decode(body), kinds)
         except ProtocolError:
             refused += 1
-    assert refused > 1500
+    assert refused > 1000
 
 
 @pytest.mark.parametrize("name", DECODERS)
