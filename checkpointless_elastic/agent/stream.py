@@ -12,7 +12,8 @@ from checkpointless_elastic.agent.runtime import EventLoop, Timer
 __all__ = ["LINGER_S", "Closed", "Stream"]
 
 LINGER_S = 1.0  # limit for the last bytes of a connection that this side closes
-_CHUNK = 1 << 18
+_CHUNK = 1 << 18  # bytes to send in one call
+_RECEIVE = 1 << 16  # and to receive: a buffer that malloc does not map anew each time
 _CHUNKS_PER_ROUND = 16  # so that one fast reader does not keep the loop from the others
 
 
@@ -133,7 +134,7 @@ class Stream:
         if self.closed:
             return
         try:
-            data = self._socket.recv(_CHUNK)
+            data = self._socket.recv(_RECEIVE)
         except BlockingIOError:
             if self._broken:
                 self._end(self._broken)
