@@ -35,6 +35,11 @@ class Config:
         tls_ca: PEM file of the authority that signs the agents' certificates; empty: connections are plain.
         tls_cert: PEM file of this agent's certificate.
         tls_key: PEM file of its key.
+        active_nodes: nodes that get workers, the others wait as spares; 0: the smaller number of --nnodes MIN:MAX.
+        on_loss: what is done about a lost node without a spare: wait for a node to come, or fail.
+        on_loss_timeout: how long to wait for it.
+        heartbeat: seconds between two signs of life of an agent.
+        heartbeat_misses: after so many heartbeats without a sign of life an agent is taken to be gone.
         events: file for the JSON lines of recoveries; empty: ``recoveries.jsonl`` in the log directory.
     """
 
@@ -51,6 +56,19 @@ class Config:
     mirror_every: int = _setting(
         0, "copy the state to host memory every so many calls, for shards without a replica; 0: never"
     )  # type: ignore[assignment]
+    active_nodes: int = _setting(
+        0, "nodes that get workers, others wait as spares; 0: the smaller number of --nnodes MIN:MAX"
+    )  # type: ignore[assignment]
+    on_loss: str = _setting("wait", "about a lost node without a spare: wait for a node to come, or fail")  # type: ignore[assignment]
+    on_loss_timeout: timedelta = _setting(  # type: ignore[assignment]
+        timedelta(seconds=600), "how long to wait for a node in place of a lost one"
+    )
+    heartbeat: timedelta = _setting(  # type: ignore[assignment]
+        timedelta(seconds=0.5), "time between two signs of life of an agent"
+    )
+    heartbeat_misses: int = _setting(
+        4, "heartbeats without a sign of life after which an agent is taken to be gone"
+    )  # type: ignore[assignment]
     job_token_file: str = _setting(
         "", "file with the secret that all agents share; empty: the variable CHECKPOINTLESS_JOB_TOKEN"
     )  # type: ignore[assignment]
@@ -62,11 +80,17 @@ class Config:
     )  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        for name in ("timeout", "settle_timeout", "join_timeout"):
+        for name in ("timeout", "settle_timeout", "join_timeout", "on_loss_timeout", "heartbeat"):
             if getattr(self, name) <= timedelta(0):
                 raise ConfigError(f"{name} must be a positive number of seconds, not {getattr(self, name)}.")
         if self.max_faults_per_step < 1:
             raise ConfigError(f"max_faults_per_step must be at least 1, not {self.max_faults_per_step}.")
+        if self.heartbeat_misses < 2:
+            raise ConfigError(f"heartbeat_misses must be at least 2, not {self.heartbeat_misses}.")
+        if self.on_loss not in ("wait", "fail"):
+            raise ConfigError(f"on_loss must be wait or fail, not {self.on_loss!r}.")
+        if self.active_nodes < 0:
+            raise ConfigError(f"active_nodes must be 0 or a number of nodes, not {self.active_nodes}.")
         if self.mirror_every < 0:
             raise ConfigError(f"mirror_every must be 0 or a number of steps, not {self.mirror_every}.")
         self._check_tls()
@@ -107,7 +131,11 @@ class Config:
 def _read(name: str, given: object, kind: type) -> object:
     try:
         if kind is timedelta:
-            return given if isinstance(given, timedelta) else timedelta(seconds=float(str(given)))
+            return (
+                given
+                if isinstance(given, timedelta)
+                else timedelta(seconds=float(str(given).removesuffix("s")))
+            )
         return kind(given)
     except (TypeError, ValueError, OverflowError) as error:
         wanted = "a number of seconds" if kind is timedelta else f"of type {kind.__name__}"

@@ -22,8 +22,13 @@ __all__ = [
     "Restarting",
     "Tell",
     "Transmit",
+    "Word",
     "Yield",
 ]
+
+
+Word = Ordered | Seated | ReplaceRank | EndRank
+"""What the coordinator has to say to an agent with a seat."""
 
 
 class Act:
@@ -98,7 +103,7 @@ class HangUp(Act):
 class Obey(Act):
     """The coordinator's word to this agent."""
 
-    message: Ordered | Seated | ReplaceRank | EndRank
+    message: Word
 
 
 @dataclass(frozen=True)

@@ -196,9 +196,14 @@ _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(From
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 
 
+def encode_body(message: Message) -> bytes:
+    """One message without its length."""
+    return _encoder.encode(message)
+
+
 def encode(message: Message) -> bytes:
     """One message with its length in front, as it goes on a socket."""
-    body = _encoder.encode(message)
+    body = encode_body(message)
     if len(body) > MAX_MESSAGE:
         raise ProtocolError(
             f"A {type(message).__name__} of {len(body)} bytes is over the limit of {MAX_MESSAGE}."
