@@ -112,14 +112,19 @@ class Config:
             raise ConfigError(f"active_nodes must be 0 or a number of nodes, not {self.active_nodes}.")
         if self.mirror_every < 0:
             raise ConfigError(f"mirror_every must be 0 or a number of steps, not {self.mirror_every}.")
+<<<<<<< HEAD
 
         self._check_stores()
+=======
+        self._check_tls()
+>>>>>>> links
 
     def _check_stores(self) -> None:
         missing = [name for name in ("tls_ca", "tls_cert", "tls_key") if not getattr(self, name)]
         if 0 < len(missing) < 3:
+            lack = " and ".join(missing) + (" is" if len(missing) == 1 else " are")
             raise ConfigError(
-                f"TLS needs tls_ca, tls_cert and tls_key; {' and '.join(missing)} is missing: give it, or none of them."
+                f"TLS needs tls_ca, tls_cert and tls_key; {lack} missing: give all three or none."
             )
         if self.is_host not in ("", "true", "false"):
             raise ConfigError(f"is_host must be true, false or left out, not {self.is_host!r}.")

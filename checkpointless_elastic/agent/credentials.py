@@ -59,7 +59,7 @@ def read_token(config: Config, env: Mapping[str, str], run_id: str) -> bytes:
         run_id,
         TOKEN_VARIABLE,
     )
-    return hashlib.sha256(b"checkpointless token\0" + run_id.encode()).digest()
+    return hashlib.sha256(b"checkpointless token\0" + os.fsencode(run_id)).digest()
 
 
 def without_secrets(env: Mapping[str, str]) -> dict[str, str]:

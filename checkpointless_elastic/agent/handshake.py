@@ -22,6 +22,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import hmac
+import os
 import secrets
 import struct
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class Identity:
 
     def digest(self) -> bytes:
         """What is sent in place of the job's id."""
-        return hashlib.sha256(b"checkpointless job\0" + self.job.encode()).digest()
+        return hashlib.sha256(b"checkpointless job\0" + os.fsencode(self.job)).digest()
 
 
 class NotAccepted(ProtocolError):
@@ -286,7 +287,9 @@ def _decode(body: bytes, length: int) -> _Step:
     try:
         return _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise NotAccepted(f"it sent a handshake message that cannot be read ({error})") from error
+        raise NotAccepted(
+            f"it sent a handshake message that cannot be read ({_printable(str(error))})"
+        ) from error
 
 
 def _is_tls(data: bytes) -> bool:

@@ -208,7 +208,7 @@ class Peer:
         self._early.clear()
         self._release()
         if self._stream is not None and not self._stream.closed:
-            self._peers.ending(self._stream)
+            self._peers.ending(self._stream, stranger=not self.agent)
         self._peers.forget(self)
 
     def _release(self) -> None:
@@ -258,14 +258,18 @@ class Peers:
         self._peers: dict[Peer, None] = {}
         self._shaking: dict[Peer, None] = {}
         self._ending: dict[Stream, None] = {}
+        self._leaving: dict[Stream, None] = {}
         self._listener = _listen(bind)
         self.port: int = self._listener.getsockname()[1]
         self._resolver = Resolver(loop)
         self._resume()
 
     def connect(self, address: str) -> Peer:
-        """Begin to connect to "host:port"; `opened` or `closed` follows."""
+        """Begin to connect to "host:port"; `opened` or `closed` follows. After `close` neither does."""
         peer = Peer(self, address, incoming=False)
+        if self._listener.fileno() < 0:
+            peer.abort()
+            return peer
         self._peers[peer] = None
         peer.dial(self._resolver)
         return peer
@@ -280,9 +284,9 @@ class Peers:
         self._log.flush()
         for peer in list(self._peers):
             peer.abort()
-        for stream in self._ending:
+        for stream in [*self._ending, *self._leaving]:
             stream.close()
-        self._peers, self._shaking, self._ending = {}, {}, {}
+        self._peers, self._shaking = {}, {}
 
     # ---- for Peer ------------------------------
 
@@ -307,15 +311,13 @@ class Peers:
         self._peers.pop(peer, None)
         self._shaking.pop(peer, None)
 
-    def ending(self, stream: Stream) -> None:
-        """A stream still sends its last bytes; at most `max_handshakes` do so at a time."""
-        stream.finish()
-        self._ending = {old: None for old in self._ending if not old.closed}
-        self._ending[stream] = None
-        if len(self._ending) > self._max_handshakes:
-            oldest = next(iter(self._ending))
-            del self._ending[oldest]
-            oldest.close()
+    def ending(self, stream: Stream, stranger: bool) -> None:
+        """A stream still sends its last bytes; of those that were never opened, `max_handshakes` may at a time."""
+        ending = self._leaving if stranger else self._ending
+        ending[stream] = None
+        stream.finish(lambda: ending.pop(stream, None) and None)
+        if len(self._leaving) > self._max_handshakes:
+            next(iter(self._leaving)).close()
 
     # ---- listening ------------------------------
 

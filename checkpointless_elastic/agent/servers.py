@@ -60,10 +60,8 @@ class _Server:
         self.children: set[int] = set()
         self.frames = Frames()
         self.connection, theirs = socket.socketpair()
-        env = {
-            "OPENBLAS_NUM_THREADS": "1",
-            **without_secrets(os.environ),
-        }  # its threads would make forking unsafe
+        quiet = {"OPENBLAS_NUM_THREADS": "1"}  # its threads would make forking unsafe
+        env = {**quiet, **without_secrets(os.environ)}
         with theirs:
             self.process = subprocess.Popen(
                 command(theirs.fileno(), run_dir, modules),

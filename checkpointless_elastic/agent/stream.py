@@ -12,7 +12,8 @@ from checkpointless_elastic.agent.runtime import EventLoop, Timer
 __all__ = ["LINGER_S", "Closed", "Stream"]
 
 LINGER_S = 1.0  # limit for the last bytes of a connection that this side closes
-_CHUNK = 1 << 18
+_CHUNK = 1 << 18  # bytes to send in one call
+_RECEIVE = 1 << 16  # and to receive: a buffer that malloc does not map anew each time
 _CHUNKS_PER_ROUND = 16  # so that one fast reader does not keep the loop from the others
 
 
@@ -49,6 +50,7 @@ class Stream:
         self._writing = False
         self._broken = ""
         self._linger: Timer | None = None
+        self._done: Callable[[], None] = _nothing
         loop.watch(connection.fileno(), self._read)
 
     @property
@@ -69,14 +71,15 @@ class Stream:
         if not self._writing:
             self._flush()
 
-    def finish(self) -> None:
-        """Send what is left, then close, within LINGER_S. Nothing is reported from now on.
+    def finish(self, done: Callable[[], None]) -> None:
+        """Send what is left, then close, within LINGER_S. Nothing is reported from now on but `done`, at the end.
 
         The other side's bytes are read and dropped meanwhile: a socket that is closed with unread bytes sends a reset,
         which may destroy our own last bytes before they are read.
         """
         if self.closed or self._linger is not None:
             return
+        self._done = done
         self._linger = self._loop.call_later(LINGER_S, self.close)
         if not self._out:
             self._shut()
@@ -88,6 +91,7 @@ class Stream:
         if not self.closed:
             self._loop.unwatch(self._socket.fileno())
             self._socket.close()
+            self._done()
         self._out.clear()
 
     def _flush(self) -> None:
@@ -130,7 +134,7 @@ class Stream:
         if self.closed:
             return
         try:
-            data = self._socket.recv(_CHUNK)
+            data = self._socket.recv(_RECEIVE)
         except BlockingIOError:
             if self._broken:
                 self._end(self._broken)
@@ -151,3 +155,7 @@ class Stream:
         self.close()
         if not finishing:
             self._lost(reason)
+
+
+def _nothing() -> None:
+    """Nobody waits for the end of a connection that ends by itself."""

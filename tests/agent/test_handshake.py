@@ -284,3 +284,8 @@ def test_whoever_gets_a_changed_message_accepts_nobody(seed: int) -> None:
             assert not (changed and side.done)
             if not data:
                 break
+
+
+def test_what_cannot_be_read_cannot_forge_log_lines() -> None:
+    reason = refused(sides()[1], packed("Greet\ning")).reason
+    assert "\n" not in reason
