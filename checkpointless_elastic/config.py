@@ -112,12 +112,8 @@ class Config:
             raise ConfigError(f"active_nodes must be 0 or a number of nodes, not {self.active_nodes}.")
         if self.mirror_every < 0:
             raise ConfigError(f"mirror_every must be 0 or a number of steps, not {self.mirror_every}.")
-<<<<<<< HEAD
 
         self._check_stores()
-=======
-        self._check_tls()
->>>>>>> links
 
     def _check_stores(self) -> None:
         missing = [name for name in ("tls_ca", "tls_cert", "tls_key") if not getattr(self, name)]

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
 import logging
 import os
->>>>>>> links
 import random
 import signal
 import socket
-<<<<<<< HEAD
-from collections.abc import Iterator
-
-import pytest
-
-from checkpointless_elastic.agent.peers import Closed
-from tests.agent.meeting import Agent, agents
-=======
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +19,6 @@ from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.errors import ConfigError, ProtocolError
 from tests.agent.lone import lone_agent
 from tests.agent.meeting import Agent, agents, identity
->>>>>>> links
 
 
 def free_port() -> int:
