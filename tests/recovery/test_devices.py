@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,23 +17,16 @@ FAULTS = {
     "fsdp": ("1:2:forward", "3:3:updating"),
 }
 MIRRORS = ("--rdzv-conf", "mirror_every=1")  # of a shard without a replica
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                not torch.cuda.is_available(),
-                reason="no CUDA device: recovery with NCCL is not verified here",
-            ),
-        ],
-    ),
+SLOW = os.environ.get("CHECKPOINTLESS_SLOW_TESTS") == "1"
+NCCL = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: NCCL is not verified here"),
 ]
+ON_CPU = [("cpu", layout) for layout in (FAULTS if SLOW else ("hsdp",))]
+ON_CUDA = [pytest.param("cuda", layout, marks=NCCL) for layout in FAULTS]
 
 
-@pytest.mark.parametrize("layout", FAULTS)
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "layout"), [*ON_CPU, *ON_CUDA])
 def test_a_lost_rank_changes_no_bit(device: str, layout: str, tmp_path: Path) -> None:
     planned = [f"{layout}:{fault}" for fault in FAULTS[layout]]
     options = MIRRORS if layout == "fsdp" else ()
