@@ -210,7 +210,7 @@ def run_part(options: argparse.Namespace) -> int:
     (part,) = (part for part in PARTS if part.name == options.part)
     try:
         found = {"ok": True, **part.run(options)}
-    except Exception as error:  # the report names it, and the other parts go on
+    except (Exception, SystemExit) as error:  # the report names it, and the other parts go on
         found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:4000]}
     write_json(options.json, found)
     return 0
