@@ -451,9 +451,10 @@ class AgentControl:
         elif exposed and not self._rules.mirror_every:
             logger.warning(
                 "%d of %d ranks hold state that no other rank holds (%s): the loss of one of them cannot be recovered "
-                "live. Train with more than one replica of each shard (a mesh with a replicate dimension), or set "
-                "mirror_every.",
+                "live, that of %d at once of the others can. Train with more than one replica of each shard (a mesh "
+                "with a replicate dimension), or set mirror_every.",
                 len(exposed),
                 len(holdings.ranks),
                 ", ".join(map(str, exposed)),
+                holdings.survivable(),
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from checkpointless_elastic.groups.lazy import Lazy
+from checkpointless_elastic.groups.ops import flat
 from checkpointless_elastic.groups.owed import Place
 from checkpointless_elastic.groups.sockets import Address
 from checkpointless_elastic.groups.waiting import AbortableFuture, wait_beside, wait_in_slices
@@ -33,7 +35,8 @@ class Link:
         own: listening addresses of its gloo devices.
         peers: those of the other members.
         places: how far each member that knows it was in its collectives outside of steps when this was connected.
-        device: the accelerator of its NCCL backend, None without one.
+        device: the accelerator of its NCCL backend, None without one. Its index may be missing: a script may choose its
+            device after it has made the group.
         void: a member is lost or left: collectives end at once and give filler. Set once, never cleared.
         lazy: set in a void link whose group has all its members and is connected at its next use.
         in_flight: native works not known to have ended. They are kept so that the last reference to one is never
@@ -59,9 +62,25 @@ class Link:
             self.in_flight.difference_update([old for old in list(self.in_flight) if old.is_completed()])
         self.in_flight.add(work)
 
-    def wait(self, native: Any, timeout: timedelta = _NO_LIMIT, point_to_point: bool = False) -> bool:
-        """Blocks until a native work has ended; soon ends with a RuntimeError if the group is or becomes void."""
-        if self.device is not None:
+    def on_device(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether NCCL carries out a collective with these arguments: the group may have gloo for CPU tensors too."""
+        if self.device is None:
+            return False
+        tensors = flat([*args, *kwargs.values()])
+        return not tensors or tensors[0].device.type == self.device.type
+
+    def wait(
+        self,
+        native: Any,
+        timeout: timedelta = _NO_LIMIT,
+        point_to_point: bool = False,
+        on_device: bool = False,
+    ) -> bool:
+        """Blocks until a native work has ended; soon ends with a RuntimeError if the group is or becomes void.
+
+        With `on_device` the current stream waits instead of this thread, and an abort lets it go on.
+        """
+        if on_device:
             done: bool = native.wait(timeout) if timeout else native.wait()
             return done
         return (wait_beside if point_to_point else wait_in_slices)(native, self, timeout)
@@ -78,15 +97,26 @@ class Link:
         ctypes.pythonapi.Py_DecRef(ctypes.py_object(self.native))
 
     def abort_device(self) -> None:
-        """Ends the operations of the NCCL backend; sockets of gloo are shut down for all groups in one go.
+        """Begins to end the operations of the NCCL backend, on a thread of its own. Any thread; returns at once.
 
-        May be called on any thread: a communicator is aborted with its device set, and does not hang as it was made
-        non-blocking.
+        Sockets of gloo are shut down for all groups in one go, communicators must not be aborted one after the other:
+        an abort waits for the kernels of its communicator, which may stand on the device behind those of another one
+        that is to be aborted too. It also waits for a communicator that another thread is just connecting (read in
+        torch 2.13, `NCCLUtils.hpp`: one lock is held for both), which is let go when another rank aborts.
         """
-        if self.device is None:
-            return
-        with torch.cuda.device(self.device):
-            self.native._get_backend(self.device).abort()
+        if self.device is not None:
+            backend = self.native._get_backend(self.device)
+            threading.Thread(target=_abort, args=(backend,), name="checkpointless-abort", daemon=True).start()
+
+
+def _abort(backend: Any) -> None:
+    """torch sets the device of each communicator itself (`abortCommsFromMap`)."""
+    try:
+        backend.abort()
+    except RuntimeError as error:  # not within the group's time limit
+        _logger.warning(
+            "A native group could not be aborted: %s. Its worker may have to be restarted.", error
+        )
 
 
 def retire(links: list[Link]) -> None:

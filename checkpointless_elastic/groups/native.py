@@ -154,13 +154,16 @@ def _nccl(meeting: _Meeting) -> Any:
     options: Any = ProcessGroupNCCL.Options() if spec.options is None else copy.deepcopy(spec.options)
     options._timeout = spec.timeout
     options.config.blocking = 0
-    options.split_from = None
+    if options.split_from is not None:
+        options.split_from = None
     options.global_ranks_in_group = list(spec.ranks)
     options.group_name = spec.name
     meeting.meet([])
     backend = ProcessGroupNCCL(meeting.store, spec.rank, spec.size, options)
     backend._set_sequence_number_for_group()
-    meeting.link.device = spec.device or torch.device("cuda", torch.cuda.current_device())
+    meeting.link.device = spec.device or torch.device(
+        "cuda"
+    )  # to ask for the current one would make a context on it
     return backend
 
 
