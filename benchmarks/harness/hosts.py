@@ -238,6 +238,9 @@ class Hosts:
     def __iter__(self) -> Iterator[Host]:
         return iter(self._hosts)
 
+    def first(self, number: int) -> list[Host]:
+        return self._hosts[:number]
+
     def entering(self, name: str) -> list[str]:
         """The words before a command that give it the host's name, the names of all hosts and its own /dev/shm."""
         return ["unshare", "--uts", "sh", "-c", ENTER, "sh", name, str(self._names())]
