@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +23,8 @@ from harness.steps import newest_process
 
 PORT = 29400  # of the embedded store, on the first node
 GRACE = 30.0  # seconds that the other agents have to end when one has ended
+WARM = 15.0  # seconds after which an agent that says nothing is taken for a warm spare
+SPARE = re.compile(r"waits as a spare")
 COORDINATES = re.compile(r"\[term (\d+)\] this agent coordinates the job")
 
 
@@ -33,6 +35,8 @@ class Node:
     Attributes:
         agent: its torchrun, running or ended.
         starts: how often a torchrun was started here.
+        since: when the one that runs now was, by time.monotonic().
+        written: bytes of the log before that.
         struck: something was done to the agent that runs now, so how it ends says nothing about the job.
     """
 
@@ -41,6 +45,8 @@ class Node:
     log: Path
     agent: subprocess.Popen[bytes]
     starts: int = 1
+    since: float = field(default_factory=time.monotonic)
+    written: int = 0
     struck: bool = False
 
     def __str__(self) -> str:
@@ -49,6 +55,12 @@ class Node:
     @property
     def counts(self) -> bool:
         return not self.struck
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the agent has said that it waits as a spare, or has had time to become one."""
+        said = self.log.read_bytes()[self.written :].decode(errors="replace")
+        return bool(SPARE.search(said)) or time.monotonic() - self.since > WARM
 
 
 def start(plan: Plan) -> Running:
@@ -88,7 +100,9 @@ class Cluster(Running):
         end = time.monotonic() + timeout
         while self.running():
             if time.monotonic() > end:
-                raise JobFailedError(f"{self.plan.script.name} did not end within {timeout:g} s. {self.tail()}")
+                raise JobFailedError(
+                    f"{self.plan.script.name} did not end within {timeout:g} s. {self.tail()}"
+                )
             time.sleep(0.02)
         codes = [self._code_of(node) for node in self.nodes if node.counts]
         return next((code for code in codes if code), 0)
@@ -110,7 +124,8 @@ class Cluster(Running):
         found: dict[int, Node] = {}
         for rank in range(self.plan.ranks):
             pid = newest_process(self.plan.folder, rank)
-            found |= {rank: node for node in self.nodes if pid is not None and node.host.has(pid)}
+            places = [node for node in self.nodes if pid is not None and node.host.has(pid)]
+            found.update((rank, node) for node in places)
         return found
 
     def ranks_of(self, node: Node) -> list[int]:
@@ -153,6 +168,7 @@ class Cluster(Running):
             node.host.heal()
             if self.plan.store == "etcd" and node.number < etcd.MEMBERS:
                 etcd.start(node.host, self._members(), self.plan.folder)
+        node.written, node.since = node.log.stat().st_size, time.monotonic()
         node.agent = self._agent(node.host, node.number, node.starts)
         node.starts += 1
         node.struck = False
@@ -185,7 +201,10 @@ class Cluster(Running):
         etcds = self._ours_with_etcd()
         return (
             f"{plan.backend}-etcd" if etcds else plan.backend,
-            *("--rdzv-endpoint", etcd.endpoint(self._members()) if etcds else f"{self.hosts[0].address}:{PORT}"),
+            *(
+                "--rdzv-endpoint",
+                etcd.endpoint(self._members()) if etcds else f"{self.hosts[0].address}:{PORT}",
+            ),
             *("--rdzv-id", "cluster", "--nnodes", f"{plan.nodes}:{most}", "--local-addr", host.address),
         )
 

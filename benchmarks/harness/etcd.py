@@ -46,5 +46,7 @@ def wait_ready(member: Host, folder: Path, timeout: float = 30) -> None:
     end = time.monotonic() + timeout
     while "ready to serve" not in log_of(member, folder).read_text(errors="replace"):
         if time.monotonic() > end:
-            raise HostsError(f"etcd on {member.name} was not ready in {timeout:g} s; see {log_of(member, folder)}.")
+            raise HostsError(
+                f"etcd on {member.name} was not ready in {timeout:g} s; see {log_of(member, folder)}."
+            )
         time.sleep(0.02)

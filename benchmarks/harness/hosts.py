@@ -144,9 +144,7 @@ class Host:
     def switch_on(self) -> None:
         """Makes the namespace and its cable."""
         _ip("", f"netns add {self._namespace}")
-        cable = (
-            f"type veth peer name {DEVICE} address {self.hardware} mtu 1500 netns {self._namespace}"
-        )
+        cable = f"type veth peer name {DEVICE} address {self.hardware} mtu 1500 netns {self._namespace}"
         _ip(self._hosts.hub, f"link add {self._port} {cable}", f"link set {self._port} up")
         others = (host for host in self._hosts if host is not self)
         _ip(
@@ -183,7 +181,9 @@ class Host:
         _check([*_inside(self._hosts.hub), *_python(WIRE), "plain", ends[1]])
         forward = ["forward", self._port, ends[0], *map(str, self._quality)]
         self._wire = subprocess.Popen(
-            [*_inside(self._hosts.hub), *_python(WIRE), *forward], stdout=subprocess.PIPE, start_new_session=True
+            [*_inside(self._hosts.hub), *_python(WIRE), *forward],
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         assert self._wire.stdout is not None
         if not self._wire.stdout.readline():
@@ -216,7 +216,12 @@ class Hosts:
         try:
             self._names().write_text("\n".join([*lines, ""]))
             _ip("", f"netns add {self.hub}")
-            _ip(self.hub, "link set lo up", "link add bridge type bridge mcast_snooping 0", "link set bridge up")
+            _ip(
+                self.hub,
+                "link set lo up",
+                "link add bridge type bridge mcast_snooping 0",
+                "link set bridge up",
+            )
             for host in self:
                 host.switch_on()
         except BaseException:
@@ -291,7 +296,13 @@ def _ip(namespace: str, *commands: str) -> None:
 
 def _check(argv: Sequence[str], text: str = "") -> None:
     done = subprocess.run(
-        argv, input=text, capture_output=True, text=True, env={**os.environ, "PATH": _path()}, timeout=30, check=False
+        argv,
+        input=text,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": _path()},
+        timeout=30,
+        check=False,
     )
     if done.returncode:
         raise HostsError(f"{' '.join(argv)} failed: {' '.join((text + done.stderr).split())}")
@@ -341,7 +352,9 @@ def _namespace_of(pid: int) -> int:
 
 def _processes(namespace: str) -> list[int]:
     number = _number_of(namespace)
-    return [int(name) for name in os.listdir("/proc") if name.isdigit() and _namespace_of(int(name)) == number]
+    return [
+        int(name) for name in os.listdir("/proc") if name.isdigit() and _namespace_of(int(name)) == number
+    ]
 
 
 def _kill_all(namespace: str, timeout: float = 20) -> None:

@@ -48,7 +48,9 @@ def opened(device: str) -> socket.socket:
 class Direction:
     """Frames on their way from one device to another; none overtakes another."""
 
-    def __init__(self, source: socket.socket, target: socket.socket, quality: tuple[float, float, float]) -> None:
+    def __init__(
+        self, source: socket.socket, target: socket.socket, quality: tuple[float, float, float]
+    ) -> None:
         self.source, self.target = source, target
         self._delay, self._jitter, self._loss = quality
         self._waiting: deque[tuple[float, bytes]] = deque()

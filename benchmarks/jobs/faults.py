@@ -20,6 +20,8 @@ KINDS = ("SIGKILL", "SIGSEGV", "exit", "exception", "out-of-memory")
 CLOCK = "clock"  # struck from outside
 SLOW = "slow"  # no fault: the ranks wait for the delay instead
 READY = "ready"  # between ready and commit
+NODE_KINDS = ("power off", "cut", "paused agent", "killed agent")  # done to a node, always from outside
+HOLD = "hold"  # while this file is in the folder, the job waits where it loads data
 
 
 class InjectedError(RuntimeError):
@@ -32,10 +34,10 @@ class Fault:
 
     Attributes:
         number: its place in the schedule.
-        kind: how the ranks die, one of KINDS, or SLOW.
+        kind: how the ranks die, one of KINDS, or SLOW; or what is done to a node, one of NODE_KINDS.
         moment: where in the script; CLOCK: at a time instead.
         step: it strikes at this step or, where the moment does not occur in it, the next time that it does.
-        ranks: who dies.
+        ranks: who dies; empty for a node's fault, whose node is chosen when it strikes.
         target: why these ranks, in a word.
         delay: seconds after the step was reached (CLOCK) or after the gate was entered (READY), or of waiting (SLOW).
         after: number of the fault whose replacement it strikes, or -1.
@@ -90,7 +92,9 @@ class Faults:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def at(self, moment: str, step: int) -> None:
-        """Dies here if a fault is due; otherwise returns at once."""
+        """Dies here if a fault is due; otherwise returns at once, or when HOLD is taken away."""
+        while moment == "data" and (self._folder / HOLD).exists():
+            time.sleep(0.01)
         for fault in self._mine:
             if fault.moment == moment and step >= fault.step and self._is_possible(fault):
                 if claim(marker(self._folder, fault.number, self._rank)):

@@ -176,11 +176,17 @@ def left_of(hosts: Hosts) -> list[str]:
 
 
 def test_nothing_is_left_after_an_exception() -> None:
-    with pytest.raises(ZeroDivisionError), Hosts(2) as made:
-        child = made[0].run(["sleep", "100"])
-        made[1].cut()
-        raise ZeroDivisionError
-    assert child.poll() == -signal.SIGKILL
+    made = Hosts(2)
+
+    def fail() -> None:
+        with made:
+            made[0].run(["sleep", "100"])
+            made[1].cut()
+            assert len(left_of(made)) == 3
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert left_of(made) == []
 
 
