@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,16 @@ def start(plan: Plan) -> Running:
     return Job(plan) if plan.nodes + plan.spares == 1 else Cluster(plan)
 
 
+def coordinator_of(logs: Sequence[str]) -> int | None:
+    """Which of these logs of agents has the highest term in which its agent coordinates the job."""
+    terms = [
+        (int(found.group(1)), number)
+        for number, log in enumerate(logs)
+        for found in COORDINATES.finditer(log)
+    ]
+    return max(terms)[1] if terms else None
+
+
 class Cluster(Running):
     """A running job of several nodes; leaves no host and no process behind."""
 
@@ -112,12 +123,8 @@ class Cluster(Running):
 
     def coordinator(self) -> Node | None:
         """The node whose agent said last, by its term, that it coordinates the job; None where none did."""
-        terms = [
-            (int(found.group(1)), node.number)
-            for node in self.nodes
-            for found in COORDINATES.finditer(node.log.read_text(errors="replace"))
-        ]
-        return self.nodes[max(terms)[1]] if terms else None
+        number = coordinator_of([node.log.read_text(errors="replace") for node in self.nodes])
+        return self.nodes[number] if number is not None else None
 
     def placement(self) -> dict[int, Node]:
         """On which node each rank's newest process runs; without the ranks whose process is gone."""

@@ -28,13 +28,13 @@ class NodeFaults(threading.Thread):
         error: what went wrong in this thread; to be raised by the one that waits for the job.
     """
 
-    def __init__(self, job: Cluster, faults: Sequence[Fault], seed: int) -> None:
+    def __init__(self, job: Cluster, faults: Sequence[Fault], seed: int, patience: float = PATIENCE) -> None:
         super().__init__(daemon=True)
         self.error: BaseException | None = None
         self._job = job
         self._folder, self._ranks = job.plan.folder, job.plan.ranks
         self._faults = [fault for fault in faults if fault.kind in NODE_KINDS]
-        self._seed = seed
+        self._seed, self._patience = seed, patience
 
     def run(self) -> None:
         try:
@@ -43,10 +43,10 @@ class NodeFaults(threading.Thread):
                 self._wait_for_spare()
                 time.sleep(fault.delay)
                 self._strike(fault, random.Random(f"node {self._seed} {fault.number}"))
-        except JobFailedError:
-            return  # the job has ended, or stands still: the main thread sees the same and reports it
-        except BaseException as error:
-            self.error = error
+        except Exception as error:
+            self.error = (
+                error if self._job.running() else None
+            )  # else the main thread sees the end, and reports it
         finally:
             (self._folder / HOLD).unlink(missing_ok=True)
 
@@ -57,7 +57,7 @@ class NodeFaults(threading.Thread):
         """The job is held up meanwhile: it must not end before its faults have struck."""
         if not self._has_spare():
             (self._folder / HOLD).touch()
-            self._wait(self._has_spare, PATIENCE)
+            self._wait(self._has_spare, self._patience)
             (self._folder / HOLD).unlink()
 
     def _has_spare(self) -> bool:
@@ -73,11 +73,12 @@ class NodeFaults(threading.Thread):
         return False
 
     def _choose(self, draw: random.Random) -> Node:
-        """A node with ranks; not that of a store which has no other member."""
+        """A node with ranks, once all ranks are somewhere; not that of a store which has no other member."""
+        self._wait(lambda: len(self._job.placement()) == self._ranks, PATIENCE)
         places = self._job.placement().values()
         numbers = sorted({node.number for node in places if node.counts and not self._job.holds_store(node)})
         if not numbers:
-            raise JobFailedError("No node has ranks of which processes are known.")
+            raise JobFailedError(f"For {PATIENCE:g} s no node that may be struck had ranks.")
         return self._job.nodes[draw.choice(numbers)]
 
     def _strike(self, fault: Fault, draw: random.Random) -> None:
@@ -95,7 +96,7 @@ class NodeFaults(threading.Thread):
             self._job.start_again(node)  # at once, as a supervisor would
         else:
             self._pause(node, draw.uniform(*PAUSES))
-        self._wait(lambda: self._goes_on(struck_ns), PATIENCE)
+        self._wait(lambda: self._goes_on(struck_ns), self._patience)
         self._bring_back(fault, node, lost, draw)
 
     def _pause(self, node: Node, seconds: float) -> None:
