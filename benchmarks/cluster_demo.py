@@ -23,12 +23,13 @@ from harness.cluster import Cluster, Node, start
 from harness.hosts import HostsError
 from harness.job import OURS, TORCHRUN, JobFailedError, Plan
 from harness.recoveries import Recovery, read_recoveries, timeline
-from harness.steps import interruption, pids, progress, read_logs
+from harness.steps import interruption, newest_process, pids, progress, read_logs
 from harness.weights import folder_differences
 
 JOB = Path(__file__).parent / "jobs" / "ddp.py"
 FAULTS = ("node", "coordinator", "partition")
 STORE_OF = {"node": "c10d", "coordinator": "etcd", "partition": "c10d"}
+FENCED = 15.0  # seconds that an agent has, once it is reachable again, to stop its workers
 HEAL_AFTER = 2  # steps that the others do before a node that was cut off is reachable again
 
 
@@ -39,6 +40,7 @@ class Story:
         self.options, self.fault, self.store, self.folder = options, fault, store, folder
         self.begun = time.monotonic()
         self.wrong: list[str] = []
+        self.left_behind: list[int] = []  # processes of the ranks on the struck node
 
     def say(self, line: str) -> None:
         print(f"{time.monotonic() - self.begun:6.1f} s  {line}", flush=True)
@@ -80,6 +82,8 @@ class Story:
     def strike(self, job: Cluster) -> tuple[int, dict[int, Node]]:
         """When the fault struck, in nanoseconds, and where each rank was before."""
         node, before = self.target(job), job.placement()
+        processes = (newest_process(self.folder, rank) for rank in job.ranks_of(node))
+        self.left_behind = [pid for pid in processes if pid is not None]
         struck_ns = time.time_ns()
         if self.fault == "coordinator":
             job.power_off(node)
@@ -121,6 +125,14 @@ class Story:
         self.come_to(job, step + HEAL_AFTER)
         node.host.heal()
         self.say(f">>> {node} is reachable again; what still runs there must change nothing")
+        end = time.monotonic() + FENCED
+        while job.running() and time.monotonic() < end:
+            if not any(node.host.has(pid) for pid in self.left_behind):
+                self.say(f"the old workers on {node} have ended")
+                return
+            time.sleep(0.02)
+        if job.running():
+            self.wrong.append(f"The old workers on {node} were still there {FENCED:g} s after that.")
 
     def judge(self, calm: Path, struck_ns: int) -> None:
         ranks = self.options.ranks
