@@ -107,7 +107,9 @@ class Cluster(Running):
         return [process for node in self.nodes for process in below(node.agent)]
 
     def code(self, timeout: float) -> int:
-        """The first exit code that is not 0, of all agents to which nothing was done."""
+        """The first exit code that is not 0, of all agents to which nothing was ever done, or else of all others.
+
+        All agents fail with a job that fails. One that was started again may have come when the job was over."""
         end = time.monotonic() + timeout
         while self.running():
             if time.monotonic() > end:
@@ -115,7 +117,8 @@ class Cluster(Running):
                     f"{self.plan.script.name} did not end within {timeout:g} s. {self.tail()}"
                 )
             time.sleep(0.02)
-        codes = [self._code_of(node) for node in self.nodes if node.counts]
+        left = [node for node in self.nodes if node.counts]
+        codes = [self._code_of(node) for node in [n for n in left if n.starts == 1] or left]
         return next((code for code in codes if code), 0)
 
     def tail(self, lines: int = 30) -> str:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from jobs.faults import HOLD, NODE_KINDS, Fault, claim, marker
+from jobs.faults import NODE_KINDS, Fault, claim, hold, marker
 
 from harness.cluster import Cluster, Node
 from harness.job import JobFailedError
@@ -17,12 +17,15 @@ PAUSES = (
     0.3,
     6.0,
 )  # seconds that a paused agent stands still: shorter and longer than a lost one is waited for
+LEEWAY = 3  # steps that the job may do beyond that of the next fault
 PATIENCE = 60.0  # seconds that a fault waits for a spare, and a struck node for the job to go on
 FENCED = 15.0  # seconds that an agent has, once it is back, to see that it is no longer needed and to end
 
 
 class NodeFaults(threading.Thread):
     """One fault after the other, each as soon as the job has come to its step and has a spare.
+
+    Meanwhile the job is held up a few steps further on: it must not end before its faults have struck.
 
     Attributes:
         error: what went wrong in this thread; to be raised by the one that waits for the job.
@@ -35,12 +38,14 @@ class NodeFaults(threading.Thread):
         self._folder, self._ranks = job.plan.folder, job.plan.ranks
         self._faults = [fault for fault in faults if fault.kind in NODE_KINDS]
         self._seed, self._patience = seed, patience
+        self._hold_before(self._faults)
 
     def run(self) -> None:
         try:
-            for fault in self._faults:
-                self._job.until(lambda step=fault.step: self._progress() >= step, timeout=600)  # type: ignore[misc]
-                self._wait_for_spare()
+            for index, fault in enumerate(self._faults):
+                self._come_to(fault)
+                self._wait(self._has_spare, self._patience)
+                self._hold_before(self._faults[index + 1 :])
                 time.sleep(fault.delay)
                 self._strike(fault, random.Random(f"node {self._seed} {fault.number}"))
         except Exception as error:
@@ -48,17 +53,18 @@ class NodeFaults(threading.Thread):
                 error if self._job.running() else None
             )  # else the main thread sees the end, and reports it
         finally:
-            (self._folder / HOLD).unlink(missing_ok=True)
+            hold(self._folder, None)
+
+    def _come_to(self, fault: Fault) -> None:
+        self._job.until(lambda: self._progress() >= fault.step, timeout=600)
+
+    def _hold_before(self, faults: Sequence[Fault]) -> None:
+        """So that the job does not run past the next of them; it can always do some steps."""
+        step = max(faults[0].step, self._progress()) + LEEWAY if faults else None
+        hold(self._folder, step)
 
     def _progress(self) -> int:
         return progress(self._folder, self._ranks)
-
-    def _wait_for_spare(self) -> None:
-        """The job is held up meanwhile: it must not end before its faults have struck."""
-        if not self._has_spare():
-            (self._folder / HOLD).touch()
-            self._wait(self._has_spare, self._patience)
-            (self._folder / HOLD).unlink()
 
     def _has_spare(self) -> bool:
         return any(node.is_warm for node in self._job.spares())
@@ -83,26 +89,24 @@ class NodeFaults(threading.Thread):
 
     def _strike(self, fault: Fault, draw: random.Random) -> None:
         node = self._choose(draw)
-        lost, struck_ns = self._job.ranks_of(node), time.time_ns()
+        lost = self._job.ranks_of(node)
+        print(f"    {fault.kind}: {node}", flush=True)
+        {
+            "power off": self._job.power_off,
+            "cut": self._job.cut,
+            "paused agent": self._job.pause,
+            "killed agent": self._job.kill_agent,
+        }[fault.kind](node)
+        struck_ns = time.time_ns()
         for rank in lost:
             claim(marker(self._folder, fault.number, rank))
-        print(f"    {fault.kind}: {node}", flush=True)
-        if fault.kind == "power off":
-            self._job.power_off(node)
-        elif fault.kind == "cut":
-            self._job.cut(node)
+        if fault.kind == "paused agent":
+            time.sleep(draw.uniform(*PAUSES))
+            self._job.resume(node)
         elif fault.kind == "killed agent":
-            self._job.kill_agent(node)
             self._job.start_again(node)  # at once, as a supervisor would
-        else:
-            self._pause(node, draw.uniform(*PAUSES))
         self._wait(lambda: self._goes_on(struck_ns), self._patience)
         self._bring_back(fault, node, lost, draw)
-
-    def _pause(self, node: Node, seconds: float) -> None:
-        self._job.pause(node)
-        time.sleep(seconds)
-        self._job.resume(node)
 
     def _goes_on(self, struck_ns: int) -> bool:
         return interruption(read_logs(self._folder, self._ranks), struck_ns) is not None

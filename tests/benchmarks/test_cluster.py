@@ -111,9 +111,9 @@ def test_a_node_whose_agent_is_killed_or_whose_power_is_lost_comes_back_with_a_f
     with Alone(struck) as cluster:
         nodes = NodeFaults(cluster, faults, seed=0, patience=0.5)
         nodes.start()
-        nodes.join(120)
+        nodes.join(200)
         assert nodes.error is None
         assert cluster.nodes[0].starts == 3
         assert len(list(tmp_path.glob(f"{OURS}/faults/?-?"))) == 6
-        cluster.finish(120)
+        cluster.finish(200)
     assert folder_differences(calm.folder, struck.folder, 2) == []
