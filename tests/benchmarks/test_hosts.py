@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import hosts
+from harness import etcd, hosts
 from harness.cluster import Cluster, start
 from harness.hosts import NAMESPACES, Host, Hosts, HostsError
 from harness.job import TORCHRUN, Job, Plan
@@ -244,6 +246,27 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.skipif(bool(etcd.supported()), reason=etcd.supported())
+def test_three_etcd_members_do_without_a_host_and_take_it_back(three: Hosts, tmp_path: Path) -> None:
+    for host in three:
+        etcd.start(host, list(three), tmp_path)
+    for host in three:
+        etcd.wait_ready(host, tmp_path)
+    three[2].kill()
+    wait_for(lambda: put(three[0], "key", "value"))
+    three[2].heal()
+    etcd.start(three[2], list(three), tmp_path)
+    wait_for(lambda: put(three[2], "key", "newer"))
+
+
+def put(host: Host, key: str, value: str) -> bool:
+    """Whether the member on this host wrote it, by etcd's HTTP gateway."""
+    fields = {name: b64encode(text.encode()).decode() for name, text in (("key", key), ("value", value))}
+    code = "import sys, urllib.request as r; r.urlopen(sys.argv[1], sys.argv[2].encode(), timeout=3).read()"
+    url = f"http://{etcd.endpoint([host])}/v3/kv/put"
+    return host.run([sys.executable, "-c", code, url, json.dumps(fields)], log=Path(os.devnull)).wait(20) == 0
 
 
 def small(folder: Path, nodes: int = 1, steps: int = 8) -> Plan:
