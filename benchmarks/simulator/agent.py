@@ -129,6 +129,8 @@ class Agent:
         self.hear(self._closed, link, why, reason)
 
     def _closed(self, link: int, why: Closed, reason: str) -> None:
+        if self.world.tell is not None:
+            self.world.note(f"{self.name} loses connection {link}: {why.value}")
         if link > 0 or link in self._known:
             self._do(self.member.closed(link, why, reason, self.world.clock.now))
 
@@ -152,6 +154,8 @@ class Agent:
         self.hear(self._answered, ask, answer)
 
     def _answered(self, ask: Ask, answer: Any) -> None:
+        if self.world.tell is not None and ask.query is not Query.BEAT:
+            self.world.note(f"{self.name} asked the directory {ask.query.value} {ask.term or ''}: {answer}")
         it, now = self.member, self.world.clock.now
         if answer is None:
             self._do(it.store_failed(ask.query, "no answer", now))
@@ -189,8 +193,12 @@ class Agent:
         elif isinstance(act, Ask):
             world.directory.ask(self, act)
         elif isinstance(act, Dial):
+            if world.tell is not None:
+                world.note(f"{self.name} dials {act.address}")
             world.network.dial(self, act.link, act.address)
         elif isinstance(act, HangUp):
+            if world.tell is not None:
+                world.note(f"{self.name} hangs up {act.link}: {act.reason}")
             self._known.discard(act.link)
             world.network.hang_up(self, act.link)
         elif isinstance(act, Perform):

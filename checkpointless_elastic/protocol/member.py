@@ -248,6 +248,10 @@ class Member:
 
     def closed(self, link: int, why: Closed, reason: str, now: float) -> list[Act]:
         """A connection has ended, or could not be made."""
+        self._closed(link, why, reason, now)
+        return self._flush()
+
+    def _closed(self, link: int, why: Closed, reason: str, now: float) -> None:
         gone = self._links.pop(link, None)
         if link == self._uplink:
             self._lost_uplink(why, reason, now)
@@ -255,7 +259,6 @@ class Member:
             silent = f"gave no sign of life for {self._rules.detection:.1f} s"
             self.board.left(gone.agent, silent if why is Closed.SILENT else "was lost")
             self._carry_out(now)
-        return self._flush()
 
     def _lost_uplink(self, why: Closed, reason: str, now: float) -> None:
         was = self.state
@@ -418,7 +421,7 @@ class Member:
                 known.heard = now
             elif now - known.heard > self._rules.detection:
                 self._acts.append(HangUp(link, "no sign of life"))
-                self._acts.extend(self.closed(link, Closed.SILENT, "no sign of life", now))
+                self._closed(link, Closed.SILENT, "no sign of life", now)
         if self.state is State.CHAIR and not self._alone:
             self._beat(now)
         elif self.state is State.FOLLOWING:
