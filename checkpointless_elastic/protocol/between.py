@@ -105,9 +105,10 @@ class RankGone(Message, frozen=True):
 
 
 class RankExited(Message, frozen=True):
-    """A worker ended with code 0 without waiting for the others."""
+    """A worker ended with code 0 without waiting for the others. ``finished``: of ranks that had waited for it."""
 
     rank: int
+    finished: Gathered | None = None
 
 
 class RankExplained(Message, frozen=True):

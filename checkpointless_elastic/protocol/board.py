@@ -327,6 +327,8 @@ class Board:
             self._decide(Lost(message.rank, message.cause, message.error, message.mirrored))
         elif isinstance(message, RankExited):
             self._decide(ExitedEarly(message.rank))
+            if message.finished is not None:
+                self.received(name, message.finished)
         elif isinstance(message, RankSays):
             self._said(message)
         elif isinstance(message, NodeEnded) and message.restarts == self._restarts:

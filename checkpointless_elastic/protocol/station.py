@@ -118,8 +118,7 @@ class Station:
     def exited(self, rank: int) -> RankExited:
         """A worker ended well without waiting."""
         self._absent.add(rank)
-        self._node.exited(rank)
-        return RankExited(rank)
+        return RankExited(rank, _gathered(self._node.exited(rank)))
 
     def ended(self) -> NodeEnded | None:
         """What is to be said once the job was released, or nothing is left to wait for; None: not yet."""
