@@ -349,6 +349,7 @@ class Agent:
         worker = self.workers.get(rank)
         if worker is not None and worker.alive:
             worker.alive = False
+            self.world.killed_at_end |= worker.waiting is Release
             self.world.note(f"rank {rank} of {self.name} dies")
             self.world.clock.at(worker.drained(), self.hear, self.exited, worker, -9)
 

@@ -7,12 +7,24 @@ So a step that is lost, doubled, out of order, or not the same attempt on all ra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 __all__ = ["Oracle", "Run", "Violation"]
 
 
 class Violation(AssertionError):
     """Raised when an invariant does not hold."""
+
+
+class Doomed(Protocol):
+    """A worker. ``doomed``: it may have applied what the others will not; it must never join them again."""
+
+    rank: int
+    doomed: bool
+
+    def belongs(self) -> bool:
+        """Does it live, and has its agent its seat?"""
+        ...
 
 
 @dataclass(eq=False)
@@ -23,6 +35,7 @@ class Run:
     store: str
     steps: list[int] = field(default_factory=list)
     ready: dict[tuple[int, int], set[int]] = field(default_factory=dict)  # (generation, step) -> ranks
+    last: dict[Doomed, None] = field(default_factory=dict)  # who has applied the newest step
 
 
 class Oracle:
@@ -52,22 +65,41 @@ class Oracle:
         """A rank has said that it is ready."""
         run.ready.setdefault((generation, step), set()).add(rank)
 
-    def applied(self, run: Run, rank: int, step: int, attempt: int) -> None:
-        """A rank applies a step that it computed in generation ``attempt``."""
-        if step < len(run.steps):
-            if run.steps[step] != attempt:
-                raise Violation(
-                    f"rank {rank} applies step {step} as computed in generation {attempt}, others {run.steps[step]}"
-                )
-            return
+    def applied(self, run: Run, worker: Doomed, step: int, attempt: int) -> None:
+        """A rank applies a step that it computed in generation ``attempt``.
+
+        A coordinator that is cut off may have committed a step that nobody else heard of; the others void it. Its own
+        workers, or one that dies at once, are then alone with it.
+        """
+        if step < len(run.steps) and run.steps[step] != attempt:
+            self._differs(run, worker, step, attempt)
         if step > len(run.steps):
-            raise Violation(f"rank {rank} applies step {step}, and step {len(run.steps)} was not committed")
+            raise Violation(f"rank {worker.rank} applies step {step}, and step {len(run.steps)} was not committed")
+        if step == len(run.steps):
+            self._first(run, step, attempt)
+        if step == len(run.steps) - 1:
+            run.last[worker] = None
+
+    def _first(self, run: Run, step: int, attempt: int) -> None:
         missing = self.world - len(run.ready.get((attempt, step), ()))
         if missing:
             raise Violation(f"step {step} is applied in generation {attempt}; {missing} ranks were not ready")
-        run.ready.clear()
         run.steps.append(attempt)
+        run.last = {}
+        for old in [key for key in run.ready if key[1] < step]:
+            del run.ready[old]
         self.commits += 1
+
+    def _differs(self, run: Run, worker: Doomed, step: int, attempt: int) -> None:
+        known = run.steps[step]
+        if attempt < known and not worker.belongs():
+            worker.doomed = True
+        elif step == len(run.steps) - 1 and attempt > known and not any(one.belongs() for one in run.last):
+            for one in run.last:
+                one.doomed = True
+            run.steps.pop()
+        else:
+            raise Violation(f"rank {worker.rank} applies step {step} of generation {attempt}, others of {known}")
 
     def restored(self, run: Run, rank: int, weights: list[int], step: int) -> None:
         """A replacement has its state."""
@@ -84,6 +116,11 @@ class Oracle:
     def seated(self, seat: int, restarts: int, generation: int, agent: str) -> None:
         """An agent takes a seat."""
         self._seats[seat] = (restarts, generation, agent)
+
+    def owns(self, restarts: int, seat: int, agent: str) -> bool:
+        """Is the seat this agent's?"""
+        owner = self._seats.get(seat, (restarts, 0, ""))
+        return owner[0] == restarts and owner[2] == agent
 
     def _own(self, run: Run, seat: int, agent: str, generation: int, what: str) -> None:
         restarts, since, owner = self._seats[seat]

@@ -37,7 +37,7 @@ class Worker:
 
     def __init__(self, agent: Agent, rank: int, run: Run) -> None:
         self.agent, self.rank, self.run = agent, rank, run
-        self.alive, self.connected = True, False
+        self.alive, self.connected, self.doomed = True, False, False
         self.shadow = False
         self.generation = self.frozen = -1
         self.weights: list[int] = []
@@ -54,6 +54,10 @@ class Worker:
     @property
     def step(self) -> int:
         return len(self.weights)
+
+    def belongs(self) -> bool:
+        """See oracle.Doomed."""
+        return self.alive and self._world.oracle.owns(self.run.restarts, self.agent.seat, self.agent.name)
 
     # ---- channels
 
@@ -156,13 +160,15 @@ class Worker:
             self._recover(message, self.decision)
 
     def _apply(self, attempt: int) -> None:
-        self._world.oracle.applied(self.run, self.rank, self.step, attempt)
+        self._world.oracle.applied(self.run, self, self.step, attempt)
         self.weights.append(attempt)
         self.phase = Phase.COMPUTING
         if self.step == 1:
             self._say(Replicas([[]], {"model": (0, 7)}), True)
 
     def _follow(self, decision: Decision) -> None:
+        if self.doomed:
+            raise Violation(f"rank {self.rank} has applied a void step and recovers with the others")
         self.decision = decision
         if self.rank in self._world.members(decision.pending):
             self._arrive(decision)

@@ -44,6 +44,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
         protected: its ranks whose script has made a Run.
         held: what its ranks hold, as they said after the first step.
         released: all ranks of the job have finished the script.
+        ended: what NodeEnded says of this agent; None: not yet.
     """
 
     seat: int
@@ -57,19 +58,28 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     protected: list[int]
     held: dict[int, Replicas]
     released: bool
+    ended: dict[int, int] | None = None
 
 
 # ---- to the coordinator ----------------------------------------------------------------------------------------------
 
 
 class Join(Message, frozen=True):
-    """First message of an agent. ``address``: where it listens; ``size``: how many workers it would run."""
+    """First message of an agent.
+
+    Attributes:
+        address: where it listens.
+        size: how many workers it would run.
+        standing: if it has a seat.
+        nodes: seats of the job, if it knows them, see `layout`: a new coordinator may be new to the job.
+    """
 
     version: int
     agent: str
     address: str
     size: int
     standing: Standing | None = None
+    nodes: list[tuple[int, int]] = []
 
 
 class Gathered(Message, frozen=True):

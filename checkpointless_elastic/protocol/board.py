@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol import layout
 from checkpointless_elastic.protocol.acts import Act, Guard, Heard, Perform, Restarting, Tell
 from checkpointless_elastic.protocol.between import (
     VERSION,
@@ -62,7 +63,7 @@ from checkpointless_elastic.protocol.events import (
     Tally,
     Unfit,
 )
-from checkpointless_elastic.protocol.messages import Left, Mismatch, Protected, Replicas, Restore
+from checkpointless_elastic.protocol.messages import Left, Mismatch, Protected, Release, Replicas, Restore
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
 
 __all__ = ["Board"]
@@ -125,6 +126,9 @@ class Board:
             )
         elif self._over:
             self._tell(join.agent, Turned("the job has ended", False))
+        elif join.nodes and not self.bases:
+            self.take_over(*layout.bases(join.nodes), -1, now)
+            self.join(join, now)
         elif join.standing is not None:
             self._rejoin(join, join.standing)
         elif len(self._agents) >= self._rules.max_nodes:
@@ -190,8 +194,7 @@ class Board:
         self.coordinator = self._new_coordinator(max((s.generation for s in standings), default=0))
         self.coordinator.take_over(standings)
         if any(standing.released for standing in standings):
-            self.coordinator.state = State.ENDED
-            self._ended = {seat: {} for seat in missing}
+            self._release(standings, missing)
         elif len({standing.restarts for standing in standings}) > 1:
             self._run_again(Restart(4, "the coordinator was lost while the script was being started again"))
         else:
@@ -204,6 +207,17 @@ class Board:
         early, self._early = self._early, []
         for name, message in early:
             self.received(name, message)
+
+    def _release(self, standings: list[Standing], missing: list[int]) -> None:
+        """All had finished: nobody needs the missing agents any more, and some may not have heard it."""
+        assert self.coordinator is not None
+        self.coordinator.state = State.ENDED
+        self._order(Release(self.coordinator.generation))
+        for seat in missing:
+            self._node_ended(NodeEnded(seat, self._restarts, {}))
+        for standing in standings:
+            if standing.ended is not None:
+                self._node_ended(NodeEnded(standing.seat, self._restarts, standing.ended))
 
     # ---- agents go
 
@@ -349,6 +363,8 @@ class Board:
 
     def _node_ended(self, message: NodeEnded) -> None:
         self._ended[message.seat] = message.bad
+        if self._over:
+            return
         if message.bad:
             self._halt("", sorted(message.bad))
         elif len(self._ended) == len(self._seats):

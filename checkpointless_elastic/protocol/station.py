@@ -122,10 +122,12 @@ class Station:
 
     def ended(self) -> NodeEnded | None:
         """What is to be said once the job was released, or nothing is left to wait for; None: not yet."""
+        bad = self._bad()
+        return None if bad is None else NodeEnded(self.seat.seat, self.seat.restarts, bad)
+
+    def _bad(self) -> dict[int, int] | None:
         bad = {rank: code for rank, code in self.gone.items() if code}
-        if not self.released or not (bad or self.gone.keys() >= self.ranks):
-            return None
-        return NodeEnded(self.seat.seat, self.seat.restarts, bad)
+        return bad if self.released and (bad or self.gone.keys() >= self.ranks) else None
 
     def standing(self) -> Standing:
         """What a new coordinator must know."""
@@ -141,6 +143,7 @@ class Station:
             sorted(self._protected),
             self._held,
             self.released,
+            self._bad(),
         )
 
     # ---- down
