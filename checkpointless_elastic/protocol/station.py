@@ -174,7 +174,8 @@ class Station:
         self._lost, self._left = set(freeze.lost), set(freeze.left)
 
     def replaced(self, rank: int) -> None:
-        """The next incarnation of a rank is being started."""
+        """The next incarnation of a rank is being started. A decision in force does not know of its loss."""
+        self.decision = None
         self.pending.add(rank)
         self._absent.discard(rank)
         self.gone.pop(rank, None)
