@@ -37,6 +37,8 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     """Where an agent with a seat stands: what a new coordinator must know of it.
 
     Attributes:
+        since: the generation in which this agent got the seat.
+        ran: the newest generation in which the job was seen to run.
         step: the next step to be committed, as far as this agent knows.
         pending: its ranks that are replacements and have not joined.
         lost, left: of the recovery that goes on, empty if none does; see Freeze.
@@ -49,6 +51,8 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
 
     seat: int
     generation: int
+    since: int
+    ran: int
     step: int
     restarts: int
     pending: list[int]

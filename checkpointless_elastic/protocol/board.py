@@ -69,6 +69,11 @@ from checkpointless_elastic.protocol.rules import OnLoss, Rules
 __all__ = ["Board"]
 
 
+def _age(standing: Standing) -> tuple[int, int]:
+    """Of two agents that claim one seat the later one has it."""
+    return standing.restarts, standing.since
+
+
 @dataclass
 class _Agent:
     """What the board knows of one: where it listens, how many workers it runs, and its seat (-1: none)."""
@@ -148,7 +153,10 @@ class Board:
 
     def _rejoin(self, join: Join, standing: Standing) -> None:
         """An agent that has a seat comes over, or back."""
-        if standing.seat not in self._awaited:
+        rival = self._standings.get(standing.seat)
+        if self.coordinator is None and rival is not None and _age(rival) < _age(standing):
+            self._evict(standing.seat)
+        elif standing.seat not in self._awaited:
             self._tell(join.agent, Turned(f"its seat {standing.seat} was given up", True))
             return
         self._awaited.discard(standing.seat)
@@ -157,6 +165,27 @@ class Board:
         self._standings[standing.seat] = standing
         if not self._awaited:
             self._go_on()
+
+    def _evict(self, seat: int) -> None:
+        """The agent that came over for this seat has lost it since."""
+        del self._standings[seat]
+        name, self._seats[seat] = self._seats[seat], ""
+        del self._agents[name]
+        self._tell(name, Turned(f"its seat {seat} was given up", True))
+
+    def _evict_stale(self) -> None:
+        """Agents that were cut off do not know that their seats were given away: others have gone on without them."""
+        newest = max((standing.restarts for standing in self._standings.values()), default=0)
+        known = [standing for standing in self._standings.values() if standing.restarts == newest]
+        ran = max((standing.ran for standing in known), default=0)
+        lost: dict[int, set[int]] = {}
+        for standing in known:
+            lost.setdefault(standing.generation, set()).update(standing.lost)
+        for standing in known:
+            later = (ranks for generation, ranks in lost.items() if generation > standing.generation)
+            own = self._ranks(standing.seat) - set(standing.pending) - set(standing.gone)
+            if standing.generation < ran or any(own & ranks for ranks in later):
+                self._evict(standing.seat)
 
     def _begin(self) -> None:
         """Enough agents are there: the first ones get seats, the coordinator's own the first."""
@@ -186,6 +215,7 @@ class Board:
 
     def _go_on(self) -> None:
         """All that will come over from the last coordinator have: open a generation with what is lost."""
+        self._evict_stale()
         standings = list(self._standings.values())
         missing = [seat for seat, name in enumerate(self._seats) if not name]
         self._awaited.clear()
@@ -232,6 +262,8 @@ class Board:
     def confirmed(self, count: int, now: float) -> None:
         """The directory has confirmed the term after the first ``count`` losses were reported."""
         suspects, self._suspects = self._suspects[:count], self._suspects[count:]
+        if self._over:
+            return
         for seat, why in suspects:
             self._vacate(seat, why, now)
         self._fill()

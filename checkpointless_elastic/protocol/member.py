@@ -122,6 +122,7 @@ class Member:
         self._standing, self._open_store = standing, open_store
         self._leader = _Leader()
         self._links: dict[int, _Link] = {}
+        self._followers: dict[str, int] = {}  # by agent, its newest accepted connection
         self._uplink = 0
         self._dialled = 0
         self._retry_at: float | None = None  # when to look again, in state SEEKING ...
@@ -251,14 +252,14 @@ class Member:
         self._leader.seat = standing.seat if standing else -1
         if self._bases:
             self.board.take_over(self._bases, self._world, old_seat, now)
-        self.board.join(self._join(), now)
+        self.board.join(self._introduction(standing), now)
         if not self._alone:
             self._beat(now)
         self._carry_out(now)
 
-    def _join(self) -> Join:
+    def _introduction(self, standing: Standing | None) -> Join:
         me, nodes = self._me, runs(self._bases, self._world)
-        return Join(VERSION, me.name, me.address, me.size, self._standing(), nodes)
+        return Join(VERSION, me.name, me.address, me.size, standing, nodes)
 
     # ---- connections
 
@@ -267,10 +268,18 @@ class Member:
         self._links[link] = _Link(now)
         if link == self._uplink:
             self.state = State.FOLLOWING
-            self._send(link, self._join())
+            self._send(link, self._introduction(self._standing()))
         else:
             self._links[link].agent = agent
+            self._replaces(self._followers.get(agent), now)
+            self._followers[agent] = link
         return self._flush()
+
+    def _replaces(self, older: int | None, now: float) -> None:
+        """An agent has connected anew before it was seen that its last connection is broken."""
+        if older is not None:
+            self._acts.append(HangUp(older, "this agent has connected again"))
+            self._closed(older, Closed.GONE, "connected again", now)
 
     def closed(self, link: int, why: Closed, reason: str, now: float) -> list[Act]:
         """A connection has ended, or could not be made."""
@@ -281,8 +290,14 @@ class Member:
         gone = self._links.pop(link, None)
         if link == self._uplink:
             self._lost_uplink(why, reason, now)
-        elif gone is not None and gone.agent and self.board is not None:
-            self._happened(gone.agent, why, now)
+        elif gone is not None and gone.agent:
+            self._left(link, gone.agent, why, now)
+
+    def _left(self, link: int, agent: str, why: Closed, now: float) -> None:
+        if self._followers.get(agent) == link:
+            del self._followers[agent]
+        if self.board is not None:
+            self._happened(agent, why, now)
 
     def _lost_uplink(self, why: Closed, reason: str, now: float) -> None:
         was = self.state
@@ -309,8 +324,13 @@ class Member:
                 self._happened(known.agent, message, now)
         elif isinstance(message, Join):
             self._acts.append(HangUp(link, "this agent does not coordinate"))
-            del self._links[link]
+            self._forget(link)
         return self._flush()
+
+    def _forget(self, link: int) -> None:
+        agent = self._links.pop(link).agent
+        if self._followers.get(agent) == link:
+            del self._followers[agent]
 
     def _follow(self, message: Between, now: float) -> None:
         if isinstance(message, Beat):
@@ -320,7 +340,7 @@ class Member:
         elif isinstance(message, Turned):
             self._turned(message)
         else:
-            self._obey(message)
+            self._obey(message, now)
 
     def _turned(self, message: Turned) -> None:
         self._acts.append(HangUp(self._uplink, "turned away"))
@@ -333,7 +353,7 @@ class Member:
         else:
             self._end(f"The coordinator turned this agent away: {message.reason}.")
 
-    def _obey(self, message: Between) -> None:
+    def _obey(self, message: Between, now: float) -> None:
         """The coordinator's word to this agent."""
         if isinstance(message, (Spare, Seated)):
             self._stranger = None
@@ -342,6 +362,11 @@ class Member:
             self._acts.append(Obey(message))
             if self.board is not None:
                 self._leader.seat = message.seat
+        elif isinstance(message, Turned):  # of the board in this agent: its seat is another's
+            self._give_way(message.reason)
+            self._leader.seat = -1
+            if self.board is not None:
+                self.board.join(self._introduction(None), now)
         elif isinstance(message, Order):
             self._acts.append(Obey(message.message))
             if isinstance(message.message, (Done, Halt)) and self.board is None:
@@ -444,7 +469,7 @@ class Member:
         self._doubt, self._held = False, []
         for link in [link for link in self._links if link < 0]:
             self._acts.append(HangUp(link, "this agent does not coordinate any more"))
-            del self._links[link]
+            self._forget(link)
         self._give_way(reason)
         self._seek()
 
@@ -455,7 +480,7 @@ class Member:
             acts, board.acts = board.acts, []
             for act in acts:
                 if isinstance(act, Tell):
-                    self._tell(act)
+                    self._tell(act, now)
                 elif isinstance(act, Guard):
                     self._guards += 1
                     self._guard()
@@ -467,13 +492,13 @@ class Member:
             self._guarded = self._guards
             self._ask(Query.GUARD, self._leader.term, self._leader.count)
 
-    def _tell(self, act: Tell) -> None:
+    def _tell(self, act: Tell, now: float) -> None:
         if act.agent == self._me.name:
-            self._obey(act.message)
+            self._obey(act.message, now)
             return
-        for link, known in self._links.items():
-            if link < 0 and known.agent == act.agent:
-                self._send(link, act.message)
+        link = self._followers.get(act.agent)
+        if link is not None:
+            self._send(link, act.message)
 
     # ---- time
 

@@ -65,6 +65,7 @@ class Station:
         self.gone: dict[int, int] = {}
         self.released = False
         self.stopped = False
+        self._ran = 0 if seat.taken else seat.generation
         self._absent: set[int] = set()  # its ranks that are gone and not yet replaced
         self._lost: set[int] = set(self.pending)
         self._left: set[int] = set()
@@ -134,6 +135,8 @@ class Station:
         return Standing(
             self.seat.seat,
             self.generation,
+            self.seat.generation,
+            self._ran,
             self.step,
             self.seat.restarts,
             sorted(self.pending),
@@ -159,7 +162,7 @@ class Station:
             self.pending = set(message.pending) & self.ranks
             self._node.decided(message)
         elif isinstance(message, Resume):
-            self.decision, self.pending = None, set()
+            self.decision, self.pending, self._ran = None, set(), message.generation
             self._lost, self._left = set(), set()
         elif isinstance(message, Release):
             self.released = True
