@@ -228,9 +228,7 @@ class Board:
         elif len({standing.restarts for standing in standings}) > 1:
             self._run_again(Restart(4, "the coordinator was lost while the script was being started again"))
         else:
-            for seat in missing:
-                self._taken[seat] = True
-                self._decide(NodeLost(seat, self._ranks(seat), "was lost with the coordinator"))
+            self._lose([(seat, "was lost with the coordinator") for seat in missing])
             if not missing:
                 self._decide(Reopened("the coordinator is another one"))
         self._fill()
@@ -264,24 +262,30 @@ class Board:
         suspects, self._suspects = self._suspects[:count], self._suspects[count:]
         if self._over:
             return
-        for seat, why in suspects:
-            self._vacate(seat, why, now)
+        if self.coordinator is None:  # the last coordinator's agents are still coming over
+            self._given_up({seat for seat, _ in suspects})
+            return
+        self._since["vacant"] = now
+        self._lose(suspects)
+        if self.coordinator.state is State.ENDED:  # all have finished: it needs nobody any more
+            for seat, _ in suspects:
+                self._node_ended(NodeEnded(seat, self._restarts, {}))
         self._fill()
 
-    def _vacate(self, seat: int, why: str, now: float) -> None:
-        self._standings.pop(seat, None)
-        if self.coordinator is None:  # the last coordinator's agents are still coming over
-            self._awaited.discard(seat)
-            if not self._awaited:
-                self._go_on()
-            return
-        self._taken[seat] = True
-        self._since["vacant"] = now
-        self._decide(NodeLost(seat, self._ranks(seat), why))
-        if (
-            self.coordinator.state is State.ENDED and not self._over
-        ):  # all have finished: it needs nobody any more
-            self._node_ended(NodeEnded(seat, self._restarts, {}))
+    def _given_up(self, seats: set[int]) -> None:
+        for seat in seats:
+            self._standings.pop(seat, None)
+        self._awaited -= seats
+        if not self._awaited:
+            self._go_on()
+
+    def _lose(self, seats: list[tuple[int, str]]) -> None:
+        """These seats are vacant. One restart of the script is the answer to all of them."""
+        restarts = self._restarts
+        for seat, why in seats:
+            if self._restarts == restarts:
+                self._taken[seat] = True
+                self._decide(NodeLost(seat, self._ranks(seat), why))
 
     def _fill(self) -> None:
         """Give vacant seats to spares of the same size."""

@@ -159,6 +159,9 @@ class Member:
     def found(self, term: int, address: str, verdict: str, now: float) -> list[Act]:
         """The directory's answer to NEWEST; term 0: no coordinator yet. ``verdict``: how the job has ended."""
         self._store_failing = None
+        if verdict and self.state is State.CHAIR:  # it was won when the last coordinator had just ended the job
+            self.board = None
+            self._end(f"The job has {verdict}.")
         if self.state is not State.SEEKING:
             return self._flush()
         if verdict:
@@ -189,6 +192,7 @@ class Member:
             old = self._leader
             self._leader = _Leader(term, self._me.address, moved=now)
             self._preside(now, old.seat)
+            self._ask(Query.NEWEST)
         elif self.state is State.SEEKING:
             self._ask(Query.NEWEST)
         return self._flush()
