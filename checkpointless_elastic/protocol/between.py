@@ -37,6 +37,8 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     """Where an agent with a seat stands: what a new coordinator must know of it.
 
     Attributes:
+        since: the generation in which this agent got the seat.
+        ran: the newest generation in which the job was seen to run.
         step: the next step to be committed, as far as this agent knows.
         pending: its ranks that are replacements and have not joined.
         lost, left: of the recovery that goes on, empty if none does; see Freeze.
@@ -44,10 +46,13 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
         protected: its ranks whose script has made a Run.
         held: what its ranks hold, as they said after the first step.
         released: all ranks of the job have finished the script.
+        ended: what NodeEnded says of this agent; None: not yet.
     """
 
     seat: int
     generation: int
+    since: int
+    ran: int
     step: int
     restarts: int
     pending: list[int]
@@ -57,19 +62,28 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     protected: list[int]
     held: dict[int, Replicas]
     released: bool
+    ended: dict[int, int] | None = None
 
 
 # ---- to the coordinator ----------------------------------------------------------------------------------------------
 
 
 class Join(Message, frozen=True):
-    """First message of an agent. ``address``: where it listens; ``size``: how many workers it would run."""
+    """First message of an agent.
+
+    Attributes:
+        address: where it listens.
+        size: how many workers it would run.
+        standing: if it has a seat.
+        nodes: seats of the job, if it knows them, see `layout`: a new coordinator may be new to the job.
+    """
 
     version: int
     agent: str
     address: str
     size: int
     standing: Standing | None = None
+    nodes: list[tuple[int, int]] = []
 
 
 class Gathered(Message, frozen=True):
@@ -105,9 +119,10 @@ class RankGone(Message, frozen=True):
 
 
 class RankExited(Message, frozen=True):
-    """A worker ended with code 0 without waiting for the others."""
+    """A worker ended with code 0 without waiting for the others. ``finished``: of ranks that had waited for it."""
 
     rank: int
+    finished: Gathered | None = None
 
 
 class RankExplained(Message, frozen=True):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol import layout
 from checkpointless_elastic.protocol.acts import Act, Guard, Heard, Perform, Restarting, Tell
 from checkpointless_elastic.protocol.between import (
     VERSION,
@@ -62,10 +63,15 @@ from checkpointless_elastic.protocol.events import (
     Tally,
     Unfit,
 )
-from checkpointless_elastic.protocol.messages import Left, Mismatch, Protected, Replicas, Restore
+from checkpointless_elastic.protocol.messages import Left, Mismatch, Protected, Release, Replicas, Restore
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
 
 __all__ = ["Board"]
+
+
+def _age(standing: Standing) -> tuple[int, int]:
+    """Of two agents that claim one seat the later one has it."""
+    return standing.restarts, standing.since
 
 
 @dataclass
@@ -125,6 +131,9 @@ class Board:
             )
         elif self._over:
             self._tell(join.agent, Turned("the job has ended", False))
+        elif join.nodes and not self.bases:
+            self.take_over(*layout.bases(join.nodes), -1, now)
+            self.join(join, now)
         elif join.standing is not None:
             self._rejoin(join, join.standing)
         elif len(self._agents) >= self._rules.max_nodes:
@@ -144,7 +153,10 @@ class Board:
 
     def _rejoin(self, join: Join, standing: Standing) -> None:
         """An agent that has a seat comes over, or back."""
-        if standing.seat not in self._awaited:
+        rival = self._standings.get(standing.seat)
+        if self.coordinator is None and rival is not None and _age(rival) < _age(standing):
+            self._evict(standing.seat)
+        elif standing.seat not in self._awaited:
             self._tell(join.agent, Turned(f"its seat {standing.seat} was given up", True))
             return
         self._awaited.discard(standing.seat)
@@ -153,6 +165,27 @@ class Board:
         self._standings[standing.seat] = standing
         if not self._awaited:
             self._go_on()
+
+    def _evict(self, seat: int) -> None:
+        """The agent that came over for this seat has lost it since."""
+        del self._standings[seat]
+        name, self._seats[seat] = self._seats[seat], ""
+        del self._agents[name]
+        self._tell(name, Turned(f"its seat {seat} was given up", True))
+
+    def _evict_stale(self) -> None:
+        """Agents that were cut off do not know that their seats were given away: others have gone on without them."""
+        newest = max((standing.restarts for standing in self._standings.values()), default=0)
+        known = [standing for standing in self._standings.values() if standing.restarts == newest]
+        ran = max((standing.ran for standing in known), default=0)
+        lost: dict[int, set[int]] = {}
+        for standing in known:
+            lost.setdefault(standing.generation, set()).update(standing.lost)
+        for standing in known:
+            later = (ranks for generation, ranks in lost.items() if generation > standing.generation)
+            own = self._ranks(standing.seat) - set(standing.pending) - set(standing.gone)
+            if standing.generation < ran or any(own & ranks for ranks in later):
+                self._evict(standing.seat)
 
     def _begin(self) -> None:
         """Enough agents are there: the first ones get seats, the coordinator's own the first."""
@@ -182,6 +215,7 @@ class Board:
 
     def _go_on(self) -> None:
         """All that will come over from the last coordinator have: open a generation with what is lost."""
+        self._evict_stale()
         standings = list(self._standings.values())
         missing = [seat for seat, name in enumerate(self._seats) if not name]
         self._awaited.clear()
@@ -190,20 +224,28 @@ class Board:
         self.coordinator = self._new_coordinator(max((s.generation for s in standings), default=0))
         self.coordinator.take_over(standings)
         if any(standing.released for standing in standings):
-            self.coordinator.state = State.ENDED
-            self._ended = {seat: {} for seat in missing}
+            self._release(standings, missing)
         elif len({standing.restarts for standing in standings}) > 1:
             self._run_again(Restart(4, "the coordinator was lost while the script was being started again"))
         else:
-            for seat in missing:
-                self._taken[seat] = True
-                self._decide(NodeLost(seat, self._ranks(seat), "was lost with the coordinator"))
+            self._lose([(seat, "was lost with the coordinator") for seat in missing])
             if not missing:
                 self._decide(Reopened("the coordinator is another one"))
         self._fill()
         early, self._early = self._early, []
         for name, message in early:
             self.received(name, message)
+
+    def _release(self, standings: list[Standing], missing: list[int]) -> None:
+        """All had finished: nobody needs the missing agents any more, and some may not have heard it."""
+        assert self.coordinator is not None
+        self.coordinator.state = State.ENDED
+        self._order(Release(self.coordinator.generation))
+        for seat in missing:
+            self._node_ended(NodeEnded(seat, self._restarts, {}))
+        for standing in standings:
+            if standing.ended is not None:
+                self._node_ended(NodeEnded(standing.seat, self._restarts, standing.ended))
 
     # ---- agents go
 
@@ -218,24 +260,32 @@ class Board:
     def confirmed(self, count: int, now: float) -> None:
         """The directory has confirmed the term after the first ``count`` losses were reported."""
         suspects, self._suspects = self._suspects[:count], self._suspects[count:]
-        for seat, why in suspects:
-            self._vacate(seat, why, now)
+        if self._over:
+            return
+        if self.coordinator is None:  # the last coordinator's agents are still coming over
+            self._given_up({seat for seat, _ in suspects})
+            return
+        self._since["vacant"] = now
+        self._lose(suspects)
+        if self.coordinator.state is State.ENDED:  # all have finished: it needs nobody any more
+            for seat, _ in suspects:
+                self._node_ended(NodeEnded(seat, self._restarts, {}))
         self._fill()
 
-    def _vacate(self, seat: int, why: str, now: float) -> None:
-        self._standings.pop(seat, None)
-        if self.coordinator is None:  # the last coordinator's agents are still coming over
-            self._awaited.discard(seat)
-            if not self._awaited:
-                self._go_on()
-            return
-        self._taken[seat] = True
-        self._since["vacant"] = now
-        self._decide(NodeLost(seat, self._ranks(seat), why))
-        if (
-            self.coordinator.state is State.ENDED and not self._over
-        ):  # all have finished: it needs nobody any more
-            self._node_ended(NodeEnded(seat, self._restarts, {}))
+    def _given_up(self, seats: set[int]) -> None:
+        for seat in seats:
+            self._standings.pop(seat, None)
+        self._awaited -= seats
+        if not self._awaited:
+            self._go_on()
+
+    def _lose(self, seats: list[tuple[int, str]]) -> None:
+        """These seats are vacant. One restart of the script is the answer to all of them."""
+        restarts = self._restarts
+        for seat, why in seats:
+            if self._restarts == restarts:
+                self._taken[seat] = True
+                self._decide(NodeLost(seat, self._ranks(seat), why))
 
     def _fill(self) -> None:
         """Give vacant seats to spares of the same size."""
@@ -327,6 +377,8 @@ class Board:
             self._decide(Lost(message.rank, message.cause, message.error, message.mirrored))
         elif isinstance(message, RankExited):
             self._decide(ExitedEarly(message.rank))
+            if message.finished is not None:
+                self.received(name, message.finished)
         elif isinstance(message, RankSays):
             self._said(message)
         elif isinstance(message, NodeEnded) and message.restarts == self._restarts:
@@ -347,6 +399,8 @@ class Board:
 
     def _node_ended(self, message: NodeEnded) -> None:
         self._ended[message.seat] = message.bad
+        if self._over:
+            return
         if message.bad:
             self._halt("", sorted(message.bad))
         elif len(self._ended) == len(self._seats):

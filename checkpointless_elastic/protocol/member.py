@@ -51,6 +51,7 @@ from checkpointless_elastic.protocol.between import (
 )
 from checkpointless_elastic.protocol.board import Board
 from checkpointless_elastic.protocol.events import Overdue
+from checkpointless_elastic.protocol.layout import runs
 from checkpointless_elastic.protocol.rules import Rules
 
 __all__ = ["Closed", "Me", "Member", "State"]
@@ -121,15 +122,21 @@ class Member:
         self._standing, self._open_store = standing, open_store
         self._leader = _Leader()
         self._links: dict[int, _Link] = {}
+        self._followers: dict[str, int] = {}  # by agent, its newest accepted connection
         self._uplink = 0
         self._dialled = 0
-        self._retry_at: float | None = None  # when to look again, in state SEEKING
+        self._retry_at: float | None = None  # when to look again, in state SEEKING ...
+        self._retry = Query.NEWEST  # ... and for what
         self._bases: list[int] = []
         self._world = 0
         self._guards = 0  # losses that the directory has not yet confirmed ...
         self._guarded = 0  # ... and of these, those for which it is being asked
         self._alone = rules.max_nodes == 1
         self._ticked: float | None = None
+        self._asked = 0  # guards that the directory has not answered
+        self._doubt = False  # after a pause of this process: does another one coordinate?
+        self._held: list[tuple[str, Between | Closed | Overdue]] = []  # what came meanwhile, and of which agent
+        self._stranger: float | None = None  # since when no coordinator is found, knowing nothing of the job
         self._store_failing: float | None = None
         self._acts: list[Act] = []
 
@@ -152,10 +159,15 @@ class Member:
     def found(self, term: int, address: str, verdict: str, now: float) -> list[Act]:
         """The directory's answer to NEWEST; term 0: no coordinator yet. ``verdict``: how the job has ended."""
         self._store_failing = None
+        if verdict and self.state is State.CHAIR:  # it was won when the last coordinator had just ended the job
+            self.board = None
+            self._end(f"The job has {verdict}.")
         if self.state is not State.SEEKING:
             return self._flush()
         if verdict:
             self._end(f"The job has {verdict}.")
+        elif address == self._me.address:
+            self._is_mine(term)
         elif term > self._leader.term:
             self._leader = _Leader(term, address, count=-1, moved=now)
             self._dial()
@@ -167,12 +179,20 @@ class Member:
             self._dial()
         return self._flush()
 
+    def _is_mine(self, term: int) -> None:
+        """The newest term is this agent's: it has not heard that it won it, or does not coordinate any more."""
+        if term > self._leader.term:
+            self._ask(Query.CLAIM, term)
+        else:
+            self._ask(Query.LAST_BEAT, term)
+
     def claimed(self, term: int, won: bool, now: float) -> list[Act]:
         """The directory's answer to CLAIM."""
         if self.state is State.SEEKING and won:
             old = self._leader
             self._leader = _Leader(term, self._me.address, moved=now)
             self._preside(now, old.seat)
+            self._ask(Query.NEWEST)
         elif self.state is State.SEEKING:
             self._ask(Query.NEWEST)
         return self._flush()
@@ -187,23 +207,33 @@ class Member:
             if leader.count >= 0:
                 self._give_way("the coordinator lives and cannot be reached from here")
             leader.count, leader.moved = count, now
-            self._retry_at = now + self._rules.detection
+            self._retry_at, self._retry = now + self._rules.detection, Query.NEWEST
         elif now - leader.moved >= self._rules.detection:
-            self._ask(Query.CLAIM, leader.term + 1)
+            self._succeed(now)
         else:
-            self._retry_at = leader.moved + self._rules.detection
+            self._retry_at, self._retry = leader.moved + self._rules.detection, Query.LAST_BEAT
         return self._flush()
+
+    def _succeed(self, now: float) -> None:
+        """The coordinator is gone. Who knows nothing of the job leaves it for a while to those that do."""
+        if self._stranger is None:
+            self._stranger = now
+        if self._bases or now - self._stranger >= 3 * self._rules.detection:
+            self._ask(Query.CLAIM, self._leader.term + 1)
+        else:
+            self._retry_at, self._retry = now + self._rules.heartbeat, Query.NEWEST
 
     def store_failed(self, query: Query, reason: str, now: float) -> list[Act]:
         """The directory could not be asked. A coordinator goes on without it until an agent is lost."""
         self._guarded = 0
+        self._asked -= query is Query.GUARD
         self._store_failing = self._store_failing if self._store_failing is not None else now
         if self.state in (State.SEEKING, State.DIALLING):
             if now - self._store_failing >= self._rules.store_patience:
                 self._end(f"No coordinator can be reached, and neither can the store: {reason}")
             elif self.state is State.SEEKING:
-                self._retry_at = now + self._rules.heartbeat
-        elif self._guards and now - self._store_failing >= self._rules.store_patience:
+                self._retry_at, self._retry = now + self._rules.heartbeat, Query.NEWEST
+        elif (self._guards or self._doubt) and now - self._store_failing >= self._rules.store_patience:
             self._end(
                 f"An agent is lost, and no seat may be given away while the store cannot be reached: {reason}"
             )
@@ -226,13 +256,14 @@ class Member:
         self._leader.seat = standing.seat if standing else -1
         if self._bases:
             self.board.take_over(self._bases, self._world, old_seat, now)
-        self.board.join(self._join(), now)
+        self.board.join(self._introduction(standing), now)
         if not self._alone:
             self._beat(now)
         self._carry_out(now)
 
-    def _join(self) -> Join:
-        return Join(VERSION, self._me.name, self._me.address, self._me.size, self._standing())
+    def _introduction(self, standing: Standing | None) -> Join:
+        me, nodes = self._me, runs(self._bases, self._world)
+        return Join(VERSION, me.name, me.address, me.size, standing, nodes)
 
     # ---- connections
 
@@ -241,21 +272,36 @@ class Member:
         self._links[link] = _Link(now)
         if link == self._uplink:
             self.state = State.FOLLOWING
-            self._send(link, self._join())
+            self._send(link, self._introduction(self._standing()))
         else:
             self._links[link].agent = agent
+            self._replaces(self._followers.get(agent), now)
+            self._followers[agent] = link
         return self._flush()
+
+    def _replaces(self, older: int | None, now: float) -> None:
+        """An agent has connected anew before it was seen that its last connection is broken."""
+        if older is not None:
+            self._acts.append(HangUp(older, "this agent has connected again"))
+            self._closed(older, Closed.GONE, "connected again", now)
 
     def closed(self, link: int, why: Closed, reason: str, now: float) -> list[Act]:
         """A connection has ended, or could not be made."""
+        self._closed(link, why, reason, now)
+        return self._flush()
+
+    def _closed(self, link: int, why: Closed, reason: str, now: float) -> None:
         gone = self._links.pop(link, None)
         if link == self._uplink:
             self._lost_uplink(why, reason, now)
-        elif gone is not None and gone.agent and self.board is not None:
-            silent = f"gave no sign of life for {self._rules.detection:.1f} s"
-            self.board.left(gone.agent, silent if why is Closed.SILENT else "was lost")
-            self._carry_out(now)
-        return self._flush()
+        elif gone is not None and gone.agent:
+            self._left(link, gone.agent, why, now)
+
+    def _left(self, link: int, agent: str, why: Closed, now: float) -> None:
+        if self._followers.get(agent) == link:
+            del self._followers[agent]
+        if self.board is not None:
+            self._happened(agent, why, now)
 
     def _lost_uplink(self, why: Closed, reason: str, now: float) -> None:
         was = self.state
@@ -265,7 +311,7 @@ class Member:
         elif why is Closed.REJECTED:
             self._end(f"The coordinator at {self._leader.address} does not accept this agent: {reason}")
         elif why is Closed.REFUSED:  # its machine is there, its process is not
-            self._ask(Query.CLAIM, self._leader.term + 1)
+            self._succeed(now)
         else:
             self._ask(Query.LAST_BEAT, self._leader.term)
 
@@ -278,15 +324,17 @@ class Member:
         if link == self._uplink:
             self._follow(message, now)
         elif self.board is not None:
-            if isinstance(message, Join) and message.agent == known.agent:
-                self.board.join(message, now)
-            elif not isinstance(message, Beat):
-                self.board.received(known.agent, message)
-            self._carry_out(now)
+            if not isinstance(message, Beat):
+                self._happened(known.agent, message, now)
         elif isinstance(message, Join):
             self._acts.append(HangUp(link, "this agent does not coordinate"))
-            del self._links[link]
+            self._forget(link)
         return self._flush()
+
+    def _forget(self, link: int) -> None:
+        agent = self._links.pop(link).agent
+        if self._followers.get(agent) == link:
+            del self._followers[agent]
 
     def _follow(self, message: Between, now: float) -> None:
         if isinstance(message, Beat):
@@ -296,7 +344,7 @@ class Member:
         elif isinstance(message, Turned):
             self._turned(message)
         else:
-            self._obey(message)
+            self._obey(message, now)
 
     def _turned(self, message: Turned) -> None:
         self._acts.append(HangUp(self._uplink, "turned away"))
@@ -309,14 +357,20 @@ class Member:
         else:
             self._end(f"The coordinator turned this agent away: {message.reason}.")
 
-    def _obey(self, message: Between) -> None:
+    def _obey(self, message: Between, now: float) -> None:
         """The coordinator's word to this agent."""
         if isinstance(message, (Spare, Seated)):
+            self._stranger = None
             self._bases, self._world = message.bases, message.world
         if isinstance(message, Seated):
             self._acts.append(Obey(message))
             if self.board is not None:
                 self._leader.seat = message.seat
+        elif isinstance(message, Turned):  # of the board in this agent: its seat is another's
+            self._give_way(message.reason)
+            self._leader.seat = -1
+            if self.board is not None:
+                self.board.join(self._introduction(None), now)
         elif isinstance(message, Order):
             self._acts.append(Obey(message.message))
             if isinstance(message.message, (Done, Halt)) and self.board is None:
@@ -333,8 +387,7 @@ class Member:
     def report(self, message: Between, now: float) -> list[Act]:
         """This agent has something to say to the coordinator. While there is none, its standing says it later."""
         if self.board is not None:
-            self.board.received(self._me.name, message)
-            self._carry_out(now)
+            self._happened(self._me.name, message, now)
         elif self.state is State.FOLLOWING:
             self._send(self._uplink, message)
         return self._flush()
@@ -342,17 +395,43 @@ class Member:
     def overdue(self, deadline: Overdue, now: float) -> list[Act]:
         """A limit that was asked for has passed."""
         if self.board is not None and self.board.coordinator is not None:
-            self.board.overdue(deadline)
-            self._carry_out(now)
+            self._happened("", deadline, now)
         return self._flush()
 
     # ---- coordinating
+
+    def _happened(self, agent: str, what: Between | Closed | Overdue, now: float) -> None:
+        """Something for the board, of this agent."""
+        if self._in_doubt(now):
+            self._held.append((agent, what))
+            return
+        board = self.board
+        assert board is not None
+        if isinstance(what, Overdue):
+            board.overdue(what)
+        elif isinstance(what, Closed):
+            silent = f"gave no sign of life for {self._rules.detection:.1f} s"
+            board.left(agent, silent if what is Closed.SILENT else "was lost")
+        elif isinstance(what, Join):
+            board.join(what, now)
+            board.acts.append(Tell(agent, self._beat_now()))
+        else:
+            board.received(agent, what)
+        self._carry_out(now)
+
+    def _in_doubt(self, now: float) -> bool:
+        """Was this process stopped? Nothing is decided then before the directory has confirmed the term."""
+        paused = self._ticked is not None and now - self._ticked > self._rules.detection / 2
+        if paused and not self._doubt and self.board is not None and not self._alone:
+            self._doubt = True
+            self._ask(Query.GUARD, self._leader.term, self._leader.count)
+        return self._doubt
 
     def beaten(self, newest: bool, now: float) -> list[Act]:
         """The directory's answer to BEAT: is this term the newest?"""
         self._store_failing = None
         if self.board is not None and not newest:
-            self._step_down()
+            self._step_down("another agent coordinates the job")
         elif self.board is not None:
             self._guard()
         return self._flush()
@@ -360,9 +439,12 @@ class Member:
     def guarded(self, newest: bool, now: float) -> list[Act]:
         """The directory's answer to GUARD: may the seats of lost agents be given away?"""
         self._store_failing = None
+        self._asked -= 1
         count, self._guarded = self._guarded, 0
         if self.board is not None and not newest:
-            self._step_down()
+            self._step_down("another agent coordinates the job")
+        elif self.board is not None and self._in_doubt(now):
+            self._certain(now)
         elif self.board is not None:
             self._guards -= count
             self.board.confirmed(count, now)
@@ -370,14 +452,29 @@ class Member:
             self._guard()
         return self._flush()
 
-    def _step_down(self) -> None:
+    def _certain(self, now: float) -> None:
+        """The term is the newest. But if most agents have left meanwhile, they look for another coordinator."""
+        if self._asked:  # the answer may be older than the pause
+            return
+        assert self.board is not None
+        self._doubt, held, self._held = False, self._held, []
+        self._ticked = now
+        gone = sum(isinstance(what, Closed) for _, what in held)
+        if 2 * gone > len(self.board.bases) - 1 > 0:
+            self._step_down("this agent was stopped, and the others have left it")
+        for agent, what in held:
+            if self.board is not None:
+                self._happened(agent, what, now)
+        self._guard()
+
+    def _step_down(self, reason: str) -> None:
         self.board = None
         self._guards = self._guarded = 0
+        self._doubt, self._held = False, []
         for link in [link for link in self._links if link < 0]:
             self._acts.append(HangUp(link, "this agent does not coordinate any more"))
-            del self._links[link]
-        self._give_way("another agent coordinates the job")
-        self._bases = []
+            self._forget(link)
+        self._give_way(reason)
         self._seek()
 
     def _carry_out(self, now: float) -> None:
@@ -387,7 +484,7 @@ class Member:
             acts, board.acts = board.acts, []
             for act in acts:
                 if isinstance(act, Tell):
-                    self._tell(act)
+                    self._tell(act, now)
                 elif isinstance(act, Guard):
                     self._guards += 1
                     self._guard()
@@ -395,38 +492,39 @@ class Member:
                     self._acts.append(act)
 
     def _guard(self) -> None:
-        if self._guards and not self._guarded:
+        if self._guards and not self._guarded and not self._doubt:
             self._guarded = self._guards
             self._ask(Query.GUARD, self._leader.term, self._leader.count)
 
-    def _tell(self, act: Tell) -> None:
+    def _tell(self, act: Tell, now: float) -> None:
         if act.agent == self._me.name:
-            self._obey(act.message)
+            self._obey(act.message, now)
             return
-        for link, known in self._links.items():
-            if link < 0 and known.agent == act.agent:
-                self._send(link, act.message)
+        link = self._followers.get(act.agent)
+        if link is not None:
+            self._send(link, act.message)
 
     # ---- time
 
     def tick(self, now: float) -> list[Act]:
         """One heartbeat. After a pause of this process the others get their time before they are taken to be gone."""
         paused = self._ticked is not None and now - self._ticked > self._rules.detection
+        self._in_doubt(now)
         self._ticked = now
         for link, known in list(self._links.items()):
             if paused:
                 known.heard = now
             elif now - known.heard > self._rules.detection:
                 self._acts.append(HangUp(link, "no sign of life"))
-                self._acts.extend(self.closed(link, Closed.SILENT, "no sign of life", now))
+                self._closed(link, Closed.SILENT, "no sign of life", now)
         if self.state is State.CHAIR and not self._alone:
             self._beat(now)
         elif self.state is State.FOLLOWING:
             self._send(self._uplink, Beat(self._leader.term, self._leader.count, -1))
         elif self.state is State.SEEKING and self._retry_at is not None and now >= self._retry_at:
             self._retry_at = None
-            self._ask(Query.NEWEST)
-        if self.board is not None:
+            self._ask(self._retry, self._leader.term)
+        if self.board is not None and not self._doubt:
             self.board.tick(now)
             self._carry_out(now)
         return self._flush()
@@ -436,11 +534,15 @@ class Member:
         self._ask(Query.BEAT, self._leader.term, self._leader.count)
         for link in self._links:
             if link < 0:
-                self._send(link, Beat(self._leader.term, self._leader.count, self._leader.seat))
+                self._send(link, self._beat_now())
+
+    def _beat_now(self) -> Beat:
+        return Beat(self._leader.term, self._leader.count, self._leader.seat)
 
     # ---- acts
 
     def _ask(self, query: Query, term: int = 0, count: int = 0) -> None:
+        self._asked += query is Query.GUARD
         self._acts.append(Ask(query, term, count))
 
     def _send(self, link: int, message: Between) -> None:

@@ -36,9 +36,12 @@ class Node:
         """The coordinator has named who holds the state and who needs it."""
         self._pending = frozenset(decision.pending) & self.ranks
 
-    def exited(self, rank: int) -> None:
-        """A worker ended well without waiting: nothing more is expected of it."""
+    def exited(self, rank: int) -> Tally | None:
+        """A worker ended well without waiting: nothing more is expected of it. The tally of those that have finished,
+        when it was the last one that was missing.
+        """
         self._exited.add(rank)
+        return self._tally(Stage.FINISHED) if Stage.FINISHED in self._reports else None
 
     def report(self, rank: int, report: Report) -> Tally | None:
         """A worker has reached a stage. The tally, when it was the last one expected of this node."""

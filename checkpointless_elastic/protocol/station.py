@@ -65,6 +65,7 @@ class Station:
         self.gone: dict[int, int] = {}
         self.released = False
         self.stopped = False
+        self._ran = 0 if seat.taken else seat.generation
         self._absent: set[int] = set()  # its ranks that are gone and not yet replaced
         self._lost: set[int] = set(self.pending)
         self._left: set[int] = set()
@@ -118,21 +119,24 @@ class Station:
     def exited(self, rank: int) -> RankExited:
         """A worker ended well without waiting."""
         self._absent.add(rank)
-        self._node.exited(rank)
-        return RankExited(rank)
+        return RankExited(rank, _gathered(self._node.exited(rank)))
 
     def ended(self) -> NodeEnded | None:
         """What is to be said once the job was released, or nothing is left to wait for; None: not yet."""
+        bad = self._bad()
+        return None if bad is None else NodeEnded(self.seat.seat, self.seat.restarts, bad)
+
+    def _bad(self) -> dict[int, int] | None:
         bad = {rank: code for rank, code in self.gone.items() if code}
-        if not self.released or not (bad or self.gone.keys() >= self.ranks):
-            return None
-        return NodeEnded(self.seat.seat, self.seat.restarts, bad)
+        return bad if self.released and (bad or self.gone.keys() >= self.ranks) else None
 
     def standing(self) -> Standing:
         """What a new coordinator must know."""
         return Standing(
             self.seat.seat,
             self.generation,
+            self.seat.generation,
+            self._ran,
             self.step,
             self.seat.restarts,
             sorted(self.pending),
@@ -142,6 +146,7 @@ class Station:
             sorted(self._protected),
             self._held,
             self.released,
+            self._bad(),
         )
 
     # ---- down
@@ -157,7 +162,7 @@ class Station:
             self.pending = set(message.pending) & self.ranks
             self._node.decided(message)
         elif isinstance(message, Resume):
-            self.decision, self.pending = None, set()
+            self.decision, self.pending, self._ran = None, set(), message.generation
             self._lost, self._left = set(), set()
         elif isinstance(message, Release):
             self.released = True
@@ -172,7 +177,8 @@ class Station:
         self._lost, self._left = set(freeze.lost), set(freeze.left)
 
     def replaced(self, rank: int) -> None:
-        """The next incarnation of a rank is being started."""
+        """The next incarnation of a rank is being started. A decision in force does not know of its loss."""
+        self.decision = None
         self.pending.add(rank)
         self._absent.discard(rank)
         self.gone.pop(rank, None)

@@ -1,0 +1,244 @@
+"""One job in virtual time: its agents and spares, what happens to them, and how it ends."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from checkpointless_elastic.protocol.between import Between, Join, Order
+from checkpointless_elastic.protocol.events import Action, Opened, Reached
+from checkpointless_elastic.protocol.messages import Message
+from checkpointless_elastic.protocol.acts import Restarting
+from checkpointless_elastic.protocol.rules import Rules
+from simulator.agent import Agent
+from simulator.clock import Clock
+from simulator.directory import Directory
+from simulator.measure import Traffic
+from simulator.network import Network
+from simulator.oracle import Oracle, Violation
+
+__all__ = ["Job", "Mutations", "World"]
+
+BOUND_S = 90.0
+"""After the last fault the job must end within this time."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is simulated. ``compute``: seconds of a step, from and to; ``fixed``: one delay for every message."""
+
+    agents: int = 4
+    spares: int = 1
+    size: int = 1
+    steps: int = 8
+    compute: tuple[float, float] = (0.01, 0.06)
+    leave_early: float = 0.0
+    fixed: float | None = None
+
+
+@dataclass(frozen=True)
+class Mutations:
+    """Rules that the model of an agent or worker breaks on purpose, to see that it is noticed."""
+
+    unfenced: bool = False
+    deaf: bool = False
+    stale_copies: bool = False
+
+
+@dataclass
+class World:
+    """See the module.
+
+    Attributes:
+        steps, size: of the job.
+        limits: by name in Config, seconds.
+        restarts: how many times the script was run again, with its reason.
+        last_fault: when.
+    """
+
+    job: Job
+    seed: int
+    mutations: Mutations = field(default_factory=Mutations)
+    tell: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        job = self.job
+        self.random = random.Random(self.seed)
+        self.clock = Clock()
+        self.steps, self.size, self.leave_early = job.steps, job.size, job.leave_early
+        nodes = job.agents + job.spares
+        self.rules = Rules(
+            active_nodes=job.agents,
+            max_nodes=max(2, nodes + 1000),
+            max_restarts=100,
+            max_faults_per_step=1000,
+            loss_timeout=60.0,
+        )
+        self.limits = {"settle_timeout": 20.0, "join_timeout": 30.0}
+        self.network = Network(self.clock, self.random, self.rules.detection, job.fixed)
+        self.directory = Directory(self.clock, self.network)
+        self.oracle = Oracle()
+        self.traffic = Traffic()
+        self.agents: dict[str, Agent] = {}  # by address
+        self.restarts: list[str] = []
+        self.last_fault = 0.0
+        self.killed_at_end = False  # a worker that had finished died: the job may end with its exit code
+        self.on_send: list[Callable[[Agent, Between], None]] = []
+        self.on_reach: list[Callable[[Agent, Action], None]] = []
+        self._pids = self._stores = self._named = 0
+        self._members: tuple[Sequence[int], frozenset[int]] = ((), frozenset())
+        for _ in range(nodes):
+            self.add_agent()
+
+    # ---- agents
+
+    def add_agent(self) -> Agent:
+        """A node joins."""
+        agent = Agent(self, f"a{self._named}")
+        self._named += 1
+        self.agents[agent.address] = agent
+        return agent
+
+    def live(self) -> list[Agent]:
+        """Agents whose process runs."""
+        return [agent for agent in self.agents.values() if agent.alive]
+
+    def ended(self, agent: Agent) -> None:
+        """A process ends in good order; a node that gave up is started again later, if the job still runs."""
+        agent.alive = False
+        self.network.lose(agent, silent=False)
+        if agent.verdict.startswith("out") and not self.directory.verdict:
+            self.clock.after(3.0, self._newcomer)
+
+    def _newcomer(self) -> None:
+        if not self.directory.verdict and self.live():
+            self.add_agent()
+
+    def crash(self, agent: Agent, silent: bool, back: float | None) -> None:
+        """The process ends at once with its workers, or (silent) its machine; a new one comes ``back`` seconds later."""
+        self.note(f"{agent.name} crashes" + (" in silence" if silent else ""))
+        agent.alive, agent.answers = False, not silent
+        for worker in agent.workers.values():
+            worker.alive = False
+        self.network.lose(agent, silent)
+        if back is not None:
+            self.clock.after(back, self._newcomer)
+
+    def coordinator(self) -> Agent | None:
+        """Of the newest term, if it lives."""
+        for agent in self.agents.values():
+            if agent.alive and agent.coordinates and self.directory.owners.get(self.directory.term) == agent.name:
+                return agent
+        return None
+
+    # ---- what agents need of the world
+
+    def draw_local(self) -> float:
+        return self.job.fixed / 10 if self.job.fixed else 0.00002 + 0.0002 * self.random.random()
+
+    def draw_fork(self) -> float:
+        return 0.01 if self.job.fixed else 0.003 + 0.02 * self.random.random()
+
+    def draw_compute(self) -> float:
+        low, high = self.job.compute
+        return low + (high - low) * self.random.random()
+
+    def next_pid(self) -> int:
+        self._pids += 1
+        return self._pids
+
+    def open_store(self, agent: Agent) -> str:
+        self._stores += 1
+        return f"{agent.name}:store{self._stores}"
+
+    def members(self, ranks: Sequence[int]) -> frozenset[int]:
+        """As a set; the same list is asked for by many workers, one after the other."""
+        if self._members[0] is not ranks:
+            self._members = (ranks, frozenset(ranks))
+        return self._members[1]
+
+    # ---- what is watched
+
+    def note(self, sentence: str) -> None:
+        """For the trace."""
+        if self.tell is not None:
+            self.tell(f"{self.clock.now:9.4f} {sentence}")
+
+    def sent(self, agent: Agent, message: Between) -> None:
+        self.traffic.sent(agent.name, message)
+        if isinstance(message, Order):
+            self.oracle.ordered(self.directory.owners.get(message.term, ""), agent.name, message.term)
+        for watch in self.on_send:
+            watch(agent, message)
+
+    def took(self, agent: Agent, message: Between) -> None:
+        self.traffic.took(agent.name, message)
+        if self.tell is not None:
+            self.note(f"{agent.name} <- {short(message)}")
+
+    def copied(self, agent: Agent, guardian: Agent) -> None:
+        self.traffic.copied(agent.name, guardian.name)
+
+    def obeys(self, agent: Agent, message: Message) -> None:
+        if self.tell is not None:
+            self.note(f"{agent.name} obeys {short(message)}")
+
+    def performs(self, agent: Agent, action: Action) -> None:
+        if isinstance(action, Restarting):
+            self.restarts.append(action.reason)
+        if self.tell is not None and isinstance(action, (Opened, Reached, Restarting)):
+            self.note(f"{agent.name} performs {action}")
+        for watch in self.on_reach:
+            watch(agent, action)
+
+    # ---- running
+
+    def run(self) -> None:
+        """Until all agents have ended. Raises Violation."""
+        while self.clock.step():
+            if not any(agent.alive for agent in self.agents.values()):
+                break
+            if self.clock.now > self.last_fault + BOUND_S:
+                raise Violation(f"the job hangs: {self.where()}")
+        self.judge()
+
+    def judge(self) -> None:
+        """How has the job ended?"""
+        for agent in self.agents.values():
+            if agent.workers and any(worker.alive for worker in agent.workers.values()):
+                raise Violation(f"{agent.name} has ended and its workers live")
+        verdicts = {agent.verdict for agent in self.agents.values() if agent.verdict} | {self.directory.verdict}
+        verdicts = {verdict for verdict in verdicts if verdict and not verdict.startswith("out")}
+        if verdicts == {"failed: "} and self.killed_at_end:
+            return
+        if verdicts != {"succeeded"}:
+            raise Violation(f"the job ended with {verdicts}")
+
+    def where(self) -> str:
+        """Where everybody stands."""
+        lines = []
+        for agent in self.live():
+            board = agent.member.board
+            line = f"{agent.name} {agent.member.state.value} term {agent.member.term} seat {agent.seat}"
+            if agent.frozen:
+                line += " frozen"
+            if agent.station is not None:
+                line += f" generation {agent.station.generation} step {agent.station.step}"
+            for worker in agent.workers.values():
+                waits = worker.waiting.__name__ if worker.waiting else "computes"
+                line += f" [{worker.rank}: {worker.generation}/{worker.frozen} step {worker.step} {waits}]"
+            if board is not None and board.coordinator is not None:
+                it = board.coordinator
+                line += f" COORDINATES {it.state.value} generation {it.generation} step {it.step}"
+            lines.append(line)
+        return "; ".join(lines[:40])
+
+
+def short(message: Message) -> str:
+    """For the trace."""
+    if isinstance(message, Order):
+        return f"term {message.term} {short(message.message)}"
+    if isinstance(message, Join):
+        return f"Join {message.agent}" + (f" with {message.standing}" if message.standing else "")
+    return str(message)[:300]
