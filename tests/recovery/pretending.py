@@ -99,6 +99,7 @@ def environment(workforce: LocalWorkforce, child: Child) -> Mapping[str, str]:
     assert isinstance(made, Pretending)
     given = dict(_environment(workforce, child))
     given["CHECKPOINTLESS_RUN_DIR"] = folder(workforce.run_dir, workforce.base + child.local_rank)
+    os.makedirs(given["CHECKPOINTLESS_RUN_DIR"], exist_ok=True)
     return {**given, "MASTER_ADDR": "localhost", "MASTER_PORT": str(made.first_port)}
 
 
