@@ -197,10 +197,12 @@ class Registry:
             raise Superseded("A newer generation was opened while a group for it was connected.")
         return link
 
-    def let_go(self, link: Link) -> None:
-        """The end of a group of `connect_beside`."""
+    def let_go(self, link: Link, failed: bool = False) -> None:
+        """The end of a group of `connect_beside`. `failed`: its operations may not have ended, and are ended."""
         with self._lock:
             self._beside.remove(link)
+            links = _void([link] if failed else [])
+        self._end(links)
         retire([link])
 
     def _end(self, links: list[Link]) -> None:

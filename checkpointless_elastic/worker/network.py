@@ -62,8 +62,10 @@ class Network(NamedTuple):
         link = self.registry.connect_beside(_spec(members, self.rank), self.store(), self.generation)
         try:
             yield _Peers(link, members)
-        finally:
-            self.registry.let_go(link)
+        except BaseException:
+            self.registry.let_go(link, failed=True)
+            raise
+        self.registry.let_go(link)
 
 
 class _Peers:
