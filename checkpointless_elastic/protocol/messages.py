@@ -118,14 +118,15 @@ class Learned(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """The connection is accepted. ``shadow``: this worker is a replacement and contacts no peer until it joins.
 
-    ``mirror_every``: of which steps it keeps mirrors, see `protocol.mirrors`. ``bases``: the first rank of each
-    node; empty: there is one.
+    ``mirror_every``: of which steps it keeps mirrors, see `protocol.mirrors`. ``bases``: the lowest rank of each node;
+    a node's ranks follow each other. ``store``: as in Decision, for what the script of a replacement does before one.
     """
 
     generation: int
     shadow: bool
     mirror_every: int = 0
-    bases: list[int] = []
+    bases: tuple[int, ...] = (0,)
+    store: str = ""
 
 
 class Refused(Message, frozen=True):
@@ -142,17 +143,21 @@ class Commit(Message, frozen=True):
 
 
 class Freeze(Message, frozen=True):
-    """Generation ``generation`` is open. ``lost``: ranks lost since the job last ran; ``left``: see Left."""
+    """Generation ``generation`` is open. ``lost``: ranks lost since the job last ran; ``left``: see Left.
+
+    ``store_lost``: the store of the generation before is lost too; groups that wait in it for their next use are void.
+    """
 
     generation: int
     lost: list[int]
     left: list[int]
+    store_lost: bool = False
 
 
 class Decision(Message, frozen=True):
     """All ranks go on at ``step``. A rank that is ready for ``step - 1`` applies it first.
 
-    ``store``: "host:port" of the store in which workers meet from now on; empty: that of MASTER_ADDR and MASTER_PORT.
+    ``store``: "host:port" of the TCPStore in which workers meet from now on; empty: that of MASTER_ADDR, MASTER_PORT.
     """
 
     generation: int

@@ -49,14 +49,14 @@ def launch(
     script: Path = JOB,
     options: tuple[str, ...] = (),
     backend: str = "checkpointless",
+    launcher: tuple[str, ...] = ("-m", "torch.distributed.run"),
     **env: str,
 ) -> Ended:
     """Run the script under torchrun to its end. A job that hangs fails the test by its time limit."""
     out.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *launcher,
         "--rdzv-backend",
         backend,
         "--rdzv-endpoint",
