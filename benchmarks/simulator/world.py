@@ -128,7 +128,11 @@ class World:
     def coordinator(self) -> Agent | None:
         """Of the newest term, if it lives."""
         for agent in self.agents.values():
-            if agent.alive and agent.coordinates and self.directory.owners.get(self.directory.term) == agent.name:
+            if (
+                agent.alive
+                and agent.coordinates
+                and self.directory.owners.get(self.directory.term) == agent.name
+            ):
                 return agent
         return None
 
@@ -208,7 +212,9 @@ class World:
         for agent in self.agents.values():
             if agent.workers and any(worker.alive for worker in agent.workers.values()):
                 raise Violation(f"{agent.name} has ended and its workers live")
-        verdicts = {agent.verdict for agent in self.agents.values() if agent.verdict} | {self.directory.verdict}
+        verdicts = {agent.verdict for agent in self.agents.values() if agent.verdict} | {
+            self.directory.verdict
+        }
         verdicts = {verdict for verdict in verdicts if verdict and not verdict.startswith("out")}
         if verdicts == {"failed: "} and self.killed_at_end:
             return

@@ -266,7 +266,13 @@ class AgentControl:
             path = lifeline_path(self.run_dir, hello.rank, hello.incarnation)
             self._lifelines.follow(path, hello.rank, hello.incarnation, self._pids[hello.rank])
         shadow = hello.rank in station.pending
-        return Welcome(station.generation, shadow, self._rules.mirror_every, station.seat.bases)
+        return Welcome(
+            station.generation,
+            shadow,
+            self._rules.mirror_every,
+            tuple(station.seat.bases),
+            station.store if shadow else "",
+        )
 
     def _catch_up(self, rank: int) -> None:
         if self._station is not None and self._station.decision is not None:
@@ -316,7 +322,7 @@ class AgentControl:
 
     def _obey(self, station: Station, message: Word) -> None:
         if isinstance(message, ReplaceRank):
-            self._replace(station, message.rank)
+            self._replace(station, message)
         elif isinstance(message, EndRank):
             self._workers.kill(message.rank)
         elif isinstance(message, Reseated):
@@ -339,10 +345,10 @@ class AgentControl:
         if isinstance(message, Release):
             self._report(station.ended())
 
-    def _replace(self, station: Station, rank: int) -> None:
-        self._links.drain(rank)
-        station.replaced(rank)
-        self._workers.replace(rank)
+    def _replace(self, station: Station, message: ReplaceRank) -> None:
+        self._links.drain(message.rank)
+        station.replaced(message.rank, message.store)
+        self._workers.replace(message.rank)
 
     def _reseated(self, station: Station, message: Reseated) -> None:
         """The guardian of this seat may be another agent now."""

@@ -195,9 +195,10 @@ class Reseated(Message, frozen=True):
 
 
 class ReplaceRank(Message, frozen=True):
-    """Start the next incarnation of this rank, whose worker is gone."""
+    """Start the next incarnation of this rank, whose worker is gone. ``store``: see Seated."""
 
     rank: int
+    store: str
 
 
 class EndRank(Message, frozen=True):

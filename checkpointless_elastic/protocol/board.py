@@ -424,7 +424,7 @@ class Board:
             only = self.coordinator.pending if isinstance(action.message, Restore) else None
             self._order(action.message, only=only)  # type: ignore[arg-type]
         elif isinstance(action, Replace):
-            self._tell_rank(action.rank, ReplaceRank(action.rank))
+            self._tell_rank(action.rank, ReplaceRank(action.rank, self._store))
         elif isinstance(action, End):
             self._tell_rank(action.rank, EndRank(action.rank))
         elif isinstance(action, Restart):
