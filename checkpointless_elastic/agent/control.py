@@ -38,6 +38,7 @@ from checkpointless_elastic.protocol.between import (
     Reseated,
     RunAgain,
     Seated,
+    Spare,
     Standing,
 )
 from checkpointless_elastic.protocol.events import Action, Deadline, Opened, Overdue, Reached, Stop
@@ -306,7 +307,10 @@ class AgentControl:
 
     def obey(self, message: Word) -> None:
         """See Office."""
-        if self._deferred and not isinstance(message, (Done, Halt)):
+        if isinstance(message, Spare):
+            if message.bases:
+                logger.info("[term %d] this agent waits as a spare", message.term)
+        elif self._deferred and not isinstance(message, (Done, Halt)):
             self._deferred.append(message)
         elif isinstance(message, Seated):
             if self._running:
@@ -329,7 +333,7 @@ class AgentControl:
             self._reseated(station, message)
         elif isinstance(message, RunAgain):
             self._run_again(station, message)
-        elif not isinstance(message, (Seated, Done, Halt)):
+        elif not isinstance(message, (Seated, Spare, Done, Halt)):
             self._deliver(station, message)
 
     def _deliver(self, station: Station, message: Ordered) -> None:

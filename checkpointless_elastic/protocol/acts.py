@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from checkpointless_elastic.protocol.between import Between, EndRank, Ordered, ReplaceRank, Seated
+from checkpointless_elastic.protocol.between import Between, EndRank, Ordered, ReplaceRank, Seated, Spare
 from checkpointless_elastic.protocol.events import Action
 
 __all__ = [
@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 
-Word = Ordered | Seated | ReplaceRank | EndRank
-"""What the coordinator has to say to an agent with a seat."""
+Word = Ordered | Seated | Spare | ReplaceRank | EndRank
+"""What the coordinator has to say to an agent."""
 
 
 class Act:

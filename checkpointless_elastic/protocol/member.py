@@ -366,8 +366,8 @@ class Member:
         if isinstance(message, (Spare, Seated)):
             self._stranger = None
             self._bases, self._world = message.bases, message.world
-        if isinstance(message, Seated):
             self._acts.append(Obey(message))
+        if isinstance(message, Seated):
             if self.board is not None:
                 self._leader.seat = message.seat
         elif isinstance(message, Turned):  # of the board in this agent: its seat is another's
