@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from checkpointless_elastic.protocol.acts import Restarting
 from checkpointless_elastic.protocol.between import Between, Join, Order
 from checkpointless_elastic.protocol.events import Action, Opened, Reached
 from checkpointless_elastic.protocol.messages import Message
-from checkpointless_elastic.protocol.acts import Restarting
 from checkpointless_elastic.protocol.rules import Rules
 from simulator.agent import Agent
 from simulator.clock import Clock
