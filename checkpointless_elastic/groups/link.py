@@ -21,6 +21,7 @@ __all__ = ["Link", "retire"]
 _logger = logging.getLogger(__name__)
 _MANY = 32
 _NO_LIMIT = timedelta(0)
+_SLICE = timedelta(seconds=0.5)
 
 
 @dataclass(eq=False)
@@ -33,6 +34,7 @@ class Link:
         own: listening addresses of its gloo devices.
         peers: those of the other members.
         places: how far each member that knows it was in its collectives outside of steps when this was connected.
+        limit: of the group, for sends and receives; zero: gloo's own, which is short, since it is that of connecting.
         device: the accelerator of its NCCL backend, None without one.
         void: a member is lost or left: collectives end at once and give filler. Set once, never cleared.
         lazy: set in a void link whose group has all its members and is connected at its next use.
@@ -47,6 +49,7 @@ class Link:
     own: frozenset[Address] = frozenset()
     peers: frozenset[Address] = frozenset()
     places: list[Place] = field(default_factory=list)
+    limit: timedelta = _NO_LIMIT
     device: torch.device | None = None
     void: bool = False
     lazy: Lazy | None = None
@@ -64,7 +67,9 @@ class Link:
         if self.device is not None:
             done: bool = native.wait(timeout) if timeout else native.wait()
             return done
-        return (wait_beside if point_to_point else wait_in_slices)(native, self, timeout)
+        if point_to_point:
+            return wait_beside(native, self, timeout or self.limit)
+        return wait_in_slices(native, self, timeout)
 
     def pin(self) -> None:
         """Keeps the native group from being destroyed as the process ends, until `unpin`.
@@ -96,13 +101,25 @@ def retire(links: list[Link]) -> None:
 
 
 def _let_go(links: list[Link]) -> None:
-    works = [work for link in links for work in list(link.in_flight)]
-    for work in works:
-        try:
-            work.wait()
-        except RuntimeError as error:  # how a work on a shut down connection ends
-            _logger.debug("work of a retired group ended: %s", error)
+    for link, work in [(held, work) for held in links for work in list(held.in_flight)]:
+        _wait_for_the_end(work, link)
     for link in links:
         if link.void:
             link.unpin()
         link.native = None
+
+
+def _wait_for_the_end(work: Any, link: Link) -> None:
+    """Soon also that of a send or receive that gloo has forgotten.
+
+    A thread that comes back from native code as the interpreter shuts down aborts the process. So there is one short
+    wait, which ends sends and receives, and then a long one, from which such a thread does not come back in time.
+    """
+    limits = [_SLICE, _NO_LIMIT] if link.device is None else [_NO_LIMIT]
+    for limit in limits:
+        try:
+            work.wait(limit) if limit else work.wait()
+        except RuntimeError as error:  # how a work on a shut down connection ends
+            _logger.debug("work of a retired group ended: %s", error)
+        if work.is_completed():
+            return
