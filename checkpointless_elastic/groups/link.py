@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import OpType  # type: ignore[attr-defined]
 
 from checkpointless_elastic.groups.lazy import Lazy
 from checkpointless_elastic.groups.owed import Place
@@ -21,7 +22,8 @@ __all__ = ["Link", "retire"]
 _logger = logging.getLogger(__name__)
 _MANY = 32
 _NO_LIMIT = timedelta(0)
-_SLICE = timedelta(seconds=0.5)
+_BRIEFLY = timedelta(milliseconds=1)
+_POINT_TO_POINT = tuple(map(int, (OpType.SEND, OpType.RECV, OpType.RECVANYSOURCE)))
 
 
 @dataclass(eq=False)
@@ -102,24 +104,22 @@ def retire(links: list[Link]) -> None:
 
 def _let_go(links: list[Link]) -> None:
     for link, work in [(held, work) for held in links for work in list(held.in_flight)]:
-        _wait_for_the_end(work, link)
+        _wait_for_the_end(work, link.void and link.device is None)
     for link in links:
         if link.void:
             link.unpin()
         link.native = None
 
 
-def _wait_for_the_end(work: Any, link: Link) -> None:
-    """Soon also that of a send or receive that gloo has forgotten.
+def _wait_for_the_end(work: Any, void: bool) -> None:
+    """But not of sends and receives in a void group: gloo may have forgotten them, and their connections are shut.
 
-    A thread that comes back from native code as the interpreter shuts down aborts the process. So there is one short
-    wait, which ends sends and receives, and then a long one, from which such a thread does not come back in time.
+    A thread that comes back from native code as the interpreter shuts down aborts the process; so it is there briefly.
     """
-    limits = [_SLICE, _NO_LIMIT] if link.device is None else [_NO_LIMIT]
-    for limit in limits:
-        try:
-            work.wait(limit) if limit else work.wait()
-        except RuntimeError as error:  # how a work on a shut down connection ends
-            _logger.debug("work of a retired group ended: %s", error)
-        if work.is_completed():
-            return
+    try:
+        if void and int(work._get_op_type()) in _POINT_TO_POINT:
+            work.wait(_BRIEFLY)
+        else:
+            work.wait()
+    except RuntimeError as error:  # how a work on a shut down connection ends
+        _logger.debug("work of a retired group ended: %s", error)
