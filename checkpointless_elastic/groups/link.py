@@ -118,7 +118,8 @@ def _wait_for_the_end(work: Any, void: bool) -> None:
     """
     try:
         if void and int(work._get_op_type()) in _POINT_TO_POINT:
-            work.wait(_BRIEFLY)
+            if not work.is_completed():
+                work.wait(_BRIEFLY)
         else:
             work.wait()
     except RuntimeError as error:  # how a work on a shut down connection ends
