@@ -163,7 +163,7 @@ class Station:
             self.decision, self.step = message, max(self.step, message.step)
             self.pending = set(message.pending) & self.ranks
             self._node.decided(message)
-            self.store = message.store
+            self.store = message.store or self.store
         elif isinstance(message, Resume):
             self.decision, self.pending, self._ran = None, set(), message.generation
             self._lost, self._left = set(), set()
