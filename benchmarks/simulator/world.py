@@ -82,6 +82,7 @@ class World:
         self.traffic = Traffic()
         self.agents: dict[str, Agent] = {}  # by address
         self.restarts: list[str] = []
+        self.faults = 0  # that struck before the job had ended
         self.last_fault = 0.0
         self.killed_at_end = False  # a worker that had finished died: the job may end with its exit code
         self.on_send: list[Callable[[Agent, Between], None]] = []
@@ -186,7 +187,7 @@ class World:
 
     def performs(self, agent: Agent, action: Action) -> None:
         if isinstance(action, Restarting):
-            self.restarts.append(action.reason)
+            self.restarts.append(f"step {action.step}: {action.reason}")
         if self.tell is not None and isinstance(action, (Opened, Reached, Restarting)):
             self.note(f"{agent.name} performs {action}")
         for watch in self.on_reach:
