@@ -201,8 +201,16 @@ class World:
             if not any(agent.alive for agent in self.agents.values()):
                 break
             if self.clock.now > self.last_fault + BOUND_S:
+                if self._over():
+                    break
                 raise Violation(f"the job hangs: {self.where()}")
         self.judge()
+
+    def _over(self) -> bool:
+        """Agents that came after the end wait for others that do not come, if the directory did not hear of it."""
+        return any(agent.verdict == "succeeded" for agent in self.agents.values()) and not any(
+            agent.seat >= 0 for agent in self.live()
+        )
 
     def judge(self) -> None:
         """How has the job ended?"""

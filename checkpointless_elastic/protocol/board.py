@@ -231,6 +231,7 @@ class Board:
             self._lose([(seat, "was lost with the coordinator") for seat in missing])
             if not missing:
                 self._decide(Reopened("the coordinator is another one"))
+        self._tell_guardians(standings)
         self._fill()
         early, self._early = self._early, []
         for name, message in early:
@@ -247,6 +248,15 @@ class Board:
             if standing.ended is not None:
                 self._node_ended(NodeEnded(standing.seat, self._restarts, standing.ended))
 
+    def _tell_guardians(self, standings: list[Standing]) -> None:
+        """The last coordinator may not have told all who has the seat after theirs."""
+        for standing in standings:
+            seat = (standing.seat + 1) % len(self._seats)
+            name = self._seats[seat]
+            if name and self._seats[standing.seat] and self._agents[name].address != standing.guardian:
+                reseated = Order(self._term, Reseated({seat: self._agents[name].address}))
+                self._tell(self._seats[standing.seat], reseated)
+
     # ---- agents go
 
     def left(self, name: str, why: str) -> None:
@@ -254,7 +264,11 @@ class Board:
         agent = self._agents.pop(name, None)
         if agent is not None and agent.seat >= 0:
             self._seats[agent.seat] = ""
-            self._suspects.append((agent.seat, why))
+            self._suspect({agent.seat}, why)
+
+    def _suspect(self, seats: set[int], why: str) -> None:
+        for seat in sorted(seats):
+            self._suspects.append((seat, why))
             self.acts.append(Guard())
 
     def confirmed(self, count: int, now: float) -> None:
@@ -273,9 +287,9 @@ class Board:
         self._fill()
 
     def _given_up(self, seats: set[int]) -> None:
-        for seat in seats:
+        for seat in [seat for seat in seats if not self._seats[seat]]:
             self._standings.pop(seat, None)
-        self._awaited -= seats
+            self._awaited.discard(seat)
         if not self._awaited:
             self._go_on()
 
@@ -339,7 +353,8 @@ class Board:
         """Look at what has a limit."""
         rules = self._rules
         if self._awaited and now - self._since["taking over"] > 2 * rules.detection:
-            self._go_on()
+            self._since["taking over"] = now
+            self._suspect(self._awaited, "was lost with the coordinator")
         vacant = self._vacant()
         if self.coordinator is None:
             if not self.bases and now - self._since.get("gathering", now) > rules.timeout:
