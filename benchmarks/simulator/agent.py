@@ -239,7 +239,7 @@ class Agent:
             self.world.clock.after(0.0, self.kill, message.rank)
         elif isinstance(message, Reseated):
             station.obey(message)
-            if station.guardian != self._guardian:
+            if (self.seat + 1) % len(station.seat.bases) in message.addresses:
                 self._guardian = station.guardian
                 self._copy_all()
         elif isinstance(message, RunAgain):
