@@ -433,6 +433,8 @@ class Member:
         if self.board is not None and not newest:
             self._step_down("another agent coordinates the job")
         elif self.board is not None:
+            if self._doubt and not self._asked:  # the directory did not answer that
+                self._ask(Query.GUARD, self._leader.term, self._leader.count)
             self._guard()
         return self._flush()
 
