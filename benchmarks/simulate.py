@@ -1,8 +1,8 @@
 """Simulates jobs of many agents under seeded faults, checks the invariants after every event, and counts messages.
 
-    simulate.py --agents 3-12 --seeds 1000     small jobs, where most of the interleavings are
-    simulate.py --agents 1000 --seeds 200      large ones
-    simulate.py --agents 3-12 --seed 17        one seed again; --trace prints every event
+simulate.py --agents 3-12 --seeds 1000     small jobs, where most of the interleavings are
+simulate.py --agents 1000 --seeds 200      large ones
+simulate.py --agents 3-12 --seed 17        one seed again; --trace prints every event
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ MOST_SHOWN = 20
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--agents", default="3-12", help="number of agents, or a range A-B (default: 3-12)")
     parser.add_argument("--seeds", type=int, default=200, help="how many schedules (default: 200)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
@@ -32,7 +34,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="of each agent (default: 1 or 2, drawn)")
     parser.add_argument("--steps", type=int, default=0, help="of each job (default: drawn)")
     parser.add_argument("--trace", action="store_true", help="print every event; with --seed")
-    parser.add_argument("--no-costs", action="store_true", help="do not count messages and bytes by number of agents")
+    parser.add_argument(
+        "--no-costs", action="store_true", help="do not count messages and bytes by number of agents"
+    )
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--json", type=Path, help="write the results there")
     return parser.parse_args()
@@ -44,12 +48,16 @@ def sizes(options: argparse.Namespace) -> Sizes:
     try:
         return Sizes(int(least), int(most or least), options.workers, options.steps)
     except ValueError:
-        raise SystemExit(f"--agents takes a number or a range such as 3-12, not {options.agents!r}.") from None
+        raise SystemExit(
+            f"--agents takes a number or a range such as 3-12, not {options.agents!r}."
+        ) from None
 
 
 def replay(options: argparse.Namespace, seed: int) -> str:
     """The command that runs a seed again."""
-    more = "".join(f" --{name} {getattr(options, name)}" for name in ("workers", "steps") if getattr(options, name))
+    more = "".join(
+        f" --{name} {getattr(options, name)}" for name in ("workers", "steps") if getattr(options, name)
+    )
     return f"scripts/simulate --agents {options.agents}{more} --seed {seed} --trace"
 
 
@@ -64,9 +72,12 @@ def schedules(options: argparse.Namespace, pool: multiprocessing.pool.Pool) -> I
             print(f"\nseed {result.seed}: {result.violation[:600]}\n  {replay(options, result.seed)}")
         seconds = time.monotonic() - begun
         line = f"{done}/{options.seeds} schedules, {events} events, {failed} violations, {seconds:.0f} s"
-        print(f"\r{line}", end="" if sys.stdout.isatty() else "\n" if done % 50 == 0 else "", flush=True)
+        if sys.stdout.isatty():
+            print(f"\r{line}", end="", flush=True)
+        elif done % 50 == 0:
+            print(line, flush=True)
         yield result
-    print()
+    print(f"\r{line}" if calls else "")
 
 
 def _play(call: tuple[int, Sizes]) -> Result:

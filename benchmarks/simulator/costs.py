@@ -115,7 +115,8 @@ class _Phases:
 
 def measure(agents: int) -> Costs:
     """Simulate one job of this many agents with a worker and then a node lost."""
-    world = World(Job(agents=agents, spares=1, steps=2 * STEPS + 4, compute=(0.3, 0.4)), seed=agents)
+    job = Job(agents=agents, spares=1, steps=2 * STEPS + 4, compute=(0.3, 0.4), leaves=0.0)
+    world = World(job, seed=agents)
     phases = _Phases(world)
     commits = -1
     while phases.costs.keys() < {"step", "worker_recovery", "node_recovery"} and world.clock.step():

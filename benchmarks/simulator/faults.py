@@ -34,9 +34,28 @@ KINDS = {
     "slow": 0.5,
     "join": 0.5,
 }
-GENTLE = {"worker": 3, "crash": 2, "silent": 1, "coordinator": 2, "coordinator silent": 1, "pause": 1, "cut": 0.5}
+GENTLE = {
+    "worker": 3,
+    "crash": 2,
+    "silent": 1,
+    "coordinator": 2,
+    "coordinator silent": 1,
+    "pause": 1,
+    "cut": 0.5,
+}
 MOMENTS = [
-    *["Freeze", "Answers", "Decision", "Gathered", "Restore", "Rebuild", "Resume", "Commit", "Seated", "Join"],
+    *[
+        "Freeze",
+        "Answers",
+        "Decision",
+        "Gathered",
+        "Restore",
+        "Rebuild",
+        "Resume",
+        "Commit",
+        "Seated",
+        "Join",
+    ],
     *["Reseated", "RunAgain", "ReplaceRank", "RankGone", "NodeEnded", "Release", "Done", "Spare", "Turned"],
 ]
 
@@ -177,14 +196,18 @@ class Faults:
     def _victim(self) -> Agent | None:
         others = [agent for agent in self.world.live() if agent is not self._anchor]
         seated = [agent for agent in others if agent.seat >= 0]
-        return self.draw.choice(seated if seated and self.draw.random() < 0.85 else others) if others else None
+        return (
+            self.draw.choice(seated if seated and self.draw.random() < 0.85 else others) if others else None
+        )
 
     def _worker(self, agent: Agent | None) -> None:
         chosen = agent if agent is not None and agent.workers else None
         hosts = [host for host in self.world.live() if host.workers]
         if chosen or hosts:
             host = chosen or self.draw.choice(hosts)
-            for rank in self.draw.sample(sorted(host.workers), 1 if self.draw.random() < 0.8 else len(host.workers)):
+            for rank in self.draw.sample(
+                sorted(host.workers), 1 if self.draw.random() < 0.8 else len(host.workers)
+            ):
                 self.world.clock.after(0.001 * self.draw.random(), host.kill, rank)
 
     def _crash(self, agent: Agent | None, silent: bool) -> None:

@@ -91,7 +91,12 @@ class Network:
         if end is None:
             return
         other = self.hosts.get(address)
-        if other is None or not (other.alive or other.answers) or not self.reaches(host, other) or other.frozen:
+        if (
+            other is None
+            or not (other.alive or other.answers)
+            or not self.reaches(host, other)
+            or other.frozen
+        ):
             self._clock.after(self._limit, self._fail, end, Closed.SILENT)
         elif not other.alive:
             self._clock.after(self.delay(), self._fail, end, Closed.REFUSED)

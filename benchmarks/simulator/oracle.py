@@ -74,7 +74,9 @@ class Oracle:
         if step < len(run.steps) and run.steps[step] != attempt:
             self._differs(run, worker, step, attempt)
         if step > len(run.steps):
-            raise Violation(f"rank {worker.rank} applies step {step}, and step {len(run.steps)} was not committed")
+            raise Violation(
+                f"rank {worker.rank} applies step {step}, and step {len(run.steps)} was not committed"
+            )
         if step == len(run.steps):
             self._first(run, step, attempt)
         if step == len(run.steps) - 1:
@@ -99,7 +101,9 @@ class Oracle:
                 one.doomed = True
             run.steps.pop()
         else:
-            raise Violation(f"rank {worker.rank} applies step {step} of generation {attempt}, others of {known}")
+            raise Violation(
+                f"rank {worker.rank} applies step {step} of generation {attempt}, others of {known}"
+            )
 
     def restored(self, run: Run, rank: int, weights: list[int], step: int) -> None:
         """A replacement has its state."""

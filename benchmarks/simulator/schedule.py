@@ -54,7 +54,8 @@ def play(
         agents=agents,
         spares=1 if gentle else draw.randint(0, 2),
         size=sizes.workers or (1 if large else draw.choice([1, 1, 2])),
-        steps=sizes.steps or ((8 * count if gentle else 6) if large else 60 if gentle else draw.randint(6, 30)),
+        steps=sizes.steps
+        or ((8 * count if gentle else 6) if large else 60 if gentle else draw.randint(6, 30)),
         leave_early=0.0 if gentle else draw.choice([0.0, 0.0, 0.3]),
     )
     world = World(job, seed, mutations or Mutations(), tell)

@@ -45,7 +45,10 @@ class Worker:
         self.waiting: type | None = None
         self.decision: Decision | None = None
         self._votes: deque[ToWorker] = deque()
-        self._down = {True: 0.0, False: 0.0}  # when what was sent last arrives, on the control channel or the other
+        self._down = {
+            True: 0.0,
+            False: 0.0,
+        }  # when what was sent last arrives, on the control channel or the other
         self._up = {True: 0.0, False: 0.0}
         self._world = agent.world
         self._attempts = 0  # a compute that was asked for in another attempt does not count
@@ -118,7 +121,7 @@ class Worker:
         if not self.alive or attempt != self._attempts:
             return
         if self.frozen > self.generation:
-            if self._world.random.random() < 0.3:
+            if self._world.random.random() < self._world.job.leaves:
                 self._say(Left(self.frozen), True)
             self.waiting = Decision
         elif self.step == self._world.steps:
@@ -149,7 +152,11 @@ class Worker:
             if message.generation >= self.frozen:
                 self._follow(message)
         elif isinstance(message, Commit):
-            if self.waiting is Commit and (message.generation, message.step) == (self.generation, self.step) and current:
+            if (
+                self.waiting is Commit
+                and (message.generation, message.step) == (self.generation, self.step)
+                and current
+            ):
                 self._apply(self.generation)
                 self._begin()
         elif isinstance(message, Release):
@@ -191,7 +198,9 @@ class Worker:
             self._say(Mismatch("its private state is lost"), True)
             return
         if private[1] not in (decision.step - 1, decision.step):
-            raise Violation(f"rank {self.rank} has the private state of {private}, it goes on at {decision.step}")
+            raise Violation(
+                f"rank {self.rank} has the private state of {private}, it goes on at {decision.step}"
+            )
         self._report(Stage.ARRIVED, decision.generation)
         self.waiting = Restore
 

@@ -26,7 +26,11 @@ BOUND_S = 90.0
 
 @dataclass(frozen=True)
 class Job:
-    """What is simulated. ``compute``: seconds of a step, from and to; ``fixed``: one delay for every message."""
+    """What is simulated. ``compute``: seconds of a step, from and to; ``fixed``: one delay for every message.
+
+    ``leave_early``: share of workers that end without waiting for the others; ``leaves``: of those that leave a void
+    attempt early.
+    """
 
     agents: int = 4
     spares: int = 1
@@ -34,6 +38,7 @@ class Job:
     steps: int = 8
     compute: tuple[float, float] = (0.01, 0.06)
     leave_early: float = 0.0
+    leaves: float = 0.3
     fixed: float | None = None
 
 
@@ -129,7 +134,11 @@ class World:
     def coordinator(self) -> Agent | None:
         """Of the newest term, if it lives."""
         for agent in self.agents.values():
-            if agent.alive and agent.coordinates and self.directory.owners.get(self.directory.term) == agent.name:
+            if (
+                agent.alive
+                and agent.coordinates
+                and self.directory.owners.get(self.directory.term) == agent.name
+            ):
                 return agent
         return None
 
@@ -217,7 +226,9 @@ class World:
         for agent in self.agents.values():
             if agent.workers and any(worker.alive for worker in agent.workers.values()):
                 raise Violation(f"{agent.name} has ended and its workers live")
-        verdicts = {agent.verdict for agent in self.agents.values() if agent.verdict} | {self.directory.verdict}
+        verdicts = {agent.verdict for agent in self.agents.values() if agent.verdict} | {
+            self.directory.verdict
+        }
         verdicts = {verdict for verdict in verdicts if verdict and not verdict.startswith("out")}
         if verdicts == {"failed: "} and self.killed_at_end:
             return

@@ -135,7 +135,9 @@ class Member:
         self._ticked: float | None = None
         self._asked = 0  # guards that the directory has not answered
         self._doubt = False  # after a pause of this process: does another one coordinate?
-        self._held: list[tuple[str, Between | Closed | Overdue]] = []  # what came meanwhile, and of which agent
+        self._held: list[
+            tuple[str, Between | Closed | Overdue]
+        ] = []  # what came meanwhile, and of which agent
         self._stranger: float | None = None  # since when no coordinator is found, knowing nothing of the job
         self._store_failing: float | None = None
         self._acts: list[Act] = []
@@ -159,7 +161,9 @@ class Member:
     def found(self, term: int, address: str, verdict: str, now: float) -> list[Act]:
         """The directory's answer to NEWEST; term 0: no coordinator yet. ``verdict``: how the job has ended."""
         self._store_failing = None
-        if verdict and self.state is State.CHAIR:  # it was won when the last coordinator had just ended the job
+        if (
+            verdict and self.state is State.CHAIR
+        ):  # it was won when the last coordinator had just ended the job
             self.board = None
             self._end(f"The job has {verdict}.")
         if self.state is not State.SEEKING:
