@@ -33,7 +33,7 @@ __all__ = ["Worker"]
 
 
 class Worker:
-    """Attributes: ``weights``: see `oracle`; ``waiting``: for which message the main thread waits; None: it computes."""
+    """Attributes: ``weights``: see `oracle`; ``waiting``: for what the main thread waits; None: it computes."""
 
     def __init__(self, agent: Agent, rank: int, run: Run) -> None:
         self.agent, self.rank, self.run = agent, rank, run

@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from checkpointless_elastic.protocol.acts import Restarting
 from checkpointless_elastic.protocol.between import Between, Join, Order
 from checkpointless_elastic.protocol.events import Action, Opened, Reached
 from checkpointless_elastic.protocol.messages import Message
-from checkpointless_elastic.protocol.acts import Restarting
 from checkpointless_elastic.protocol.rules import Rules
 from simulator.agent import Agent
 from simulator.clock import Clock
@@ -122,7 +122,7 @@ class World:
             self.add_agent()
 
     def crash(self, agent: Agent, silent: bool, back: float | None) -> None:
-        """The process ends at once with its workers, or (silent) its machine; a new one comes ``back`` seconds later."""
+        """The process ends at once with its workers, or (silent) its machine; a new one comes ``back`` s later."""
         self.note(f"{agent.name} crashes" + (" in silence" if silent else ""))
         agent.alive, agent.answers = False, not silent
         for worker in agent.workers.values():

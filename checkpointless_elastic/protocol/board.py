@@ -65,13 +65,9 @@ from checkpointless_elastic.protocol.events import (
 )
 from checkpointless_elastic.protocol.messages import Left, Mismatch, Protected, Release, Replicas, Restore
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
+from checkpointless_elastic.protocol.takeover import is_later, left_behind
 
 __all__ = ["Board"]
-
-
-def _age(standing: Standing) -> tuple[int, int]:
-    """Of two agents that claim one seat the later one has it."""
-    return standing.restarts, standing.since
 
 
 @dataclass
@@ -154,7 +150,7 @@ class Board:
     def _rejoin(self, join: Join, standing: Standing) -> None:
         """An agent that has a seat comes over, or back."""
         rival = self._standings.get(standing.seat)
-        if self.coordinator is None and rival is not None and _age(rival) < _age(standing):
+        if self.coordinator is None and rival is not None and is_later(standing, rival):
             self._evict(standing.seat)
         elif standing.seat not in self._awaited:
             self._tell(join.agent, Turned(f"its seat {standing.seat} was given up", True))
@@ -172,20 +168,6 @@ class Board:
         name, self._seats[seat] = self._seats[seat], ""
         del self._agents[name]
         self._tell(name, Turned(f"its seat {seat} was given up", True))
-
-    def _evict_stale(self) -> None:
-        """Agents that were cut off do not know that their seats were given away: others have gone on without them."""
-        newest = max((standing.restarts for standing in self._standings.values()), default=0)
-        known = [standing for standing in self._standings.values() if standing.restarts == newest]
-        ran = max((standing.ran for standing in known), default=0)
-        lost: dict[int, set[int]] = {}
-        for standing in known:
-            lost.setdefault(standing.generation, set()).update(standing.lost)
-        for standing in known:
-            later = (ranks for generation, ranks in lost.items() if generation > standing.generation)
-            own = self._ranks(standing.seat) - set(standing.pending) - set(standing.gone)
-            if standing.generation < ran or any(own & ranks for ranks in later):
-                self._evict(standing.seat)
 
     def _begin(self) -> None:
         """Enough agents are there: the first ones get seats, the coordinator's own the first."""
@@ -215,7 +197,8 @@ class Board:
 
     def _go_on(self) -> None:
         """All that will come over from the last coordinator have: open a generation with what is lost."""
-        self._evict_stale()
+        for seat in left_behind(self._standings, self._ranks):
+            self._evict(seat)
         standings = list(self._standings.values())
         missing = [seat for seat, name in enumerate(self._seats) if not name]
         self._awaited.clear()
