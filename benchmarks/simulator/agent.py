@@ -238,9 +238,9 @@ class Agent:
         elif isinstance(message, EndRank):
             self.world.clock.after(0.0, self.kill, message.rank)
         elif isinstance(message, Reseated):
-            address = message.addresses.get((self.seat + 1) % len(station.seat.bases))
-            if address is not None:
-                self._guardian = address
+            station.obey(message)
+            if (self.seat + 1) % len(station.seat.bases) in message.addresses:
+                self._guardian = station.guardian
                 self._copy_all()
         elif isinstance(message, RunAgain):
             self._run_again(station, message)

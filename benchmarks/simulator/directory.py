@@ -1,4 +1,4 @@
-"""The directory in virtual time: terms that are claimed once, beats, a verdict. Each call is atomic where it arrives."""
+"""The directory in virtual time: terms that are claimed once, beats, a verdict. Each call is atomic on arrival."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ __all__ = ["Worker"]
 
 
 class Worker:
-    """Attributes: ``weights``: see `oracle`; ``waiting``: for which message the main thread waits; None: it computes."""
+    """Attributes: ``weights``: see `oracle`; ``waiting``: for what the main thread waits; None: it computes."""
 
     def __init__(self, agent: Agent, rank: int, run: Run) -> None:
         self.agent, self.rank, self.run = agent, rank, run
@@ -121,7 +121,7 @@ class Worker:
         if not self.alive or attempt != self._attempts:
             return
         if self.frozen > self.generation:
-            if self._world.random.random() < 0.3:
+            if self._world.random.random() < self._world.job.leaves:
                 self._say(Left(self.frozen), True)
             self.waiting = Decision
         elif self.step == self._world.steps:

@@ -26,7 +26,11 @@ BOUND_S = 90.0
 
 @dataclass(frozen=True)
 class Job:
-    """What is simulated. ``compute``: seconds of a step, from and to; ``fixed``: one delay for every message."""
+    """What is simulated. ``compute``: seconds of a step, from and to; ``fixed``: one delay for every message.
+
+    ``leave_early``: share of workers that end without waiting for the others; ``leaves``: of those that leave a void
+    attempt early.
+    """
 
     agents: int = 4
     spares: int = 1
@@ -34,6 +38,7 @@ class Job:
     steps: int = 8
     compute: tuple[float, float] = (0.01, 0.06)
     leave_early: float = 0.0
+    leaves: float = 0.3
     fixed: float | None = None
 
 
@@ -82,6 +87,7 @@ class World:
         self.traffic = Traffic()
         self.agents: dict[str, Agent] = {}  # by address
         self.restarts: list[str] = []
+        self.faults = 0  # that struck before the job had ended
         self.last_fault = 0.0
         self.killed_at_end = False  # a worker that had finished died: the job may end with its exit code
         self.on_send: list[Callable[[Agent, Between], None]] = []
@@ -116,7 +122,7 @@ class World:
             self.add_agent()
 
     def crash(self, agent: Agent, silent: bool, back: float | None) -> None:
-        """The process ends at once with its workers, or (silent) its machine; a new one comes ``back`` seconds later."""
+        """The process ends at once with its workers, or (silent) its machine; a new one comes ``back`` s later."""
         self.note(f"{agent.name} crashes" + (" in silence" if silent else ""))
         agent.alive, agent.answers = False, not silent
         for worker in agent.workers.values():
@@ -190,7 +196,7 @@ class World:
 
     def performs(self, agent: Agent, action: Action) -> None:
         if isinstance(action, Restarting):
-            self.restarts.append(action.reason)
+            self.restarts.append(f"step {action.step}: {action.reason}")
         if self.tell is not None and isinstance(action, (Opened, Reached, Restarting)):
             self.note(f"{agent.name} performs {action}")
         for watch in self.on_reach:
@@ -204,8 +210,16 @@ class World:
             if not any(agent.alive for agent in self.agents.values()):
                 break
             if self.clock.now > self.last_fault + BOUND_S:
+                if self._over():
+                    break
                 raise Violation(f"the job hangs: {self.where()}")
         self.judge()
+
+    def _over(self) -> bool:
+        """Agents that came after the end wait for others that do not come, if the directory did not hear of it."""
+        return any(agent.verdict == "succeeded" for agent in self.agents.values()) and not any(
+            agent.seat >= 0 for agent in self.live()
+        )
 
     def judge(self) -> None:
         """How has the job ended?"""

@@ -39,6 +39,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         since: the generation in which this agent got the seat.
         ran: the newest generation in which the job was seen to run.
+        guardian: its address, as far as this agent knows; see Seated.
         step: the next step to be committed, as far as this agent knows.
         pending: its ranks that are replacements and have not joined.
         lost, left: of the recovery that goes on, empty if none does; see Freeze.
@@ -53,6 +54,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     generation: int
     since: int
     ran: int
+    guardian: str
     step: int
     restarts: int
     pending: list[int]

@@ -65,13 +65,9 @@ from checkpointless_elastic.protocol.events import (
 )
 from checkpointless_elastic.protocol.messages import Left, Mismatch, Protected, Release, Replicas, Restore
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
+from checkpointless_elastic.protocol.takeover import is_later, left_behind
 
 __all__ = ["Board"]
-
-
-def _age(standing: Standing) -> tuple[int, int]:
-    """Of two agents that claim one seat the later one has it."""
-    return standing.restarts, standing.since
 
 
 @dataclass
@@ -154,7 +150,7 @@ class Board:
     def _rejoin(self, join: Join, standing: Standing) -> None:
         """An agent that has a seat comes over, or back."""
         rival = self._standings.get(standing.seat)
-        if self.coordinator is None and rival is not None and _age(rival) < _age(standing):
+        if self.coordinator is None and rival is not None and is_later(standing, rival):
             self._evict(standing.seat)
         elif standing.seat not in self._awaited:
             self._tell(join.agent, Turned(f"its seat {standing.seat} was given up", True))
@@ -172,20 +168,6 @@ class Board:
         name, self._seats[seat] = self._seats[seat], ""
         del self._agents[name]
         self._tell(name, Turned(f"its seat {seat} was given up", True))
-
-    def _evict_stale(self) -> None:
-        """Agents that were cut off do not know that their seats were given away: others have gone on without them."""
-        newest = max((standing.restarts for standing in self._standings.values()), default=0)
-        known = [standing for standing in self._standings.values() if standing.restarts == newest]
-        ran = max((standing.ran for standing in known), default=0)
-        lost: dict[int, set[int]] = {}
-        for standing in known:
-            lost.setdefault(standing.generation, set()).update(standing.lost)
-        for standing in known:
-            later = (ranks for generation, ranks in lost.items() if generation > standing.generation)
-            own = self._ranks(standing.seat) - set(standing.pending) - set(standing.gone)
-            if standing.generation < ran or any(own & ranks for ranks in later):
-                self._evict(standing.seat)
 
     def _begin(self) -> None:
         """Enough agents are there: the first ones get seats, the coordinator's own the first."""
@@ -209,20 +191,19 @@ class Board:
     def _new_coordinator(self, generation: int) -> Coordinator:
         rules = self._rules
         ranks = frozenset(range(self.world))
-        coordinator = Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
-        coordinator.store = self._store
-        return coordinator
+        return Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
 
     def _go_on(self) -> None:
         """All that will come over from the last coordinator have: open a generation with what is lost."""
-        self._evict_stale()
+        for seat in left_behind(self._standings, self._ranks):
+            self._evict(seat)
         standings = list(self._standings.values())
         missing = [seat for seat, name in enumerate(self._seats) if not name]
         self._awaited.clear()
         self._store = self._open_store()
         self._restarts = max((standing.restarts for standing in standings), default=0)
         self.coordinator = self._new_coordinator(max((s.generation for s in standings), default=0))
-        self.coordinator.take_over(standings)
+        self.coordinator.take_over(standings, self._store)
         if any(standing.released for standing in standings):
             self._release(standings, missing)
         elif len({standing.restarts for standing in standings}) > 1:
@@ -231,6 +212,7 @@ class Board:
             self._lose([(seat, "was lost with the coordinator") for seat in missing])
             if not missing:
                 self._decide(Reopened("the coordinator is another one"))
+        self._tell_guardians(standings)
         self._fill()
         early, self._early = self._early, []
         for name, message in early:
@@ -247,6 +229,15 @@ class Board:
             if standing.ended is not None:
                 self._node_ended(NodeEnded(standing.seat, self._restarts, standing.ended))
 
+    def _tell_guardians(self, standings: list[Standing]) -> None:
+        """The last coordinator may not have told all who has the seat after theirs."""
+        for standing in standings:
+            seat = (standing.seat + 1) % len(self._seats)
+            name = self._seats[seat]
+            if name and self._seats[standing.seat] and self._agents[name].address != standing.guardian:
+                reseated = Order(self._term, Reseated({seat: self._agents[name].address}))
+                self._tell(self._seats[standing.seat], reseated)
+
     # ---- agents go
 
     def left(self, name: str, why: str) -> None:
@@ -254,7 +245,11 @@ class Board:
         agent = self._agents.pop(name, None)
         if agent is not None and agent.seat >= 0:
             self._seats[agent.seat] = ""
-            self._suspects.append((agent.seat, why))
+            self._suspect({agent.seat}, why)
+
+    def _suspect(self, seats: set[int], why: str) -> None:
+        for seat in sorted(seats):
+            self._suspects.append((seat, why))
             self.acts.append(Guard())
 
     def confirmed(self, count: int, now: float) -> None:
@@ -273,9 +268,9 @@ class Board:
         self._fill()
 
     def _given_up(self, seats: set[int]) -> None:
-        for seat in seats:
+        for seat in [seat for seat in seats if not self._seats[seat]]:
             self._standings.pop(seat, None)
-        self._awaited -= seats
+            self._awaited.discard(seat)
         if not self._awaited:
             self._go_on()
 
@@ -339,7 +334,8 @@ class Board:
         """Look at what has a limit."""
         rules = self._rules
         if self._awaited and now - self._since["taking over"] > 2 * rules.detection:
-            self._go_on()
+            self._since["taking over"] = now
+            self._suspect(self._awaited, "was lost with the coordinator")
         vacant = self._vacant()
         if self.coordinator is None:
             if not self.bases and now - self._since.get("gathering", now) > rules.timeout:

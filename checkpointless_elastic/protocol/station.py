@@ -15,6 +15,7 @@ from checkpointless_elastic.protocol.between import (
     RankExited,
     RankGone,
     RankSays,
+    Reseated,
     RunAgain,
     Seated,
     Standing,
@@ -45,6 +46,7 @@ class Station:
     Attributes:
         seat: what the coordinator said.
         ranks: of this seat.
+        guardian: its address; empty while that seat is vacant.
         generation: of the membership in force.
         step: the next step to be committed, as far as is known here.
         decision: in force while a recovery goes on, for workers that connect late.
@@ -59,6 +61,7 @@ class Station:
         self.seat = seat
         last = [*seat.bases[1:], seat.world][seat.seat]
         self.ranks = frozenset(range(seat.bases[seat.seat], last))
+        self.guardian = seat.guardian
         self.generation = seat.generation
         self.step = 0
         self.decision: Decision | None = None
@@ -139,6 +142,7 @@ class Station:
             self.generation,
             self.seat.generation,
             self._ran,
+            self.guardian,
             self.step,
             self.seat.restarts,
             sorted(self.pending),
@@ -167,6 +171,9 @@ class Station:
         elif isinstance(message, Resume):
             self.decision, self.pending, self._ran = None, set(), message.generation
             self._lost, self._left = set(), set()
+        elif isinstance(message, Reseated):
+            after = (self.seat.seat + 1) % len(self.seat.bases)
+            self.guardian = message.addresses.get(after, self.guardian)
         elif isinstance(message, Release):
             self.released = True
         elif isinstance(message, RunAgain):
