@@ -64,6 +64,16 @@ from checkpointless_elastic.protocol.events import (
     Unfit,
 )
 from checkpointless_elastic.protocol.messages import Left, Mismatch, Protected, Release, Replicas, Restore
+from checkpointless_elastic.protocol.overview import DRAINED, View, obstacle, overview
+from checkpointless_elastic.protocol.requests import (
+    Declined,
+    Dismissed,
+    Drain,
+    Drained,
+    Inquiry,
+    Overview,
+    Place,
+)
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
 from checkpointless_elastic.protocol.takeover import is_later, left_behind
 
@@ -108,6 +118,10 @@ class Board:
         self._standings: dict[int, Standing] = {}
         self._awaited: set[int] = set()  # seats whose agents may still come over from the last coordinator
         self._since: dict[str, float] = {}  # when what has a limit began
+        self._drained: dict[
+            int, tuple[str, bool]
+        ] = {}  # by seat: who had it, and whether it stays as a spare
+        self._causes: dict[int, str] = {}  # why the last coordinator's seat is vacant, if it said so
 
     # ---- agents come
 
@@ -209,7 +223,8 @@ class Board:
         elif len({standing.restarts for standing in standings}) > 1:
             self._run_again(Restart(4, "the coordinator was lost while the script was being started again"))
         else:
-            self._lose([(seat, "was lost with the coordinator") for seat in missing])
+            lost = "was lost with the coordinator"
+            self._lose([(seat, self._causes.get(seat, lost)) for seat in missing])
             if not missing:
                 self._decide(Reopened("the coordinator is another one"))
         self._tell_guardians(standings)
@@ -255,6 +270,8 @@ class Board:
     def confirmed(self, count: int, now: float) -> None:
         """The directory has confirmed the term after the first ``count`` losses were reported."""
         suspects, self._suspects = self._suspects[:count], self._suspects[count:]
+        for seat, _ in suspects:
+            self._dismiss(seat)
         if self._over:
             return
         if self.coordinator is None:  # the last coordinator's agents are still coming over
@@ -327,6 +344,54 @@ class Board:
     def _vacant(self) -> list[int]:
         suspected = {seat for seat, _ in self._suspects}
         return [seat for seat, name in enumerate(self._seats) if not name and seat not in suspected]
+
+    # ---- clients ask, agents leave
+
+    def consult(self, question: Inquiry | Drain) -> Overview | Drained | Declined:
+        """The answer to a client, who is no agent."""
+        places = [Place(agent.seat, agent.name, agent.address, agent.size) for agent in self._agents.values()]
+        vacant = [seat for seat, name in enumerate(self._seats) if not name]
+        view = View(
+            self._term,
+            self._me,
+            places,
+            self.bases,
+            self.world,
+            vacant,
+            self._restarts,
+            self.coordinator,
+            self._over,
+        )
+        if isinstance(question, Inquiry):
+            return overview(view)
+        declined = obstacle(view, question)
+        if declined is None:
+            self._drain(question)
+        return declined or Drained()
+
+    def _drain(self, drain: Drain) -> None:
+        """Its seat is given up as that of a lost agent; it is told when that is confirmed."""
+        if drain.seat < 0 or (drain.agent == self._me and not drain.keep):
+            if drain.agent != self._me:  # else the next coordinator gives its seat away
+                del self._agents[drain.agent]
+            self._tell(drain.agent, Dismissed(DRAINED))
+        else:
+            self._drained[drain.seat] = drain.agent, drain.keep
+            self.left(drain.agent, DRAINED)
+
+    def _dismiss(self, seat: int) -> None:
+        name, stays = self._drained.pop(seat, ("", False))
+        if name:
+            self._tell(name, Turned(f"its seat {seat} {DRAINED}", True) if stays else Dismissed(DRAINED))
+
+    def explain(self, seat: int, cause: str) -> None:
+        """The last coordinator has said why its seat will be vacant. Before `take_over`."""
+        self._causes[seat] = cause
+
+    @property
+    def agents(self) -> list[str]:
+        """Names of all that take part."""
+        return list(self._agents)
 
     # ---- time
 

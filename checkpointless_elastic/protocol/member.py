@@ -44,6 +44,15 @@ from checkpointless_elastic.protocol.between import (
 )
 from checkpointless_elastic.protocol.board import Board
 from checkpointless_elastic.protocol.events import Overdue
+from checkpointless_elastic.protocol.requests import (
+    Declined,
+    Dismissed,
+    Drain,
+    Drained,
+    Inquiry,
+    Leaving,
+    Overview,
+)
 from checkpointless_elastic.protocol.rules import Rules
 from checkpointless_elastic.protocol.seeker import Closed, Leader, Me, Seeker, State
 
@@ -76,12 +85,16 @@ class Member(Seeker):
         self._held: list[
             tuple[str, Between | Closed | Overdue]
         ] = []  # what came in doubt, and of which agent
+        self._farewell = 0, ""  # the term whose coordinator has said that it leaves, and why
 
     def _preside(self, now: float, old_seat: int = -1) -> None:
         standing = self._standing()
         self.state = State.CHAIR
         self.board = Board(self._leader.term, self._me.name, self._rules, self._open_store)
         self._leader.seat = standing.seat if standing else -1
+        left_in, cause = self._farewell
+        if cause and left_in == self._leader.term - 1:
+            self.board.explain(old_seat, cause)
         if self._bases:
             self.board.take_over(self._bases, self._world, old_seat, now)
         self.board.join(self._introduction(standing), now)
@@ -201,6 +214,60 @@ class Member(Seeker):
                 self.state = State.OUT
         elif isinstance(message, (ReplaceRank, EndRank)):
             self._acts.append(Obey(message))
+        elif isinstance(message, Leaving):
+            self._left_alone(message, now)
+        elif isinstance(message, Dismissed):
+            self._leave(message.cause, now)
+            self._acts.append(Obey(message))
+
+    # ---- an agent leaves
+
+    def leave(self, cause: str, now: float) -> list[Act]:
+        """This agent's process ends soon: others are told at once. ``cause`` completes "node 3 ..."."""
+        self._leave(cause, now)
+        return self._flush()
+
+    def _leave(self, cause: str, now: float) -> None:
+        leaving, board = Leaving(self._me.name, cause), self.board
+        if board is not None:
+            for name in board.agents:
+                if name != self._me.name:
+                    self._tell(Tell(name, leaving), now)
+            self.board = None
+            self._guards = self._guarded = 0
+        elif self.state is State.FOLLOWING:
+            self._send(self._uplink, leaving)
+        self._hang_up_uplink("this agent leaves")
+        self.state = State.OUT
+
+    def _left_alone(self, message: Leaving, now: float) -> None:
+        """The coordinator leaves: this agent may be the next one."""
+        self._farewell = self._leader.term, message.cause
+        self._hang_up_uplink("the coordinator leaves")
+        self.state = State.SEEKING
+        self._succeed(now)
+
+    def _hang_up_uplink(self, reason: str) -> None:
+        if self._uplink:
+            self._acts.append(HangUp(self._uplink, reason))
+            self._links.pop(self._uplink, None)
+            self._uplink = 0
+
+    # ---- clients
+
+    def consult(
+        self, question: Inquiry | Drain, now: float
+    ) -> tuple[Overview | Drained | Declined, list[Act]]:
+        """Answer a client, whose connection is none of the links. The answer is sent before the acts are performed."""
+        answer: Overview | Drained | Declined
+        if self.board is None:
+            answer = Declined("this agent does not coordinate the job", True)
+        elif self._in_doubt(now) or (isinstance(question, Drain) and self._store_failing is not None):
+            answer = Declined("the rendezvous store has not confirmed who coordinates the job", True)
+        else:
+            answer = self.board.consult(question)
+            self._carry_out(now)
+        return answer, self._flush()
 
     # ---- this agent's own seat
 
@@ -232,6 +299,8 @@ class Member(Seeker):
         elif isinstance(what, Closed):
             silent = f"gave no sign of life for {self._rules.detection:.1f} s"
             board.left(agent, silent if what is Closed.SILENT else "was lost")
+        elif isinstance(what, Leaving):
+            board.left(what.agent, what.cause)
         elif isinstance(what, Join):
             board.join(what, now)
             board.acts.append(Tell(agent, self._beat_now()))
