@@ -237,7 +237,9 @@ def test_a_shard_without_a_replica_is_known_before_it_is_lost() -> None:
 def test_a_piece_that_a_claimed_replica_does_not_have_is_named() -> None:
     coordinator = running(ranks=2)
     assert coordinator.holdings.compare(0, holding(stage0=1)) == ""
-    assert "stage0 of rank 0 should be the same on rank 1" in coordinator.holdings.compare(1, holding(stage1=1))
+    assert "stage0 of rank 0 should be the same on rank 1" in coordinator.holdings.compare(
+        1, holding(stage1=1)
+    )
 
 
 def test_a_rank_that_ended_well_is_replaced_with_a_lost_one() -> None:
