@@ -12,6 +12,11 @@ for bit at the end. Exit code 0 only if every fault was survived and the compari
 whatever strikes at once ("all but one" is as many ranks as that allows), so that no fault needs the job to start
 over. With fsdp each rank has a part that no other has: only mirrors can bring it back (--mirror-every).
 
+--nodes runs the job on several hosts (network namespaces, so it needs root) with --spares more that wait. A part of the
+faults then strikes a whole node: it loses its power, falls silent, or its agent is paused for some seconds or killed.
+Afterwards it comes back with a fresh agent, which is the next spare; half of those that fell silent are reachable again
+before that. The node of the embedded store is left alone; with --store etcd no node is.
+
 A --script of yours is struck by wall clock only, and judged by its files:"""
 
 from __future__ import annotations
@@ -24,20 +29,23 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import harness
 import psutil
-from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan, ignore_gone
+from harness import etcd, hosts
+from harness.cluster import Cluster, start
+from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan, Running, ignore_gone
 from harness.layouts import LAYOUTS, Holders, holders, survivable
 from harness.machine import provenance
+from harness.node_faults import NodeFaults
 from harness.recoveries import Recovery, read_recoveries
 from harness.report import write_json
-from harness.schedule import schedule, steps_needed
-from harness.steps import Logs, interruption, last_line, progress, read_logs
+from harness.schedule import schedule, steps_needed, with_nodes
+from harness.steps import Logs, interruption, newest_process, progress, read_logs
 from harness.weights import folder_differences
-from jobs.faults import CLOCK, KINDS, Fault, claim, marker, write_schedule
+from jobs.faults import CLOCK, KINDS, NODE_KINDS, Fault, claim, marker, write_schedule
 
 DEFAULT_SCRIPT = Path(__file__).parent / "jobs" / "chaos_job.py"
 
@@ -82,10 +90,10 @@ class Outcome:
 class Clock(threading.Thread):
     """Strikes from outside, one fault after the other, as soon as the job has come to their step."""
 
-    def __init__(self, job: Job, faults: Sequence[Fault]) -> None:
+    def __init__(self, job: Running, faults: Sequence[Fault]) -> None:
         super().__init__(daemon=True)
         self._job = job
-        self._faults = [fault for fault in faults if fault.moment == CLOCK]
+        self._faults = [fault for fault in faults if fault.moment == CLOCK and fault.kind not in NODE_KINDS]
 
     def run(self) -> None:
         folder, ranks = self._job.plan.folder, self._job.plan.ranks
@@ -105,23 +113,18 @@ class Clock(threading.Thread):
         struck = False
         while not struck and self._job.running():
             with ignore_gone():
-                process = psutil.Process(newest_process(folder, rank))
-                struck = process.status() != psutil.STATUS_ZOMBIE
-                if struck:
-                    process.send_signal(number)
-                    claim(marker(folder, fault.number, rank))
+                pid = newest_process(folder, rank)
+                struck = pid is not None and self._kill(pid, number)
+            if struck:
+                claim(marker(folder, fault.number, rank))
             time.sleep(0 if struck else 0.002)
 
-
-def newest_process(folder: Path, rank: int) -> int:
-    """The rank's process: as it says itself at its start, else as its last line says."""
-    announced = folder / f"pid-{rank}"
-    if announced.exists():
-        return int(announced.read_text())
-    commit = last_line(folder / f"steps-{rank}.log")
-    if commit is None:
-        raise JobFailedError(f"Rank {rank} wrote neither pid-{rank} nor steps-{rank}.log in {folder}.")
-    return commit.pid
+    def _kill(self, pid: int, number: int) -> bool:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        process.send_signal(number)
+        return True
 
 
 def struck_at(folder: Path, fault: Fault) -> list[int]:
@@ -130,23 +133,45 @@ def struck_at(folder: Path, fault: Fault) -> list[int]:
     return [int(text) for path in paths if path.exists() and (text := path.read_text())]
 
 
-def run_struck(plan: Plan, faults: Sequence[Fault], timeout: float) -> int:
+def as_struck(folder: Path, fault: Fault) -> Fault:
+    """A node's fault with the ranks that it took; others as they are."""
+    if fault.kind not in NODE_KINDS:
+        return fault
+    taken = (path.name.split("-")[1] for path in folder.glob(f"faults/{fault.number}-*"))
+    return replace(fault, ranks=tuple(sorted(map(int, taken))))
+
+
+def run_struck(plan: Plan, faults: Sequence[Fault], seed: int, timeout: float) -> int:
     """The job with faults; prints each one as it strikes. Returns the exit code."""
     write_schedule(plan.folder, faults)
-    end, waiting = time.monotonic() + timeout, list(faults)
-    with Job(plan) as job:
+    end = time.monotonic() + timeout
+    with start(plan) as job:
         Clock(job, faults).start()
-        while job.running() and time.monotonic() < end:
-            for fault in [fault for fault in waiting if struck_at(plan.folder, fault)]:
-                waiting.remove(fault)
-                done = len(faults) - len(waiting)
-                where = f"ranks {', '.join(map(str, fault.ranks))} ({fault.target}), {fault.moment}"
-                print(f"{done}/{len(faults)} {fault.kind} of {where}, step {fault.step}", flush=True)
-            time.sleep(0.05)
+        nodes = NodeFaults(job, faults, seed) if isinstance(job, Cluster) else None
+        if nodes:
+            nodes.start()
+        watch(job, faults, end)
+        if nodes:
+            nodes.join(60)
+            if nodes.error:
+                raise nodes.error
         code = job.code(timeout=1)
         if code:
             print(job.tail(), file=sys.stderr)
         return code
+
+
+def watch(job: Running, faults: Sequence[Fault], end: float) -> None:
+    """Prints each fault as it strikes, until the job has ended or its time is over."""
+    waiting = list(faults)
+    while job.running() and time.monotonic() < end:
+        now = {fault.number: as_struck(job.plan.folder, fault) for fault in waiting}
+        for fault in [fault for fault in waiting if struck_at(job.plan.folder, now[fault.number])]:
+            waiting.remove(fault)
+            done, ranks = len(faults) - len(waiting), now[fault.number].ranks
+            where = f"ranks {', '.join(map(str, ranks))} ({fault.target}), {fault.moment}"
+            print(f"{done}/{len(faults)} {fault.kind} of {where}, step {fault.step}", flush=True)
+        time.sleep(0.05)
 
 
 def outcome(fault: Fault, folder: Path, logs: Logs, recoveries: Sequence[Recovery]) -> Outcome:
@@ -196,15 +221,25 @@ def plans(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan, 
         steps,
         max_restarts=options.faults,
         environment=environment,
+        nodes=options.nodes,
+        spares=options.spares,
+        store=options.store,
     )
     return calm, struck
+
+
+def draw(options: argparse.Namespace, steps: int) -> list[Fault]:
+    """The schedule of the struck run."""
+    own, parts = options.script != DEFAULT_SCRIPT, parts_of(options)
+    of_workers = options.faults - options.node_faults
+    workers = schedule(of_workers, options.seed, options.ranks, steps, options.kinds, own, parts)
+    return with_nodes(workers, options.node_faults, options.seed, steps)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Both runs and their comparison, as the report."""
     steps = options.steps or steps_needed(options.faults)
-    own, parts = options.script != DEFAULT_SCRIPT, parts_of(options)
-    faults = schedule(options.faults, options.seed, options.ranks, steps, options.kinds, own, parts)
+    faults, parts = draw(options, steps), parts_of(options)
     calm, struck = plans(options, folder, steps)
     print(
         f"{options.layout}, seed {options.seed}: {len(faults)} faults in {steps} steps; first a run without faults ...",
@@ -212,12 +247,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     )
     with Job(calm) as job:
         job.finish()
-    code = run_struck(struck, faults, options.timeout)
+    code = run_struck(struck, faults, options.seed, options.timeout)
     logs, recoveries = (
         read_logs(struck.folder, options.ranks),
         read_recoveries(struck.folder / "recoveries.jsonl"),
     )
-    outcomes = [outcome(fault, struck.folder, logs, recoveries) for fault in faults]
+    outcomes = [outcome(as_struck(struck.folder, fault), struck.folder, logs, recoveries) for fault in faults]
     found = folder_differences(calm.folder, struck.folder, options.ranks)
     for difference in found[:5]:
         print(difference, file=sys.stderr)
@@ -230,6 +265,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         "layout": options.layout,
         "stranded": sum(not survivable(r.lost_ranks, parts) for r in recoveries) if parts else 0,
         "seed": options.seed,
+        "nodes": options.nodes,
+        "node_faults": options.node_faults,
         "fault_list": [o.entry() for o in outcomes],
         "faults_asked_for": options.faults,
         "exit_code": code,
@@ -248,7 +285,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--faults", type=int, default=50, help="how many (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="draws the schedule (default 0)")
-    parser.add_argument("--ranks", type=int, default=4, help="workers (default 4)")
+    parser.add_argument("--ranks", type=int, help="workers (default 4; 2 for each of --nodes)")
+    parser.add_argument("--nodes", type=int, default=1, help="hosts with ranks (default 1: this machine)")
+    parser.add_argument("--spares", type=int, help="hosts that wait (default 1 with several nodes)")
+    parser.add_argument(
+        "--node-faults", type=int, help="how many of the faults strike nodes (default: each fourth)"
+    )
+    parser.add_argument("--store", choices=("c10d", "etcd"), default="c10d", help="with several nodes")
     parser.add_argument("--layout", choices=LAYOUTS, default="ddp", help="of the model (default ddp)")
     parser.add_argument("--mirror-every", type=int, default=0, help="steps between mirrors, for fsdp")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="only these kinds")
@@ -258,6 +301,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600, help="seconds for the struck run (default 600)")
     parser.add_argument("--keep", type=Path, help="keep the jobs' folders here")
     options = parser.parse_args(arguments)
+    settle(parser, options)
     try:
         holders(options.layout, options.ranks)
     except ValueError as error:
@@ -269,8 +313,31 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fills in what depends on the number of nodes, and ends the program when that makes no sense."""
+    several = options.nodes > 1
+    options.ranks = options.ranks or (2 * options.nodes if several else 4)
+    options.spares = (1 if several else 0) if options.spares is None else options.spares
+    every_fourth = options.faults // 4 if several else 0
+    options.node_faults = every_fourth if options.node_faults is None else options.node_faults
+    if options.node_faults and not (several and options.spares):
+        parser.error("faults of nodes need --nodes 2 or more, and a spare")
+    if several and (options.layout != "ddp" or options.ranks % options.nodes):
+        parser.error("several nodes take the layout ddp and a multiple of their number of --ranks")
+
+
+def obstacle(options: argparse.Namespace) -> str:
+    """Why this cannot be done on this machine; empty where it can."""
+    if options.nodes + options.spares == 1:
+        return ""
+    return hosts.supported() or (etcd.supported() if options.store == "etcd" else "")
+
+
 def main() -> int:
     options = parse()
+    if reason := obstacle(options):
+        print(reason, file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         report = measure(options, options.keep or Path(folder))
     lines = report.pop("lines")

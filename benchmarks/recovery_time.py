@@ -12,6 +12,10 @@ fault.
 are measured in turns and compared. With fsdp a lost rank's shard is nowhere else: the script is run again from
 its top, and ours gets the checkpoint too.
 
+--fault node with --nodes 2 cuts a whole node off instead, in a job of several hosts (network namespaces, so it needs
+root) with a warm spare: see lost_node.py. Its JSON gives detection_s, from the cut until the coordinator saw the loss,
+and recovery_s, the rest, apart. Plain torchrun has no part in it: it waits minutes for a silent peer.
+
 A script given by --script is judged by the files that it writes:
 """
 
@@ -31,11 +35,12 @@ from pathlib import Path
 from statistics import median
 
 import harness
+import lost_node
 from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan
 from harness.layouts import LAYOUTS, holders
 from harness.machine import provenance
 from harness.memcpy import memcpy_bandwidth
-from harness.recoveries import Recovery, phase_medians, read_recoveries, timeline
+from harness.recoveries import Recovery, phase_medians, read_recoveries, timeline, transfer_medians
 from harness.report import Bar, print_bars, write_json
 from harness.steps import Interruption, interruption, last_line, progress, read_logs
 from harness.weights import folder_differences
@@ -167,12 +172,10 @@ class Bench:
         }
 
     def transfers(self) -> dict[str, object]:
-        """Medians over the recoveries."""
-        names = ("groups_kept", "groups_rebuilt", "groups_lazy", "bytes_moved", "transfer_seconds")
-        found: dict[str, object] = {
-            name: median([getattr(recovery, name) for recovery in self.recoveries] or [0]) for name in names
+        return {
+            **transfer_medians(self.recoveries),
+            "bandwidth_vs_memcpy": median(self.copies) if self.copies else None,
         }
-        return {**found, "bandwidth_vs_memcpy": median(self.copies) if self.copies else None}
 
 
 def of_memcpy(recovery: Recovery) -> float:
@@ -266,6 +269,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint-every", type=int, default=10, help="plain torchrun's checkpoints (default 10)"
     )
+    lost_node.add_options(parser)
     parser.add_argument("--keep", type=Path, help="keep the jobs' folders here")
     options = parser.parse_args(arguments)
     steps, warm_up = (50, 15) if options.ranks <= 8 else (24, 6)
@@ -276,11 +280,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             holders(layout, options.ranks)
         except ValueError as error:
             parser.error(str(error))
+    lost_node.check(parser, options)
     return options
 
 
 def main() -> int:
     options = parse()
+    if options.fault == "node":
+        return lost_node.main(options)
     with tempfile.TemporaryDirectory(prefix="recovery-time-") as folder:
         place = options.keep or Path(folder)
         benches = [Bench(options, layout, place / layout) for layout in options.layout]

@@ -21,6 +21,7 @@ Small figures are measured inside one job of ours, where protected and native ca
     call_us        what a replayable function that only calls optimizer.step() on one small parameter takes more
                    than that call alone, with all ranks at it at once
     collective_us  an all_reduce of one number on a native group and on an elastic one
+    issued_us      only on an accelerator (see gpu_check.py): the part of it in which the caller waits
 
 A script given by --script is judged by the files that it writes, and should do at least BENCH_STEPS steps:
 """
@@ -201,6 +202,7 @@ def small_calls(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         job.finish(timeout=120)
     found = [json.loads((plan.folder / f"micro-{rank}.json").read_text()) for rank in range(options.ranks)]
     gates = list(zip(*(rank["gates"] for rank in found), strict=True))
+    issued = [max(rank["issued_us"][part] for rank in found) for part in (0, 1)]
     return {
         "gate_us": median(min(left for _, left in gate) - max(came for came, _ in gate) for gate in gates),
         "gate_last_us": median(
@@ -212,6 +214,7 @@ def small_calls(options: argparse.Namespace, folder: Path) -> dict[str, object]:
             "native": max(rank["native_us"] for rank in found),
             "elastic": max(rank["native_us"] for rank in found) + max(rank["added_us"] for rank in found),
         },
+        **({"issued_us": {"native": issued[0], "elastic": sum(issued)}} if issued[0] else {}),
     }
 
 

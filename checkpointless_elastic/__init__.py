@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from checkpointless_elastic.errors import (
     CheckpointlessError,
     ConfigError,
+    DirectoryError,
     ProtocolError,
     RankLostError,
     ScriptMismatchError,
@@ -39,6 +40,7 @@ __all__ = [
     "CheckpointlessError",
     "Config",
     "ConfigError",
+    "DirectoryError",
     "ProtocolError",
     "RankLostError",
     "Run",

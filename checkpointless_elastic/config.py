@@ -31,6 +31,21 @@ class Config:
         join_timeout: limit for a replacement to run the script up to its first step; then rung 4.
         max_faults_per_step: faults without one committed step between them, after which the job stops.
         mirror_every: committed calls between two copies of each rank's state to host memory; 0: none are made.
+        job_token_file: file with the secret that all agents of the job share; empty: CHECKPOINTLESS_JOB_TOKEN.
+        tls_ca: PEM file of the authority that signs the agents' certificates; empty: connections are plain.
+        tls_cert: PEM file of this agent's certificate.
+        tls_key: PEM file of its key.
+        active_nodes: nodes that get workers, the others wait as spares; 0: the smaller number of --nnodes MIN:MAX.
+        on_loss: what is done about a lost node without a spare: wait for a node to come, or fail.
+        on_loss_timeout: how long to wait for it.
+        heartbeat: seconds between two signs of life of an agent.
+        heartbeat_misses: after so many heartbeats without a sign of life an agent is taken to be gone.
+        store_timeout: limit for one call to the rendezvous store; with etcd, more than an election there takes (2 s).
+        is_host: whether this agent opens the embedded store: true or false; empty: if the endpoint is this machine.
+        etcd_user: user name at etcd; its password stands in `etcd_password_file` or CHECKPOINTLESS_ETCD_PASSWORD.
+        etcd_password_file: file with the password of `etcd_user`.
+        etcd_ca: file with the certificates that etcd's must descend from; given, connections use TLS.
+        etcd_cert, etcd_key: files with the certificate and key that the agent shows to etcd.
         events: file for the JSON lines of recoveries; empty: ``recoveries.jsonl`` in the log directory.
     """
 
@@ -47,18 +62,72 @@ class Config:
     mirror_every: int = _setting(
         0, "copy the state to host memory every so many calls, for shards without a replica; 0: never"
     )  # type: ignore[assignment]
+    active_nodes: int = _setting(
+        0, "nodes that get workers, others wait as spares; 0: the smaller number of --nnodes MIN:MAX"
+    )  # type: ignore[assignment]
+    on_loss: str = _setting("wait", "about a lost node without a spare: wait for a node to come, or fail")  # type: ignore[assignment]
+    on_loss_timeout: timedelta = _setting(  # type: ignore[assignment]
+        timedelta(seconds=600), "how long to wait for a node in place of a lost one"
+    )
+    heartbeat: timedelta = _setting(  # type: ignore[assignment]
+        timedelta(seconds=0.5), "time between two signs of life of an agent"
+    )
+    heartbeat_misses: int = _setting(
+        4, "heartbeats without a sign of life after which an agent is taken to be gone"
+    )  # type: ignore[assignment]
+    job_token_file: str = _setting(
+        "", "file with the secret that all agents share; empty: the variable CHECKPOINTLESS_JOB_TOKEN"
+    )  # type: ignore[assignment]
+    tls_ca: str = _setting("", "PEM file of the authority that signs the agents' certificates; empty: no TLS")  # type: ignore[assignment]
+    tls_cert: str = _setting("", "PEM file of this agent's certificate")  # type: ignore[assignment]
+    tls_key: str = _setting("", "PEM file of this agent's key, not encrypted")  # type: ignore[assignment]
+    store_timeout: timedelta = _setting(  # type: ignore[assignment]
+        timedelta(seconds=5), "limit for one call to the rendezvous store"
+    )
+    is_host: str = _setting(
+        "", "whether this agent opens the embedded store: true, false; empty: if the endpoint is this machine"
+    )  # type: ignore[assignment]
+    etcd_user: str = _setting(
+        "", "user at etcd; password in etcd_password_file or CHECKPOINTLESS_ETCD_PASSWORD"
+    )  # type: ignore[assignment]
+    etcd_password_file: str = _setting("", "file with the password of etcd_user")  # type: ignore[assignment]
+    etcd_ca: str = _setting("", "file with the CA of etcd's certificates; given, connections use TLS")  # type: ignore[assignment]
+    etcd_cert: str = _setting("", "file with the certificate that the agent shows to etcd")  # type: ignore[assignment]
+    etcd_key: str = _setting("", "file with the key of etcd_cert")  # type: ignore[assignment]
     events: str = _setting(
         "", "file for the JSON lines of recoveries; empty: recoveries.jsonl in the log directory"
     )  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        for name in ("timeout", "settle_timeout", "join_timeout"):
-            if getattr(self, name) <= timedelta(0):
+        for name, item in self.__dataclass_fields__.items():
+            if isinstance(item.default, timedelta) and getattr(self, name) <= timedelta(0):
                 raise ConfigError(f"{name} must be a positive number of seconds, not {getattr(self, name)}.")
         if self.max_faults_per_step < 1:
             raise ConfigError(f"max_faults_per_step must be at least 1, not {self.max_faults_per_step}.")
+        if self.heartbeat_misses < 2:
+            raise ConfigError(f"heartbeat_misses must be at least 2, not {self.heartbeat_misses}.")
+        if self.on_loss not in ("wait", "fail"):
+            raise ConfigError(f"on_loss must be wait or fail, not {self.on_loss!r}.")
+        if self.active_nodes < 0:
+            raise ConfigError(f"active_nodes must be 0 or a number of nodes, not {self.active_nodes}.")
         if self.mirror_every < 0:
             raise ConfigError(f"mirror_every must be 0 or a number of steps, not {self.mirror_every}.")
+
+        self._check_stores()
+
+    def _check_stores(self) -> None:
+        missing = [name for name in ("tls_ca", "tls_cert", "tls_key") if not getattr(self, name)]
+        if 0 < len(missing) < 3:
+            lack = " and ".join(missing) + (" is" if len(missing) == 1 else " are")
+            raise ConfigError(
+                f"TLS needs tls_ca, tls_cert and tls_key; {lack} missing: give all three or none."
+            )
+        if self.is_host not in ("", "true", "false"):
+            raise ConfigError(f"is_host must be true, false or left out, not {self.is_host!r}.")
+        if bool(self.etcd_cert) != bool(self.etcd_key):
+            raise ConfigError("etcd_cert and etcd_key belong together: give both or neither.")
+        if self.etcd_cert and not self.etcd_ca:
+            raise ConfigError("etcd_cert needs TLS: give etcd_ca too.")
 
     @classmethod
     def parse(cls, options: Mapping[str, object], env: Mapping[str, str]) -> Config:
@@ -88,7 +157,11 @@ class Config:
 def _read(name: str, given: object, kind: type) -> object:
     try:
         if kind is timedelta:
-            return given if isinstance(given, timedelta) else timedelta(seconds=float(str(given)))
+            return (
+                given
+                if isinstance(given, timedelta)
+                else timedelta(seconds=float(str(given).removesuffix("s")))
+            )
         return kind(given)
     except (TypeError, ValueError, OverflowError) as error:
         wanted = "a number of seconds" if kind is timedelta else f"of type {kind.__name__}"

@@ -2,6 +2,7 @@
 
 CheckpointlessError
 ├── ConfigError            the user's settings: correct the option that the sentence names
+├── DirectoryError         the rendezvous store failed: no coordinator can be found or elected until it answers
 ├── ProtocolError          a peer speaks another version or sent garbage: the connection is dropped
 ├── RankLostError          a lost peer: raised where no replay is possible, the agent decides what follows
 ├── ScriptMismatchError    the replacement's run differs from the survivors': rung 3 follows
@@ -14,6 +15,7 @@ from __future__ import annotations
 __all__ = [
     "CheckpointlessError",
     "ConfigError",
+    "DirectoryError",
     "ProtocolError",
     "RankLostError",
     "ScriptMismatchError",
@@ -28,6 +30,10 @@ class CheckpointlessError(Exception):
 
 class ConfigError(CheckpointlessError, ValueError):
     """Raised when a setting is unknown, malformed or out of range."""
+
+
+class DirectoryError(CheckpointlessError, RuntimeError):
+    """Raised when the rendezvous store does not answer in time, refuses a call or holds what it should not."""
 
 
 class ProtocolError(CheckpointlessError):

@@ -115,3 +115,4 @@ def test_an_editable_install_points_at_the_checkout(tmp_path: Path) -> None:
     assert f"'checkpointless_elastic': '{ROOT / 'checkpointless_elastic'}'" in finder
     (entries,) = (text for entry, text in texts.items() if entry.endswith("entry_points.txt"))
     assert "[torchrun.handlers]\ncheckpointless = checkpointless_elastic_handlers.c10d:handler" in entries
+    assert "\ncheckpointless-etcd = checkpointless_elastic_handlers.etcd:handler" in entries

@@ -13,7 +13,15 @@ import pytest
 from checkpointless_elastic import Config
 
 ROOT = Path(__file__).parents[1]
-RUNNABLE = ["scripts/setup", "scripts/check", "scripts/test", "scripts/demo", "scripts/chaos", ".ci/run"]
+RUNNABLE = [
+    "scripts/setup",
+    "scripts/check",
+    "scripts/test",
+    "scripts/demo",
+    "scripts/chaos",
+    "scripts/gpu_check",
+    ".ci/run",
+]
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

@@ -59,6 +59,12 @@ def phase_medians(recoveries: Sequence[Recovery]) -> dict[str, float]:
     return {name: median(r.phases[name] for r in recoveries if name in r.phases) for name in names}
 
 
+def transfer_medians(recoveries: Sequence[Recovery]) -> dict[str, object]:
+    """What was rebuilt and copied; zeros without a recovery."""
+    names = ("groups_kept", "groups_rebuilt", "groups_lazy", "bytes_moved", "transfer_seconds")
+    return {name: median([getattr(recovery, name) for recovery in recoveries] or [0]) for name in names}
+
+
 def timeline(recovery: Recovery, width: int = 40) -> str:
     """A few lines for a terminal: what happened, and a bar per phase."""
     ranks = ", ".join(map(str, recovery.lost_ranks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from jobs.faults import CLOCK, KINDS, READY, Fault
+from jobs.faults import CLOCK, KINDS, NODE_KINDS, READY, Fault
 
 from harness.layouts import Holders, survivable
 
@@ -65,6 +65,26 @@ def schedule(
         chosen = _spared((source.randrange(ranks),), source, at, faults, holders)
         faults.append(Fault(len(faults), kind, moment, at, chosen))
     return faults
+
+
+def with_nodes(workers: Sequence[Fault], count: int, seed: int, steps: int) -> list[Fault]:
+    """The faults of workers and `count` of nodes, spread over the job, all ordered by step."""
+    source = random.Random(f"nodes {seed}")
+    kinds = _turns(source, NODE_KINDS)
+    part = (steps - TAIL) / max(count, 1)
+    nodes = [
+        Fault(
+            len(workers) + index,
+            next(kinds),
+            CLOCK,
+            int(part * (index + source.uniform(0.1, 0.9))),
+            (),
+            "node",
+            source.uniform(0, 0.1),
+        )
+        for index in range(count)
+    ]
+    return sorted([*workers, *nodes], key=lambda fault: fault.step)
 
 
 def last_step(fault: Fault) -> int:

@@ -58,6 +58,15 @@ def last_line(path: Path) -> Commit | None:
     return Commit(*map(int, lines[-1].split())) if lines and len(lines[-1].split()) == 3 else None
 
 
+def newest_process(folder: Path, rank: int) -> int | None:
+    """The rank's process: as it says itself at its start, else as its last line says; None before both."""
+    announced = folder / f"pid-{rank}"
+    if announced.exists():
+        return int(announced.read_text())
+    commit = last_line(folder / f"steps-{rank}.log")
+    return commit.pid if commit else None
+
+
 def progress(folder: Path, ranks: int) -> int:
     """The newest step that every rank has committed, or -1."""
     last = [last_line(folder / f"steps-{rank}.log") for rank in range(ranks)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 
+import accelerator
 import torch
 import torch.distributed as dist
 from steplog import CHECKPOINT_EVERY, FOLDER, STEPS, StepLog, save_whole, write_final
@@ -52,10 +53,10 @@ def save_checkpoint(rank: int, step: int, model: nn.Module, optimizer: torch.opt
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    device = accelerator.join()
     rank = dist.get_rank()
     torch.manual_seed(rank)
-    model = DistributedDataParallel(build_model())
+    model = DistributedDataParallel(build_model().to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     first = load_checkpoint(rank, model.module, optimizer)
     run = ce.Run(model=model, optimizer=optimizer)
@@ -63,7 +64,7 @@ def main() -> None:
 
     @run.replayable
     def train_step(step: int) -> None:
-        batch = torch.randn(BATCH, 256)
+        batch = torch.randn(BATCH, 256, device=device)
         loss = nn.functional.mse_loss(model(batch), batch)
         time.sleep(DEVICE_S)
         loss.backward()
@@ -79,7 +80,7 @@ def main() -> None:
     state = {
         "model": model.module.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
+        "rng": accelerator.rng_states(),
     }
     write_final(rank, state)
     dist.destroy_process_group()

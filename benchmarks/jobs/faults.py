@@ -20,6 +20,8 @@ KINDS = ("SIGKILL", "SIGSEGV", "exit", "exception", "out-of-memory")
 CLOCK = "clock"  # struck from outside
 SLOW = "slow"  # no fault: the ranks wait for the delay instead
 READY = "ready"  # between ready and commit
+NODE_KINDS = ("power off", "cut", "paused agent", "killed agent")  # done to a node, always from outside
+HOLD = "hold"  # file with the number of a step; the job waits where it loads data for that or a later one
 
 
 class InjectedError(RuntimeError):
@@ -32,10 +34,10 @@ class Fault:
 
     Attributes:
         number: its place in the schedule.
-        kind: how the ranks die, one of KINDS, or SLOW.
+        kind: how the ranks die, one of KINDS, or SLOW; or what is done to a node, one of NODE_KINDS.
         moment: where in the script; CLOCK: at a time instead.
         step: it strikes at this step or, where the moment does not occur in it, the next time that it does.
-        ranks: who dies.
+        ranks: who dies; empty for a node's fault, whose node is chosen when it strikes.
         target: why these ranks, in a word.
         delay: seconds after the step was reached (CLOCK) or after the gate was entered (READY), or of waiting (SLOW).
         after: number of the fault whose replacement it strikes, or -1.
@@ -67,6 +69,23 @@ def marker(folder: Path, fault: int, rank: int | str) -> Path:
     return folder / "faults" / f"{fault}-{rank}"
 
 
+def hold(folder: Path, step: int | None) -> None:
+    """Holds the job up before this step, and no longer before another one; None: not at all."""
+    partial = folder / f"{HOLD}.partial"
+    if step is None:
+        (folder / HOLD).unlink(missing_ok=True)
+    else:
+        partial.write_text(str(step))
+        partial.replace(folder / HOLD)
+
+
+def held(folder: Path, step: int) -> bool:
+    try:
+        return step >= int((folder / HOLD).read_text())
+    except FileNotFoundError:
+        return False
+
+
 def claim(path: Path) -> bool:
     """Makes the marker; False when it was there. The content follows in the same breath."""
     try:
@@ -90,7 +109,9 @@ class Faults:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def at(self, moment: str, step: int) -> None:
-        """Dies here if a fault is due; otherwise returns at once."""
+        """Dies here if a fault is due; otherwise returns at once, or when the job is no longer held up."""
+        while moment == "data" and held(self._folder, step):
+            time.sleep(0.01)
         for fault in self._mine:
             if fault.moment == moment and step >= fault.step and self._is_possible(fault):
                 if claim(marker(self._folder, fault.number, self._rank)):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import accelerator
 import layouts
 import torch
 import torch.distributed as dist
@@ -80,7 +81,7 @@ def _like(value: Tensor, param: Tensor) -> Tensor:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    accelerator.join()
     parallel = layouts.build(LAYOUT, WIDTH, BLOCKS)
     model = parallel.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=parallel.foreach)
@@ -104,7 +105,7 @@ def main() -> None:
     state = {
         "model": local_state(model),
         "optimizer": local_state(optimizer),
-        "rng": torch.get_rng_state(),
+        "rng": accelerator.rng_states(),
     }
     write_final(dist.get_rank(), state)
     dist.destroy_process_group()

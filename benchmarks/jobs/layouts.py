@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerator import KIND
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -86,7 +87,7 @@ class Parallel:
     def batch(self, step: int, rows: int) -> Tensor:
         """The same rows for a step in every run, whatever was computed before."""
         generator = torch.Generator().manual_seed(step * self.data_ranks + self.data_rank)
-        return torch.randn(rows, WIDTH_IN, generator=generator)
+        return torch.randn(rows, WIDTH_IN, generator=generator).to(KIND)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -102,6 +103,8 @@ def build(layout: str, width: int, blocks: int, inside: Callable[[Tensor], Tenso
         (f"block{number}", Block(width, inside if number in watched else _same)) for number in range(blocks)
     ]
     layers += [("last", nn.Linear(width, WIDTH_IN))]
+    for _, layer in layers:
+        layer.to(KIND)
     made: Parallel = globals()[f"_{layout}"](layers)
     torch.manual_seed(100 + made.data_rank)  # dropout
     return made
@@ -121,7 +124,7 @@ def _loss_only(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _mesh(**sizes: int) -> DeviceMesh:
-    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return init_device_mesh(KIND, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def plain(model: nn.Module) -> Parallel:
@@ -202,13 +205,13 @@ def _pp(layers: list[tuple[str, nn.Module]]) -> Parallel:
     data, number = mesh["data"], mesh["stage"].get_local_rank()
     half = len(layers) // 2
     part = Part(layers[:half] if number == 0 else layers[half:])
-    stage = PipelineStage(part, number, 2, torch.device("cpu"), group=mesh.get_group("stage"))
+    stage = PipelineStage(part, number, 2, torch.device(KIND), group=mesh.get_group("stage"))
     schedule = ScheduleGPipe(stage, 2, loss_fn=nn.functional.mse_loss)
 
     def run(way: Callable[..., object], batch: Tensor) -> Tensor:
         if number == 0:
             way(batch)
-            return torch.zeros(())
+            return torch.zeros((), device=KIND)
         losses: list[Tensor] = []
         way(target=batch, losses=losses)
         return torch.stack(losses).mean().detach()

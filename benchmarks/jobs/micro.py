@@ -1,5 +1,8 @@
 """Times the gate and one small collective, protected and native calls in turns, inside the same processes.
 
+On an accelerator a call returns when the collective is queued: `issued` is that time, and the time of the whole block
+counts its end on the device too.
+
 Writes micro-<rank>.json: medians over many pairs of blocks, in microseconds per call, and when this rank came to each
 gate and left it, by the clock that all processes of a machine share.
 """
@@ -7,11 +10,12 @@ gate and left it, by the clock that all processes of a machine share.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from statistics import median
 
+import accelerator
 import torch
 import torch.distributed as dist
 from steplog import FOLDER
@@ -19,29 +23,27 @@ from torch import nn
 
 import checkpointless_elastic as ce
 
-CALLS, PAIRS = 20, 150
+CALLS, PAIRS = 20, int(os.environ.get("BENCH_PAIRS", "150"))
 
 
 def native_group() -> dist.ProcessGroup:
-    """A gloo group as torch makes it, beside the elastic one of this process."""
+    """A gloo or NCCL group as torch makes it, beside the elastic one of this process."""
     rank, size = dist.get_rank(), dist.get_world_size()
     server = dist.TCPStore("localhost", 0, size, rank == 0, wait_for_workers=False) if rank == 0 else None
     ports = [server.port if server else 0]
     dist.broadcast_object_list(ports)
     store = server or dist.TCPStore("localhost", int(ports[0]), size, False)
-    group = dist.ProcessGroup(store, rank, size)
-    backend = dist.ProcessGroupGloo(dist.PrefixStore("native", store), rank, size, timedelta(seconds=60))
-    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
-    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-    return group
+    return accelerator.native_group(dist.PrefixStore("native", store), rank, size)
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Microseconds per call in one block."""
+def timed(call: Callable[[], object], only_issue: bool = False) -> float:
+    """Microseconds per call in one block, until its end on the device."""
     start = time.perf_counter()
     for _ in range(CALLS):
         call()
-    return (time.perf_counter() - start) / CALLS * 1e6
+    seconds = time.perf_counter() - start
+    accelerator.settle()
+    return (seconds if only_issue else time.perf_counter() - start) / CALLS * 1e6
 
 
 def in_turns(
@@ -61,20 +63,20 @@ def in_turns(
 
 
 def small() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = nn.Linear(1, 1, bias=False)
+    model = nn.Linear(1, 1, bias=False).to(accelerator.KIND)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.weight.grad = torch.ones_like(model.weight)
     return model, optimizer
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    device = accelerator.join()
     native = native_group()
     torch.manual_seed(0)
     model, optimizer = small()
     _, other = small()
     run = ce.Run(model=model, optimizer=optimizer)
-    number = torch.zeros(1)
+    number = torch.zeros(1, device=device)
 
     came: list[float] = []
     left: list[float] = []
@@ -88,21 +90,25 @@ def main() -> None:
         optimizer.step()
 
     @run.replayable
-    def block(group: dist.ProcessGroup | None) -> float:
+    def block(group: dist.ProcessGroup | None, only_issue: bool = False) -> float:
         """Inside a replayable function, as a training step calls its collectives."""
-        return timed(lambda: dist.all_reduce(number, group=group))
+        return timed(lambda: dist.all_reduce(number, group=group), only_issue)
 
     for _ in range(3):
         protected_step()
         other.step()
     step_us, call_us = in_turns(run.steps(PAIRS), lambda: timed(other.step), lambda: timed(protected_step))
     native_us, added_us = in_turns(run.steps(PAIRS), lambda: block(native), lambda: block(None))
+    issued = 0.0, 0.0
+    if accelerator.KIND != "cpu":
+        issued = in_turns(run.steps(PAIRS), lambda: block(native, True), lambda: block(None, True))
     found = {
         "gates": list(zip(came, left, strict=True)),
         "call_us": call_us,
         "plain_step_us": step_us,
         "native_us": native_us,
         "added_us": added_us,
+        "issued_us": issued,
     }
     (FOLDER / f"micro-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

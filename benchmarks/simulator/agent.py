@@ -233,7 +233,7 @@ class Agent:
         elif station is None:
             return
         elif isinstance(message, ReplaceRank):
-            station.replaced(message.rank)
+            station.replaced(message.rank, message.store)
             self._start(message.rank)
         elif isinstance(message, EndRank):
             self.world.clock.after(0.0, self.kill, message.rank)

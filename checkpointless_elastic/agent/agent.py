@@ -12,7 +12,13 @@ import signal
 from string import Template
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    Worker,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.utils import macros  # type: ignore[attr-defined]
 
@@ -22,13 +28,11 @@ from checkpointless_elastic.agent.rendezvous import CheckpointlessRendezvousHand
 from checkpointless_elastic.agent.runtime import (
     ControlPlane,
     EventLoop,
-    empty_run_dir,
     make_run_dir,
     remove_run_dir,
 )
 from checkpointless_elastic.agent.servers import ForkServers
 from checkpointless_elastic.agent.workforce import LocalWorkforce, Verdict, VerdictKind
-from checkpointless_elastic.config import Config
 
 __all__ = ["CheckpointlessAgent", "make_control"]
 
@@ -37,9 +41,10 @@ logger = logging.getLogger(__name__)
 _DEFAULT_SHUTDOWN_TIMEOUT_S = 30
 
 
-def make_control(config: Config, spec: WorkerSpec) -> ControlPlane:
+def make_control(handler: CheckpointlessRendezvousHandler, spec: WorkerSpec) -> ControlPlane:
     """The control plane of a job."""
-    return AgentControl(config)
+    network = handler.network if handler.max_nodes > 1 else None
+    return AgentControl(handler.config, handler.rules(spec.max_restarts), handler.open_store, network)
 
 
 class CheckpointlessAgent(LocalElasticAgent):
@@ -69,13 +74,16 @@ class CheckpointlessAgent(LocalElasticAgent):
         group = self._worker_group
         self._prepare(group.spec)
         workforce = self._present()
-        self._initialize_workers(group)
         self._watch_for_stuck_workers()
-        while (verdict := workforce.wait()).kind is VerdictKind.RESTART:
-            self._remaining_restarts = group.spec.max_restarts - workforce.restarts
-            empty_run_dir(self._run_dir)
-            self._restart_workers(group)
-        return self._finish(group, verdict)
+        while self._control.await_seat():
+            self._remaining_restarts = max(0, group.spec.max_restarts - self._control.seat.restarts)
+            self._initialize_workers(group)
+            if workforce.wait().kind not in (VerdictKind.RESTART, VerdictKind.GAVE_WAY):
+                break
+            self._stop_workers(group)
+            group.state = WorkerState.STOPPED
+        assert workforce.verdict is not None
+        return self._finish(group, workforce.verdict)
 
     def _prepare(self, spec: WorkerSpec) -> None:
         handler = spec.rdzv_handler
@@ -84,17 +92,16 @@ class CheckpointlessAgent(LocalElasticAgent):
         self._run_dir = make_run_dir()
         self._servers = ForkServers(self._loop, self._run_dir)
         self._servers.start()  # loads torch while the rest gets ready
-        self._control = make_control(handler.config, spec)
+        self._control = make_control(handler, spec)
         self._workforce = LocalWorkforce(
-            self._loop, self._servers, self._control, self._run_dir, spec.max_restarts, self._patience()
+            self._loop, self._servers, self._control, self._run_dir, self._patience()
         )
-        self._control.attach(self._loop, self._workforce)
+        self._control.attach(self._loop, self._workforce, spec.local_world_size)
 
     def _finish(self, group: WorkerGroup, verdict: Verdict) -> RunResult:
         workforce = self._present()
         if verdict.kind is VerdictKind.SUCCEEDED:
             group.state = WorkerState.SUCCEEDED
-            self._exit_barrier()  # type: ignore[no-untyped-call]
             return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(workforce.ranks))
         self._stop_workers(group)
         group.state = WorkerState.FAILED
@@ -114,6 +121,23 @@ class CheckpointlessAgent(LocalElasticAgent):
             look()
 
     # ---- starting ------------------------------
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        """The coordinator has given this node its seat already."""
+        if not self._ours:
+            super()._rendezvous(worker_group)
+            return
+        seat, spec = self._control.seat, worker_group.spec
+        host, _, port = seat.store.rpartition(":")
+        last = [*seat.bases[1:], seat.world][seat.seat]
+        worker_group.workers = [
+            Worker(rank - seat.bases[seat.seat], rank, rank, seat.world, seat.world)
+            for rank in range(seat.bases[seat.seat], last)
+        ]
+        group: Any = worker_group  # torch declares these as None
+        group.group_rank, group.group_world_size = seat.seat, len(seat.bases)
+        group.master_addr = spec.master_addr or host
+        group.master_port = spec.master_port or int(port)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if not self._ours:

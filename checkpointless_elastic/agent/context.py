@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from torch.distributed.elastic.multiprocessing.api import LogsSpecs, PContext, RunProcsResult
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from checkpointless_elastic.agent.credentials import without_secrets
 from checkpointless_elastic.agent.forkserver import SpawnRequest
 from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.agent.servers import ForkServers
@@ -144,7 +145,8 @@ class ForkedContext(PContext):
         rank = child.local_rank
         arguments = tuple(str(argument) for argument in self.args[rank])
         mode, argv, unbuffered = parse_command(self._program, arguments)
-        env = {**os.environ, **self.envs[rank], **(self._launch.environment(child) if mode != "exec" else {})}
+        ours = self._launch.environment(child) if mode != "exec" else {}
+        env = {**without_secrets(os.environ), **self.envs[rank], **ours}
         number = next(self._numbers)
         self._requests[number] = child
         self._launch.servers.spawn(

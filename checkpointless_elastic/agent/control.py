@@ -1,7 +1,7 @@
-"""The control plane of one node: turns sockets, deaths and timers into events, and decisions into deeds.
+"""The control plane of one node: sockets, deaths and timers become messages, the coordinator's words become deeds.
 
-One agent, so the coordinator lives here and its messages to agents are calls. All of it runs on the agent's one
-thread. Nothing here waits: a worker that does not answer meets a deadline.
+All of it runs on the agent's one thread. Nothing here waits: a worker that does not answer meets a deadline. What other
+agents must know goes through `Membership`, to the coordinator in this agent or in another one.
 """
 
 from __future__ import annotations
@@ -12,52 +12,56 @@ import os
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from checkpointless_elastic.agent.lifelines import Lifelines
 from checkpointless_elastic.agent.links import Links
+from checkpointless_elastic.agent.membership import Membership, Network
 from checkpointless_elastic.agent.recoveries import Recoveries
-from checkpointless_elastic.agent.runtime import EventLoop, Workforce
+from checkpointless_elastic.agent.runtime import EventLoop, Workforce, empty_run_dir
+from checkpointless_elastic.agent.wards import Wards
 from checkpointless_elastic.config import Config
-from checkpointless_elastic.errors import ProtocolError
-from checkpointless_elastic.protocol.coordinator import Coordinator, State
-from checkpointless_elastic.protocol.events import (
-    Action,
-    Broadcast,
-    Deadline,
-    End,
-    Event,
-    ExitedEarly,
-    LeftEarly,
-    Lost,
-    Opened,
-    Overdue,
-    Reached,
-    Replace,
-    Restart,
-    Stop,
-    Succeed,
-    Unfit,
+from checkpointless_elastic.protocol.acts import Restarting, Word
+from checkpointless_elastic.protocol.between import (
+    Between,
+    Copy,
+    Done,
+    EndRank,
+    Gathered,
+    Halt,
+    Ordered,
+    RankExplained,
+    RankGone,
+    RankSays,
+    RankStarted,
+    ReplaceRank,
+    Reseated,
+    RunAgain,
+    Seated,
+    Spare,
+    Standing,
 )
+from checkpointless_elastic.protocol.events import Action, Deadline, Opened, Overdue, Reached, Stop
 from checkpointless_elastic.protocol.messages import (
     Commit,
-    Decision,
     Failed,
     Freeze,
     FromWorker,
-    Frozen,
     Hello,
     Learned,
-    Left,
     Message,
     Mismatch,
-    Protected,
     Refused,
+    Release,
     Replicas,
     Report,
     Restore,
+    Stage,
     Welcome,
     encode,
 )
-from checkpointless_elastic.protocol.node import Node
+from checkpointless_elastic.protocol.rules import Rules
+from checkpointless_elastic.protocol.station import Station
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.mirror import newest
 from checkpointless_elastic.worker.private import in_loop, lifeline_path, slot_path
@@ -81,264 +85,386 @@ def describe(status: int) -> str:
 
 
 class AgentControl:
-    """See the module; implements runtime.ControlPlane. ``settings``: of the job."""
+    """See the module; implements runtime.ControlPlane and membership.Office.
+
+    ``settings``, ``rules``: of the job. ``open_store``: see `protocol.board`. ``network``: None for one node.
+
+    Attributes:
+        seat: this agent's, once `await_seat` has returned True.
+    """
 
     serves_workers = True
+    seat: Seated
 
-    def __init__(self, settings: Config) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        settings: Config,
+        rules: Rules,
+        open_store: Callable[[], str],
+        network: Callable[[], Network] | None = None,
+    ) -> None:
+        self._settings, self._rules, self._network = settings, rules, network
+        self.open_store = open_store
         self._incarnations: dict[int, int] = {}
         self._tokens: dict[int, str] = {}
         self._pids: dict[int, int] = {}
         self._known_lost: set[tuple[int, int]] = set()
+        self._failed: dict[int, str] = {}
         self._learned = False
-        self._fresh = True
-        self.generation = 0
-        self._handlers: dict[type[Action], Callable[..., None]] = {
-            Broadcast: self._broadcast,
-            Replace: self._replace,
-            End: self._end_worker,
-            Restart: self._restart,
-            Stop: self._stop,
-            Succeed: self._succeed,
-            Deadline: self._deadline,
-            Opened: self._opened,
-            Reached: self._reached,
-        }
+        self._offered: Seated | None = None
+        self._running = False  # workers of a seat may live: no other seat can be taken before they have ended
+        self._deferred: list[Word] = []  # words about the seat that is taken then
+        self._station: Station | None = None
+        self._wards: Wards | None = None
+        self._culprits: list[int] = []
 
-    def attach(self, loop: EventLoop, workers: Workforce) -> None:
+    def attach(self, loop: EventLoop, workers: Workforce, size: int) -> None:
+        """See ControlPlane; from here on this agent takes part. ``size``: workers of this node."""
         self._loop = loop
         self._workers = workers
+        self.run_dir = workers.run_dir
         self._links = Links(os.path.join(workers.run_dir, "agent.sock"), loop, self._accept, self._take)
         self._lifelines = Lifelines(loop, self.lost)
         self._recoveries = Recoveries(self._settings.events, workers.log_dir, self._pids)
+        network = self._network() if self._network is not None else None
+        self._membership = Membership(loop, self._rules, size, self, network)
+        self._membership.begin()
 
-    def _begin(self) -> None:
-        """A new set of workers starts: nothing of the one before it counts."""
-        self._fresh = False
-        ranks = frozenset(self._workers.ranks)
-        settings = self._settings
-        self._coordinator = Coordinator(
-            ranks, settings.max_faults_per_step, self.generation, settings.mirror_every
+    def await_seat(self) -> bool:
+        """Serve the loop until workers are to be started, those of `seat`; False: the job has ended before."""
+        self._running = False
+        deferred, self._deferred = self._deferred, []
+        for message in deferred:
+            self.obey(message)
+        self._loop.run(lambda: self._offered is not None or bool(self._workers.ended))
+        if self._offered is None:
+            return False
+        self.seat, self._offered, self._running = self._offered, None, True
+        return True
+
+    @property
+    def generation(self) -> int:
+        """See ControlPlane."""
+        return self._station.generation if self._station is not None else 0
+
+    # ---- a seat
+
+    def _take_seat(self, seat: Seated) -> None:
+        self._station = station = Station(seat)
+        self._wards = self._membership.take_seat(
+            seat, station.ranks, lambda copies: self._fetched(seat, station, copies)
         )
-        self._node = Node(ranks, self.generation)
-        self._gone: dict[int, int] = {}
-        self._failed: dict[int, str] = {}
-        self._replaced: set[int] = set()
-        self._culprits: list[int] = []
-        for rank in ranks:
-            Slot.create(slot_path(self._workers.run_dir, rank))
+        self._failed, self._culprits = {}, []
+        if not seat.taken:
+            self._offer(seat)
+        elif self._wards is None:
+            self._fetched(seat, station, [])
+
+    def _offer(self, seat: Seated) -> None:
+        assert self._station is not None
+        empty_run_dir(self.run_dir)
+        for rank in self._station.ranks:
+            Slot.create(slot_path(self.run_dir, rank)).close()
+        self._offered = seat
+
+    def _fetched(self, seat: Seated, station: Station, copies: list[Copy]) -> None:
+        """The guardian has sent what it kept of the lost agent's ranks."""
+        if self._station is not station:
+            return
+        self._offer(seat)
+        for copy in copies:
+            with Slot.open(slot_path(self.run_dir, copy.rank)) as slot:
+                slot.write(copy.blob, copy.parts)
+                for entry in copy.log or []:
+                    slot.append(entry)
+        missing = sorted(station.ranks - {copy.rank for copy in copies})
+        if missing:
+            reason = "its private state was lost with its node and its guardian's"
+            self._membership.report(RankSays(missing[0], Mismatch(reason)))
+
+    def copied(self, rank: int, generation: int, step: int) -> None:
+        """See Office."""
+        if self._station is not None:
+            self._report(self._station.copied(rank, generation, step))
+
+    def standing(self) -> Standing | None:
+        """See Office."""
+        return self._station.standing() if self._station is not None else None
+
+    def _report(self, message: Between | None) -> None:
+        if message is not None:
+            self._membership.report(message)
 
     # ---- what the agent tells
 
     def started(self, rank: int, incarnation: int, pid: int, token: str) -> None:
-        if self._fresh:
-            self._begin()
         self._incarnations[rank] = incarnation
         self._tokens[rank] = token
         self._pids[rank] = pid
-        if rank in self._replaced:
-            self._recoveries.mark("forked", time.monotonic())
+        self._membership.report(RankStarted(rank, pid))
         self._links.retry()
 
     def lost(self, rank: int, incarnation: int) -> None:
+        station = self._station
         known = (rank, incarnation) in self._known_lost
-        if known or self._incarnations.get(rank) != incarnation or self._coordinator.state is State.ENDED:
+        if known or self._incarnations.get(rank) != incarnation or station is None:
             return
-        now = time.monotonic()
+        if station.stopped or station.released:
+            return  # its exit status counts now
         self._links.drain(rank)
-        slot = Slot.open(slot_path(self._workers.run_dir, rank))
-        if self._coordinator.protected and (rank in self._failed or in_loop(slot) or self._recovering):
-            self._lose(rank, "was lost", now)
+        with Slot.open(slot_path(self.run_dir, rank)) as slot:
+            runs = in_loop(slot)
+        if station.is_protected(rank) and (rank in self._failed or runs or station.recovering):
+            self._lose(rank, "was lost")
 
-    @property
-    def _recovering(self) -> bool:
-        return self._coordinator.state not in (State.RUNNING, State.ENDED)
-
-    def _lose(self, rank: int, cause: str, seen: float) -> None:
+    def _lose(self, rank: int, cause: str) -> None:
+        assert self._station is not None
         error = self._failed.pop(rank, "")
         cause = f"failed: {error}" if error else cause
         self._known_lost.add((rank, self._incarnations[rank]))
-        self._recoveries.noticed(rank, cause, seen)
-        mirrored = newest(self._workers.run_dir, rank) if self._settings.mirror_every else -1
-        self._handle(Lost(rank, cause, error, mirrored))
+        mirrored = newest(self.run_dir, rank) if self._rules.mirror_every else -1
+        self._report(self._station.lost(rank, cause, error, mirrored))
 
     def exited(self, rank: int, incarnation: int, status: int) -> None:
+        station = self._station
         if self._incarnations.get(rank) != incarnation or (rank, incarnation) in self._known_lost:
-            self._recoveries.explain(rank, describe(status))
+            self._report(RankExplained(rank, describe(status)))
             if rank in self._culprits:
                 self._workers.fail(self._culprits)
             return
-        self._gone[rank] = status
-        if self._coordinator.state is State.ENDED:
-            self._settle_end()
-        elif status == 0 and not self._recovering:
-            self._node.exited(rank)
-            self._handle(ExitedEarly(rank))
-            self._settle_end()
+        if station is None:
+            return
+        station.gone[rank] = status
+        if station.released:
+            self._report(station.ended())
+        elif station.stopped:
+            if rank in self._culprits:
+                self._workers.fail(self._culprits)
+        elif status == 0 and not station.recovering:
+            self._report(station.exited(rank))
         else:
-            self._lose(rank, describe(status), time.monotonic())
+            self._lose(rank, describe(status))
 
     def stopped(self) -> None:
         self._recoveries.close()
+        self._membership.close(self._workers.ended)
         self._lifelines.close()
         self._links.close()
 
     # ---- what workers say
 
     def _accept(self, hello: Hello) -> Message | None:
-        if hello.rank not in self._workers.ranks:
+        station = self._station
+        if station is None or hello.rank not in station.ranks:
             return Refused(f"rank {hello.rank} is not of this node.")
         if hello.incarnation > self._incarnations.get(hello.rank, -1):
             return None
         if hello.token != self._tokens[hello.rank] or hello.incarnation != self._incarnations[hello.rank]:
             return Refused(f"wrong token for incarnation {hello.incarnation} of rank {hello.rank}.")
-        if hello.channel == "vote" and self._coordinator.decision is not None:
+        if hello.channel == "vote" and station.decision is not None:
             self._loop.call_later(0.0, lambda: self._catch_up(hello.rank))
         if hello.channel == "control":
-            path = lifeline_path(self._workers.run_dir, hello.rank, hello.incarnation)
+            path = lifeline_path(self.run_dir, hello.rank, hello.incarnation)
             self._lifelines.follow(path, hello.rank, hello.incarnation, self._pids[hello.rank])
-        shadow = hello.rank in self._replaced
-        return Welcome(self._coordinator.generation, shadow, self._settings.mirror_every)
+        shadow = hello.rank in station.pending
+        return Welcome(
+            station.generation,
+            shadow,
+            self._rules.mirror_every,
+            tuple(station.seat.bases),
+            station.store if shadow else "",
+        )
 
     def _catch_up(self, rank: int) -> None:
-        if self._coordinator.decision is not None:
-            self._links.send(rank, "vote", encode(self._coordinator.decision))
+        if self._station is not None and self._station.decision is not None:
+            self._links.send(rank, "vote", encode(self._station.decision))
 
     def _take(self, rank: int, message: FromWorker) -> None:
-        if isinstance(message, Report):
-            tally = self._node.report(rank, message)
-            if message.payload and message.stage.value == "restored":
-                self._recoveries.restored(message.payload)
-            if tally is not None:
-                self._handle(tally)
-        elif isinstance(message, Frozen):
-            answers = self._node.frozen(rank, message)
-            if answers is not None:
-                self._handle(answers)
-        else:
-            self._take_other(rank, message)
-
-    def _take_other(self, rank: int, message: FromWorker) -> None:
-        if isinstance(message, Protected):
-            self._coordinator.protect(rank)
-        elif isinstance(message, Left):
-            self._handle(LeftEarly(rank, message.generation))
-        elif isinstance(message, Mismatch):
-            self._handle(Unfit(rank, message.reason))
-        elif isinstance(message, Failed):
+        station = self._station
+        if station is None:
+            return
+        if isinstance(message, Failed):
             self._failed[rank] = message.error
             self._loop.call_later(0.0, functools.partial(self._leaves, rank, self._incarnations[rank]))
-        elif isinstance(message, Replicas):
-            self._compare(rank, message)
-        elif isinstance(message, Learned) and not self._learned:
-            self._learned = True
-            self._workers.learn(message.modules)
+        elif isinstance(message, Learned):
+            if not self._learned:
+                self._learned = True
+                self._workers.learn(message.modules)
+        else:
+            if self._wards is not None and isinstance(message, Report) and message.stage is Stage.READY:
+                self._wards.ready(rank, message)
+            self._report(station.said(rank, message))
 
-    def _compare(self, rank: int, held: Replicas) -> None:
-        differ = self._coordinator.holdings.compare(rank, held)
-        exposed = self._coordinator.holdings.exposed()
-        if differ:
-            logger.warning(
-                "A lost rank cannot be recovered live: %s. Leave it out of Run, make it equal, or name the ranks that "
-                "share it with run.declare_replicas.",
-                differ,
-            )
-        elif exposed and not self._settings.mirror_every:
-            logger.warning(
-                "%d of %d ranks hold state that no other rank holds (%s): the loss of one of them cannot be recovered "
-                "live. Train with more than one replica of each shard (a mesh with a replicate dimension), or set "
-                "mirror_every.",
-                len(exposed),
-                len(self._workers.ranks),
-                ", ".join(map(str, exposed)),
-            )
+    def _leaves(self, rank: int, incarnation: int) -> None:
+        """A script has failed. Its process closes its connections now and ends later: peers must not wait for that."""
+        known = (rank, incarnation) in self._known_lost or self._incarnations[rank] != incarnation
+        station = self._station
+        over = station is None or station.stopped or station.released
+        if station is not None and not known and not over and station.is_protected(rank):
+            self._lose(rank, "was lost")
 
-    # ---- what the coordinator decides
+    # ---- what the coordinator says
 
-    def _handle(self, event: Event) -> None:
-        try:
-            actions = self._coordinator.handle(event)
-        except ProtocolError as error:
-            logger.error("[generation %d] %s", self._coordinator.generation, error)
-            actions = [Restart(4, f"the ranks do not agree: {error}")]
-        for action in actions:
-            self._handlers[type(action)](action)
+    def obey(self, message: Word) -> None:
+        """See Office."""
+        if isinstance(message, Spare):
+            if message.bases:
+                logger.info("[term %d] this agent waits as a spare", message.term)
+        elif self._deferred and not isinstance(message, (Done, Halt)):
+            self._deferred.append(message)
+        elif isinstance(message, Seated):
+            if self._running:
+                self._deferred.append(message)
+            else:
+                self._take_seat(message)
+        elif isinstance(message, Done):
+            self._workers.succeed()
+        elif isinstance(message, Halt):
+            self._halt(message)
+        elif self._station is not None:
+            self._obey(self._station, message)
 
-    def _broadcast(self, action: Broadcast) -> None:
-        message = action.message
-        ranks: list[int] | dict[int, int] = self._incarnations
-        if isinstance(message, Decision):
-            self._node.decided(message)
-        if isinstance(message, Restore):
-            ranks = sorted(self._coordinator.pending)
+    def _obey(self, station: Station, message: Word) -> None:
+        if isinstance(message, ReplaceRank):
+            self._replace(station, message)
+        elif isinstance(message, EndRank):
+            self._workers.kill(message.rank)
+        elif isinstance(message, Reseated):
+            self._reseated(station, message)
+        elif isinstance(message, RunAgain):
+            self._run_again(station, message)
+        elif not isinstance(message, (Seated, Spare, Done, Halt)):
+            self._deliver(station, message)
+
+    def _deliver(self, station: Station, message: Ordered) -> None:
+        """For this node's workers."""
+        station.obey(message)
+        ranks = sorted(station.pending if isinstance(message, Restore) else station.ranks)
         channel = "control" if isinstance(message, Freeze) else "vote"
         data = encode(message)
         for rank in ranks:
             self._links.send(rank, channel, data)
         if isinstance(message, Commit) and message.step == 0:
             self._recoveries.mark("committed", time.monotonic())
+        if isinstance(message, Release):
+            self._report(station.ended())
 
-    def _replace(self, action: Replace) -> None:
-        self._links.drain(action.rank)
-        self._replaced.add(action.rank)
-        self._gone.pop(action.rank, None)
-        self._workers.replace(action.rank)
+    def _replace(self, station: Station, message: ReplaceRank) -> None:
+        self._links.drain(message.rank)
+        station.replaced(message.rank, message.store)
+        self._workers.replace(message.rank)
 
-    def _end_worker(self, action: End) -> None:
-        self._workers.kill(action.rank)
+    def _reseated(self, station: Station, message: Reseated) -> None:
+        """The guardian of this seat may be another agent now."""
+        guardian = (station.seat.seat + 1) % len(station.seat.bases)
+        if guardian in message.addresses:
+            station.seat = msgspec.structs.replace(station.seat, guardian=message.addresses[guardian])
+            if self._wards is not None:
+                self._wards.move(station.seat.guardian)
 
-    def _opened(self, action: Opened) -> None:
-        self.generation = action.generation
-        self._node.opened(action.generation, action.lost)
-        self._recoveries.opened(action.generation, action.lost, action.cause, time.monotonic())
+    def _run_again(self, station: Station, message: RunAgain) -> None:
+        """All workers end, then this agent takes its seat again."""
+        station.obey(message)
+        self._membership.leave_seat(message.generation)
+        self._offered, self._wards = None, None
+        again = msgspec.structs.replace(
+            station.seat,
+            store=message.store,
+            generation=message.generation,
+            restarts=message.restarts,
+            taken=False,
+        )
+        if self._running:
+            self._deferred.append(again)
+            self._workers.restart_all(message.reason, message.restarts)
+        else:
+            self._take_seat(again)
 
-    def _reached(self, action: Reached) -> None:
-        self._recoveries.reached(action.point, action.details, time.monotonic())
-        if action.point == "resumed":
-            self._replaced = set()
-
-    def _deadline(self, action: Deadline) -> None:
-        seconds = getattr(self._settings, action.limit).total_seconds()
-        self._loop.call_later(seconds, lambda: self._handle(Overdue(action.generation, action.state)))
-
-    def _restart(self, action: Restart) -> None:
-        generation = self._coordinator.generation + 1
-        culprits = [rank for rank, status in self._gone.items() if status] or sorted(self._coordinator.lost)
-        self._coordinator.state = State.ENDED
-        step = self._coordinator.step
-        self._recoveries.restarting(action.rung, action.reason, generation, step, time.monotonic())
-        self.generation = generation
-        self._fresh = self._workers.restart_all(f"rung {action.rung}: {action.reason}")
-        if not self._fresh:  # a replacement that is being forked may still start
-            self._recoveries.close()
-            self._workers.fail(culprits)
-
-    def _leaves(self, rank: int, incarnation: int) -> None:
-        """A script has failed. Its process closes its connections now and ends later: peers must not wait for that."""
-        known = (rank, incarnation) in self._known_lost or self._incarnations[rank] != incarnation
-        if not known and self._coordinator.protected and self._coordinator.state is not State.ENDED:
-            self._lose(rank, "was lost", time.monotonic())
-
-    def _stop(self, action: Stop) -> None:
-        logger.error("The job stops: %s", action.reason)
-        self._culprits = list(action.ranks)
-        if all(self._workers.has_ended(rank) for rank in action.ranks):
+    def _halt(self, message: Halt) -> None:
+        """The job has failed. The exit code of a worker that is to blame is named in the summary."""
+        station = self._station
+        own = sorted(station.ranks) if station is not None else []
+        bad = [rank for rank, status in station.gone.items() if status] if station is not None else []
+        self._culprits = [rank for rank in message.ranks if rank in own] or bad
+        if station is not None:
+            station.stopped = True
+        self._workers.because(message.reason)
+        if all(self._workers.has_ended(rank) for rank in self._culprits):
             self._workers.fail(self._culprits)
-        else:  # its exit code is named in the summary
+        else:
             self._loop.call_later(EXIT_LIMIT_S, lambda: self._workers.fail(self._culprits))
 
-    def _succeed(self, action: Succeed) -> None:
-        logger.info("All ranks have finished.")
+    def give_way(self, reason: str) -> None:
+        """See Office."""
+        logger.error("This agent gives up its seat and ends its workers: %s.", reason)
+        self._station, self._offered, self._wards = None, None, None
+        self._deferred = []
+        self._membership.leave_seat()
+        if self._running:
+            self._workers.give_up()
 
-    def _settle_end(self) -> None:
-        if self._coordinator.state is not State.ENDED or not self._gone.keys() >= set(self._workers.ranks):
-            bad = [rank for rank, status in self._gone.items() if status]
-            if self._coordinator.state is State.ENDED and bad:
-                self._workers.fail(bad)
+    def cannot_go_on(self, reason: str) -> None:
+        """See Office."""
+        logger.error("%s", reason)
+        self._workers.because(reason)
+        self._workers.fail([])
+
+    # ---- the coordinator's own agent
+
+    def perform(self, action: Action) -> None:
+        """See Office."""
+        now = time.monotonic()
+        if isinstance(action, Deadline):
+            seconds = getattr(self._settings, action.limit).total_seconds()
+            overdue = Overdue(action.generation, action.state)
+            self._loop.call_later(seconds, lambda: self._membership.overdue(overdue))
+        elif isinstance(action, Opened):
+            self._recoveries.opened(action.generation, action.lost, action.cause, now)
+        elif isinstance(action, Reached):
+            self._recoveries.reached(action.point, action.details, now)
+        elif isinstance(action, Restarting):
+            self._recoveries.restarting(action.rung, action.reason, action.generation, action.step, now)
+        elif isinstance(action, Stop):
+            self._recoveries.close()
+            if action.reason:
+                logger.error("The job stops: %s.", action.reason.rstrip("."))
+
+    def heard(self, message: Between) -> None:
+        """See Office."""
+        now = time.monotonic()
+        if isinstance(message, RankGone):
+            self._recoveries.noticed(message.rank, message.cause, now)
+        elif isinstance(message, RankStarted):
+            self._pids[message.rank] = message.pid
+            if self._membership.is_pending(message.rank):
+                self._recoveries.mark("forked", now)
+        elif isinstance(message, RankExplained):
+            self._recoveries.explain(message.rank, message.cause)
+        elif isinstance(message, Gathered) and message.stage is Stage.RESTORED:
+            for payload in filter(None, message.reports.values()):
+                self._recoveries.restored(payload)
+        elif isinstance(message, RankSays) and isinstance(message.said, Replicas):
+            self._warn()
+
+    def _warn(self) -> None:
+        """All ranks have said what they hold: can all be recovered?"""
+        holdings = self._membership.holdings()
+        if holdings is None or holdings.held.keys() != holdings.ranks:
             return
-        bad = [rank for rank, status in self._gone.items() if status]
-        if bad:
-            self._workers.fail(bad)
-        else:
-            self._workers.succeed()
+        exposed = holdings.exposed()
+        if holdings.distrust:
+            logger.warning(
+                "A lost rank cannot be recovered live: %s. Leave it out of Run, make it equal, or name the ranks that "
+                "share it with run.declare_replicas.",
+                holdings.distrust,
+            )
+        elif exposed and not self._rules.mirror_every:
+            logger.warning(
+                "%d of %d ranks hold state that no other rank holds (%s): the loss of one of them cannot be recovered "
+                "live, that of %d at once of the others can. Train with more than one replica of each shard (a mesh "
+                "with a replicate dimension), or set mirror_every.",
+                len(exposed),
+                len(holdings.ranks),
+                ", ".join(map(str, exposed)),
+                holdings.survivable(),
+            )

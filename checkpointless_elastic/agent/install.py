@@ -6,6 +6,9 @@ before it looks up `LocalElasticAgent` by name in its module. Read in torch 2.6 
 
 from __future__ import annotations
 
+import logging
+import os
+
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.launcher import api
@@ -30,6 +33,19 @@ def install_agent() -> None:
 
 def create_handler(params: RendezvousParameters) -> RendezvousHandler:
     """What the entry point leads to: checks the settings, installs the agent, returns the rendezvous handler."""
+    _log_to_stderr()
     handler = CheckpointlessRendezvousHandler(params)
     install_agent()
     return handler
+
+
+def _log_to_stderr() -> None:
+    """torchrun sets up torch's loggers only. LOGLEVEL is its variable; whoever has set up logging keeps that."""
+    ours = logging.getLogger("checkpointless_elastic")
+    if ours.handlers or logging.getLogger().handlers:
+        return
+    shown = logging.StreamHandler()
+    shown.setFormatter(logging.Formatter("%(levelname).1s %(asctime)s checkpointless: %(message)s"))
+    ours.addHandler(shown)
+    ours.setLevel(os.environ.get("LOGLEVEL", "WARNING"))
+    ours.propagate = False

@@ -99,7 +99,7 @@ class Links:
 
     def _read(self, link: Link) -> None:
         try:
-            data = link.socket.recv(1 << 18)
+            data = link.socket.recv(1 << 16)
         except BlockingIOError:
             return
         except OSError:

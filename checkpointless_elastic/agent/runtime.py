@@ -17,7 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from checkpointless_elastic.protocol.between import Seated
 
 __all__ = [
     "ControlPlane",
@@ -146,25 +149,27 @@ class Workforce(Protocol):
     Attributes:
         ranks: this node's ranks.
         run_dir: private directory (0700) of this run, in memory where possible; removed at the end.
-        restarts: how many times all workers have been restarted (the value of TORCHELASTIC_RESTART_COUNT).
+        ended: how the job has ended for this node, 'succeeded' or 'failed'; empty before.
     """
 
     ranks: list[int]
     run_dir: str
 
     @property
-    def restarts(self) -> int: ...
+    def ended(self) -> str: ...
 
     def replace(self, rank: int) -> None:
         """Fork the next incarnation of a rank whose worker is gone; `started` follows."""
 
-    def restart_all(self, reason: str) -> bool:
-        """Stop all workers and fork all again with a new TORCHELASTIC_RESTART_COUNT and a new store.
+    def restart_all(self, reason: str, restarts: int) -> None:
+        """Stop all workers; when they are gone `ControlPlane.await_seat` is called again. ``restarts``: with this one.
 
-        False, with one sentence in the log, when no restart is left. After True nothing more is heard of the present
-        incarnations (no `lost`, no `exited`); the next calls are `started` for the new ones, and what the old ones left
-        in the run directory is gone by then (but for sockets).
+        Nothing more is heard of the present incarnations (no `lost`, no `exited`); the next calls are `started` for the
+        new ones.
         """
+
+    def give_up(self) -> None:
+        """End all workers at once: this node's seat is another's. Else as `restart_all`."""
 
     def kill(self, rank: int) -> None:
         """SIGKILL this rank's present worker and its children; `lost` and `exited` follow. No-op if it is gone."""
@@ -178,6 +183,9 @@ class Workforce(Protocol):
     def fail(self, ranks: list[int]) -> None:
         """The job has failed; the first of `ranks` is named as the root cause. The other workers are stopped."""
 
+    def because(self, reason: str) -> None:
+        """Why the job fails, for the summary on a node whose workers are not to blame."""
+
     def learn(self, modules: list[str]) -> None:
         """Start a successor of the fork server that has these third-party modules loaded too, in the background."""
 
@@ -190,16 +198,22 @@ class ControlPlane(Protocol):
 
     Attributes:
         generation: the generation in force; a worker that is forked now finds it in CHECKPOINTLESS_GENERATION.
+        seat: this node's place in the job, once `await_seat` has returned True.
         serves_workers: whether workers are told (CHECKPOINTLESS_SOCKET and so on) to connect to `run_dir/agent.sock`.
     """
 
     serves_workers: bool
 
+    seat: Seated
+
     @property
     def generation(self) -> int: ...
 
-    def attach(self, loop: EventLoop, workers: Workforce) -> None:
-        """Called once, before the first worker is started."""
+    def attach(self, loop: EventLoop, workers: Workforce, size: int) -> None:
+        """Called once, before the first worker is started. ``size``: how many workers this node runs."""
+
+    def await_seat(self) -> bool:
+        """Serve the loop until workers are to be started, those of `seat`; False: the job has ended before."""
 
     def started(self, rank: int, incarnation: int, pid: int, token: str) -> None:
         """A worker was forked. Comes before anything that this worker itself sends."""

@@ -16,6 +16,7 @@ from typing import Protocol
 import msgspec
 
 from checkpointless_elastic.agent import preload
+from checkpointless_elastic.agent.credentials import without_secrets
 from checkpointless_elastic.agent.forkserver import (
     Dropped,
     Exited,
@@ -59,7 +60,8 @@ class _Server:
         self.children: set[int] = set()
         self.frames = Frames()
         self.connection, theirs = socket.socketpair()
-        env = {"OPENBLAS_NUM_THREADS": "1", **os.environ}  # its threads would make forking unsafe
+        quiet = {"OPENBLAS_NUM_THREADS": "1"}  # its threads would make forking unsafe
+        env = {**quiet, **without_secrets(os.environ)}
         with theirs:
             self.process = subprocess.Popen(
                 command(theirs.fileno(), run_dir, modules),

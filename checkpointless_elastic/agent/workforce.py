@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +25,7 @@ class VerdictKind(Enum):
     """How the present set of workers ends."""
 
     RESTART = "restart"
+    GAVE_WAY = "gave way"  # this node's seat is another's
     SUCCEEDED = "succeeded"
     FAILED = "failed"
 
@@ -52,34 +55,35 @@ class LocalWorkforce:
         servers: ForkServers,
         control: ControlPlane,
         run_dir: str,
-        max_restarts: int,
         patience: float,
     ) -> None:
         self.run_dir = run_dir
         self.ranks: list[int] = []
-        self.restarts = 0
         self.verdict: Verdict | None = None
         self.base = 0
         self._loop = loop
         self._servers = servers
         self._control = control
-        self._max_restarts = max_restarts
         self._patience = patience
         self._context: ForkedContext | None = None
-        self._restarting = False
+        self._leaving: VerdictKind | None = None  # the verdict once all workers have ended
+        self._reason = ""
 
     # ---- for the agent ------------------------------
 
     def assign(self, context: ForkedContext, ranks: list[int]) -> None:
         """A new set of workers is about to start."""
         self._context, self.ranks, self.base = context, ranks, ranks[0]
-        self.verdict, self._restarting = None, False
+        self.verdict, self._leaving = None, None
 
     def wait(self) -> Verdict:
         """Serve everything until the control plane has decided how this set of workers ends."""
         self._loop.run(lambda: self.verdict is not None)
-        assert self.verdict is not None
-        return self.verdict
+        verdict = self.verdict
+        assert verdict is not None
+        if not self.ended:
+            self.verdict, self._leaving = None, None
+        return verdict
 
     def next_incarnations(self) -> dict[int, int]:
         """By local rank, for a new set of workers."""
@@ -101,33 +105,44 @@ class LocalWorkforce:
 
     def failures(self, ranks: tuple[int, ...]) -> dict[int, ProcessFailure]:
         """By global rank, `ranks` first; the first of them is made the earliest, so that it is the root cause."""
-        context = self._present()
+        context = self._context
+        if context is None:
+            return {0: self._stopped()}
         failed = [
             rank for rank in self.ranks if context.children[rank - self.base].status and rank not in ranks
         ]
+        if not ranks and not failed:
+            return {self.base: self._stopped()}
         found = {rank: context.failure(context.children[rank - self.base]) for rank in (*ranks, *failed)}
         if ranks:
             found[ranks[0]].timestamp = min(failure.timestamp for failure in found.values())
         return found
 
+    def _stopped(self) -> ProcessFailure:
+        """What the summary says where no worker has failed: torchrun needs one."""
+        failure = ProcessFailure(local_rank=0, pid=os.getpid(), exitcode=1, error_file="")
+        failure.message = f"No worker of this node has failed. The job stopped: {self._reason}"
+        failure.timestamp = int(time.time())
+        return failure
+
     # ---- Witness ------------------------------
 
     def started(self, child: Child) -> None:
         """Passed on with the global rank, unless all are being stopped anyway."""
-        if not self._restarting and self.verdict is None:
+        if self._leaving is None and self.verdict is None:
             self._control.started(self.base + child.local_rank, child.incarnation, child.pid, child.token)
 
     def lost(self, child: Child) -> None:
         """Passed on, unless all are being stopped anyway."""
-        if not self._restarting:
+        if self._leaving is None:
             self._control.lost(self.base + child.local_rank, child.incarnation)
 
     def exited(self, child: Child, status: int) -> None:
         """Passed on; while all are being stopped, the last one makes the restart due."""
-        if not self._restarting:
+        if self._leaving is None:
             self._control.exited(self.base + child.local_rank, child.incarnation, status)
         elif self._present().all_ended():
-            self.verdict = Verdict(VerdictKind.RESTART)
+            self.verdict = Verdict(self._leaving)
 
     # ---- Workforce ------------------------------
 
@@ -140,29 +155,39 @@ class LocalWorkforce:
         """See Workforce."""
         self._signal(self._present().children[rank - self.base], SIGKILL)
 
-    def restart_all(self, reason: str) -> bool:
+    def restart_all(self, reason: str, restarts: int) -> None:
         """See Workforce."""
-        if self._decided():
-            return True
-        if self.restarts >= self._max_restarts:
-            logger.error(
-                "No restart is left (--max-restarts is %s) and one is needed: %s.", self._max_restarts, reason
-            )
-            return False
-        self.restarts += 1
-        logger.warning("All workers are restarted (%s of %s): %s.", self.restarts, self._max_restarts, reason)
-        self._restarting = True
+        if not self._decided():
+            logger.warning("All workers are restarted (restart %s): %s.", restarts, reason)
+            self._leave(VerdictKind.RESTART, SIGTERM)
+
+    def give_up(self) -> None:
+        """See Workforce."""
+        if not self._decided():
+            self._leave(VerdictKind.GAVE_WAY, SIGKILL)
+
+    def _leave(self, kind: VerdictKind, number: Signals) -> None:
+        self._leaving = kind
         context = self._present()
         if context.all_ended():
-            self.verdict = Verdict(VerdictKind.RESTART)
-            return True
-        self._signal_all(context, SIGTERM)
+            self.verdict = Verdict(kind)
+            return
+        self._signal_all(context, number)
         self._loop.call_later(self._patience, lambda: self._signal_all(context, SIGKILL))
-        return True
+
+    @property
+    def ended(self) -> str:
+        """See Workforce."""
+        kind = self.verdict.kind if self.verdict is not None else None
+        return kind.value if kind in (VerdictKind.SUCCEEDED, VerdictKind.FAILED) else ""
+
+    def because(self, reason: str) -> None:
+        """Why the job fails, for a summary on a node whose workers are not to blame."""
+        self._reason = reason
 
     def has_ended(self, rank: int) -> bool:
         """See Workforce."""
-        return self._present().children[rank - self.base].status is not None
+        return self._context is None or self._context.children[rank - self.base].status is not None
 
     def succeed(self) -> None:
         """See Workforce."""
@@ -180,10 +205,10 @@ class LocalWorkforce:
 
     def log_dir(self) -> str:
         """See Workforce."""
-        return self._present().run_log_dir()
+        return self._context.run_log_dir() if self._context is not None else ""
 
     def _decided(self) -> bool:
-        return self.verdict is not None or self._restarting
+        return self.verdict is not None or self._leaving is not None
 
     def _present(self) -> ForkedContext:
         assert self._context is not None, "no worker has been started yet"

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 from checkpointless_elastic.errors import RankLostError
 from checkpointless_elastic.groups.fill import fill_locally, fill_with_nan
 from checkpointless_elastic.groups.host import Host, Situation
@@ -151,7 +153,7 @@ class Engine:
             try:
                 native = getattr(group.link.native, owed.method)(*args, **kwargs)
                 if native is not None:
-                    group.link.wait(native)
+                    group.link.wait(native, on_device=group.link.on_device(args, kwargs))
             except RuntimeError:
                 if not self._is_loss(group.link):
                     raise
@@ -203,8 +205,7 @@ class Engine:
                 for other in [*self.ledger.pending]:
                     self._reissue(other, error)
                 if work.native is not None and work.link is work.group.link:
-                    work.link.wait(work.native)
-                    self.succeeded(work)
+                    self._wait_again(work, work.link)
             except RankLostError:
                 raise
             except RuntimeError as again:
@@ -212,6 +213,15 @@ class Engine:
                     self._forget(work)
                     raise
                 error = again
+
+    def _wait_again(self, work: ElasticWork, link: Link) -> None:
+        on_device = link.on_device(work.args, work.kwargs)
+        link.wait(work.native, on_device=on_device)
+        if on_device:
+            torch.cuda.current_stream(link.device).synchronize()
+            if link.void:
+                raise RuntimeError("the communicator was aborted")
+        self.succeeded(work)
 
     def _reissue(self, work: ElasticWork, error: RuntimeError) -> None:
         """Issues a pending collective on the new native group; leaves one alone whose group was not affected."""

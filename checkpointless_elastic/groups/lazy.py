@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,6 +26,8 @@ __all__ = ["Lazy", "Sleepers"]
 _logger = logging.getLogger(__name__)
 _PREFIX = "checkpointless/wanted/"
 _NO_LIMIT = timedelta(days=365)
+PATIENCE_S = 5.0
+"""How long the news of a lost node may take after its store has closed the connection."""
 
 
 @dataclass(eq=False)
@@ -58,6 +61,7 @@ class Sleepers:
         self._connect = connect
         self._free = free
         self._groups: dict[str, tuple[ElasticProcessGroup, Lazy]] = {}
+        self._store: Store | None = None  # where the sequence is
         self._next = 0  # the first place of the sequence that this rank has not read
         self._thread: threading.Thread | None = None
 
@@ -67,7 +71,13 @@ class Sleepers:
             key: (group, lazy) for key, (group, lazy) in [*self._groups.items()] if not lazy.ended.is_set()
         }
         self._groups = alive | {lazy.key(group.spec.name): (group, lazy) for group, lazy in groups}
-        if groups and (self._thread is None or not self._thread.is_alive()):
+        if not groups:
+            return
+        if (
+            store is not self._store
+        ):  # in another store the sequence begins anew; the old one ends with its store
+            self._store, self._next, self._thread = store, 0, None
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(
                 target=self._follow, args=(store,), name="checkpointless-lazy", daemon=True
             )
@@ -75,14 +85,24 @@ class Sleepers:
 
     def wake(self, group: str, lazy: Lazy, store: Store) -> None:
         """Blocks until the group is connected on this rank, or void. Any thread. Raises why it cannot be connected."""
-        key, wanted = lazy.key(group), PrefixStore(_PREFIX, store)
-        if not lazy.ended.is_set() and wanted.add(f"members/{key}", 1) == 1:
-            place = self._next
-            while wanted.compare_set(str(place), "", key).decode() != key:
-                place += 1
+        if not lazy.ended.is_set():
+            threading.Thread(
+                target=self._ask, args=(group, lazy, store), name="checkpointless-wake", daemon=True
+            ).start()
         lazy.ended.wait()
         if lazy.error is not None:
             raise lazy.error
+
+    def _ask(self, group: str, lazy: Lazy, store: Store) -> None:
+        """On a thread of its own, since a store whose host is gone may never answer."""
+        try:
+            key, wanted = lazy.key(group), PrefixStore(_PREFIX, store)
+            if wanted.add(f"members/{key}", 1) == 1:
+                place = self._next
+                while wanted.compare_set(str(place), "", key).decode() != key:
+                    place += 1
+        except BaseException as error:  # raised by whoever uses the group
+            _end_late([lazy], error)
 
     def _follow(self, store: Store) -> None:
         try:
@@ -91,13 +111,23 @@ class Sleepers:
                 client = self._free(own)
                 wanted, place = PrefixStore(_PREFIX, client), str(self._next)
                 wanted.wait([place], _NO_LIMIT)
+                if store is not self._store:
+                    return
                 key = wanted.get(place).decode()
                 self._next += 1
                 found = self._groups.pop(key, None)
                 if found is not None:
                     self._connect(*found, client)
-        except BaseException as error:  # raised by whoever uses one of the groups
-            _logger.debug("lazy groups are not connected any more: %s", error)
-            for _, lazy in [*self._groups.values()]:
-                lazy.error = error
-                lazy.ended.set()
+        except BaseException as error:
+            _logger.debug("the sequence of lazy groups is not followed any more: %s", error)
+            if store is self._store:
+                _end_late([lazy for _, lazy in [*self._groups.values()]], error)
+
+
+def _end_late(waiting: list[Lazy], error: BaseException) -> None:
+    """The store is gone, most likely with its node: the news of that makes the groups void, and explains it better."""
+    deadline = time.monotonic() + PATIENCE_S
+    for lazy in waiting:
+        if not lazy.ended.wait(max(0.0, deadline - time.monotonic())):
+            lazy.error = error
+            lazy.ended.set()

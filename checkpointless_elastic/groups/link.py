@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import OpType  # type: ignore[attr-defined]
 
 from checkpointless_elastic.groups.lazy import Lazy
+from checkpointless_elastic.groups.ops import flat
 from checkpointless_elastic.groups.owed import Place
 from checkpointless_elastic.groups.sockets import Address
 from checkpointless_elastic.groups.waiting import AbortableFuture, wait_beside, wait_in_slices
@@ -21,6 +24,8 @@ __all__ = ["Link", "retire"]
 _logger = logging.getLogger(__name__)
 _MANY = 32
 _NO_LIMIT = timedelta(0)
+_BRIEFLY = timedelta(milliseconds=1)
+_POINT_TO_POINT = tuple(map(int, (OpType.SEND, OpType.RECV, OpType.RECVANYSOURCE)))
 
 
 @dataclass(eq=False)
@@ -33,7 +38,9 @@ class Link:
         own: listening addresses of its gloo devices.
         peers: those of the other members.
         places: how far each member that knows it was in its collectives outside of steps when this was connected.
-        device: the accelerator of its NCCL backend, None without one.
+        limit: of the group, for sends and receives; zero: gloo's own, which is short, since it is that of connecting.
+        device: the accelerator of its NCCL backend, None without one. Its index may be missing: a script may choose its
+            device after it has made the group.
         void: a member is lost or left: collectives end at once and give filler. Set once, never cleared.
         lazy: set in a void link whose group has all its members and is connected at its next use.
         in_flight: native works not known to have ended. They are kept so that the last reference to one is never
@@ -47,6 +54,7 @@ class Link:
     own: frozenset[Address] = frozenset()
     peers: frozenset[Address] = frozenset()
     places: list[Place] = field(default_factory=list)
+    limit: timedelta = _NO_LIMIT
     device: torch.device | None = None
     void: bool = False
     lazy: Lazy | None = None
@@ -59,12 +67,30 @@ class Link:
             self.in_flight.difference_update([old for old in list(self.in_flight) if old.is_completed()])
         self.in_flight.add(work)
 
-    def wait(self, native: Any, timeout: timedelta = _NO_LIMIT, point_to_point: bool = False) -> bool:
-        """Blocks until a native work has ended; soon ends with a RuntimeError if the group is or becomes void."""
-        if self.device is not None:
+    def on_device(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether NCCL carries out a collective with these arguments: the group may have gloo for CPU tensors too."""
+        if self.device is None:
+            return False
+        tensors = flat([*args, *kwargs.values()])
+        return not tensors or tensors[0].device.type == self.device.type
+
+    def wait(
+        self,
+        native: Any,
+        timeout: timedelta = _NO_LIMIT,
+        point_to_point: bool = False,
+        on_device: bool = False,
+    ) -> bool:
+        """Blocks until a native work has ended; soon ends with a RuntimeError if the group is or becomes void.
+
+        With `on_device` the current stream waits instead of this thread, and an abort lets it go on.
+        """
+        if on_device:
             done: bool = native.wait(timeout) if timeout else native.wait()
             return done
-        return (wait_beside if point_to_point else wait_in_slices)(native, self, timeout)
+        if point_to_point:
+            return wait_beside(native, self, timeout or self.limit)
+        return wait_in_slices(native, self, timeout)
 
     def pin(self) -> None:
         """Keeps the native group from being destroyed as the process ends, until `unpin`.
@@ -78,15 +104,26 @@ class Link:
         ctypes.pythonapi.Py_DecRef(ctypes.py_object(self.native))
 
     def abort_device(self) -> None:
-        """Ends the operations of the NCCL backend; sockets of gloo are shut down for all groups in one go.
+        """Begins to end the operations of the NCCL backend, on a thread of its own. Any thread; returns at once.
 
-        May be called on any thread: a communicator is aborted with its device set, and does not hang as it was made
-        non-blocking.
+        Sockets of gloo are shut down for all groups in one go, communicators must not be aborted one after the other:
+        an abort waits for the kernels of its communicator, which may stand on the device behind those of another one
+        that is to be aborted too. It also waits for a communicator that another thread is just connecting (read in
+        torch 2.13, `NCCLUtils.hpp`: one lock is held for both), which is let go when another rank aborts.
         """
-        if self.device is None:
-            return
-        with torch.cuda.device(self.device):
-            self.native._get_backend(self.device).abort()
+        if self.device is not None:
+            backend = self.native._get_backend(self.device)
+            threading.Thread(target=_abort, args=(backend,), name="checkpointless-abort", daemon=True).start()
+
+
+def _abort(backend: Any) -> None:
+    """torch sets the device of each communicator itself (`abortCommsFromMap`)."""
+    try:
+        backend.abort()
+    except RuntimeError as error:  # not within the group's time limit
+        _logger.warning(
+            "A native group could not be aborted: %s. Its worker may have to be restarted.", error
+        )
 
 
 def retire(links: list[Link]) -> None:
@@ -96,13 +133,24 @@ def retire(links: list[Link]) -> None:
 
 
 def _let_go(links: list[Link]) -> None:
-    works = [work for link in links for work in list(link.in_flight)]
-    for work in works:
-        try:
-            work.wait()
-        except RuntimeError as error:  # how a work on a shut down connection ends
-            _logger.debug("work of a retired group ended: %s", error)
+    for link, work in [(held, work) for held in links for work in list(held.in_flight)]:
+        _wait_for_the_end(work, link.void and link.device is None)
     for link in links:
         if link.void:
             link.unpin()
         link.native = None
+
+
+def _wait_for_the_end(work: Any, void: bool) -> None:
+    """But not of sends and receives in a void group: gloo may have forgotten them, and their connections are shut.
+
+    A thread that comes back from native code as the interpreter shuts down aborts the process; so it is there briefly.
+    """
+    try:
+        if void and int(work._get_op_type()) in _POINT_TO_POINT:
+            if not work.is_completed():
+                work.wait(_BRIEFLY)
+        else:
+            work.wait()
+    except RuntimeError as error:  # how a work on a shut down connection ends
+        _logger.debug("work of a retired group ended: %s", error)

@@ -67,7 +67,7 @@ def connect(spec: GroupSpec, store: Store, attempt: Attempt) -> Link:
     """
     native = ProcessGroup(store, spec.rank, spec.size)
     native._set_default_backend(_TYPES["nccl" if "nccl" in spec.backends else "gloo"])
-    link = Link(native, attempt.generation)
+    link = Link(native, attempt.generation, limit=spec.timeout)
     for backend in spec.backends:
         devices = [torch.device(device) for device, name in spec.devices if name == backend]
         meeting = _Meeting(spec, PrefixStore(f"{devices[0].type}/", store), link, attempt)
@@ -154,13 +154,16 @@ def _nccl(meeting: _Meeting) -> Any:
     options: Any = ProcessGroupNCCL.Options() if spec.options is None else copy.deepcopy(spec.options)
     options._timeout = spec.timeout
     options.config.blocking = 0
-    options.split_from = None
+    if options.split_from is not None:
+        options.split_from = None
     options.global_ranks_in_group = list(spec.ranks)
     options.group_name = spec.name
     meeting.meet([])
     backend = ProcessGroupNCCL(meeting.store, spec.rank, spec.size, options)
     backend._set_sequence_number_for_group()
-    meeting.link.device = spec.device or torch.device("cuda", torch.cuda.current_device())
+    meeting.link.device = spec.device or torch.device(
+        "cuda"
+    )  # to ask for the current one would make a context on it
     return backend
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from checkpointless_elastic.errors import CheckpointlessError, RankLostError
+from checkpointless_elastic.groups import connecting
+from checkpointless_elastic.groups.connecting import Connector, Running, connect_in_turn, connect_used, used
 from checkpointless_elastic.groups.elastic import ElasticProcessGroup
 from checkpointless_elastic.groups.host import Host, Situation
 from checkpointless_elastic.groups.issue import Engine
 from checkpointless_elastic.groups.lazy import Lazy, Sleepers
 from checkpointless_elastic.groups.link import Link, retire
-from checkpointless_elastic.groups.native import Attempt, connect
+from checkpointless_elastic.groups.native import Attempt
 from checkpointless_elastic.groups.sockets import shut_down
 from checkpointless_elastic.groups.spec import GroupSignature, GroupSpec, RebuildReport, Superseded
 from checkpointless_elastic.groups.waiting import give_up_soon
@@ -27,22 +27,8 @@ __all__ = ["Registry"]
 
 _logger = logging.getLogger(__name__)
 _LIMIT = 600.0
-_PATIENCE = 2.0
-
-
-@dataclass(eq=False)
-class _Running:
-    """A connection attempt under way.
-
-    Attributes:
-        attempt: what can be given up.
-        ranks: whose loss ends it; None: that of any rank.
-        outcome: native groups, None for one left lazy; or the error. The first item counts.
-    """
-
-    attempt: Attempt
-    ranks: frozenset[int] | None = None
-    outcome: queue.SimpleQueue[list[Link | None] | BaseException] = field(default_factory=queue.SimpleQueue)
+_LAST_LIMIT = 30.0
+_T = TypeVar("_T")
 
 
 class Registry:
@@ -61,8 +47,12 @@ class Registry:
         self._limit = limit
         self._lost: frozenset[int] = frozenset()
         self._lock = threading.Lock()
-        self._running: list[_Running] = []
-        self._left_alone: list[tuple[Store, threading.Thread]] = []
+        self._running: list[Running] = []
+        self._apart: list[Running] = []
+        self._beside: list[Link] = []
+        self._newest = -1
+        self._connector = Connector()
+        self._client = self._connector.client
         self._sleepers = Sleepers(self._connect_lazy, self._client)
         self._store: Store | None = None
 
@@ -81,17 +71,25 @@ class Registry:
     def create(self, spec: GroupSpec, store: Store) -> ElasticProcessGroup:
         """A group of live members, connected, or in shadow one without a native group. Blocks until they have come.
 
-        `store` stands under the group's own prefix. Raises RankLostError if a member is lost meanwhile.
+        `store` stands under the group's own prefix; after a recovery its members meet in the store of that. Raises
+        RankLostError if a member is lost meanwhile.
         """
         link = Link(None, self.engine.generation, void=True)
         if not self.engine.shadow:
             self._recover_first(spec)
+            store = self._meeting_place(spec, store)
             link = self._connect_first(spec, store)
         group = ElasticProcessGroup(spec, store, self.engine, link)
         group.splitter = lambda part: self.create(part, PrefixStore(f"{part.name}/", store))
         with self._lock:
             self.engine.groups[spec.name] = group
         return group
+
+    def _meeting_place(self, spec: GroupSpec, store: Store) -> Store:
+        if self._store is None:
+            return store
+        prefix = f"checkpointless/made/g{self.engine.generation}/{spec.name}/"
+        return PrefixStore(prefix, self._client(self._store))
 
     def _recover_first(self, spec: GroupSpec) -> None:
         while self._lost & set(spec.ranks):
@@ -102,11 +100,11 @@ class Registry:
             self.engine.host.recover_outside()
 
     def _connect_first(self, spec: GroupSpec, store: Store) -> Link:
-        running = _Running(Attempt(self.engine.generation), frozenset(spec.ranks))
+        running = Running(Attempt(self.engine.generation), frozenset(spec.ranks))
         with self._lock:
             self._running.append(running)
         try:
-            return connect(spec, store, running.attempt)
+            return connecting.connect(spec, store, running.attempt)
         except Superseded as error:
             raise RankLostError(
                 f"Group {spec.name} could not be made: one of its members was lost."
@@ -137,20 +135,80 @@ class Registry:
                 lazy, group.link.lazy = group.link.lazy, None
                 if lazy is not None:
                     lazy.ended.set()
-            links = [
-                group.link for group in affected if group.link.native is not None and not group.link.void
-            ]
-            for link in links:
-                link.void = True
-                link.pin()
+            links = _void(group.link for group in affected)
             for running in self._running:
                 if running.ranks is None or running.ranks & ranks:
-                    running.attempt.given_up.set()
-                    running.outcome.put(
-                        Superseded("The rebuild was given up: another rank was lost meanwhile.")
-                    )
+                    running.give_up()
         self._end(links)
         return [group.spec.name for group in affected]
+
+    def supersede(self, generation: int) -> None:
+        """A newer generation is open: what is under way beside the groups for an older one ends. Any thread."""
+        with self._lock:
+            self._newest = max(self._newest, generation)
+            for running in self._apart:
+                if running.attempt.generation < self._newest:
+                    running.give_up()
+            links = _void(link for link in self._beside if link.generation < self._newest)
+        self._end(links)
+
+    def forget_lazy(self) -> None:
+        """The store in which lazy groups wait for their next use is lost: they are void. Any thread."""
+        with self._lock:
+            for group in self.engine.groups.values():
+                lazy, group.link.lazy = group.link.lazy, None
+                if lazy is not None:
+                    lazy.ended.set()
+            for running in self._running:
+                if running.lazy is not None:
+                    running.give_up()
+
+    def apart(self, generation: int, store: Store | None, call: Callable[[], _T]) -> _T:
+        """The result of a call that may wait for a store or for peers, made on a thread of its own.
+
+        Raises its error, or `Superseded` as soon as a newer generation is open (`supersede`).
+        """
+        running = Running(Attempt(generation))
+        with self._lock:
+            if generation < self._newest:
+                raise Superseded("A newer generation is open already.")
+            self._apart.append(running)
+        try:
+            return self._connector.run(running, store, call)
+        finally:
+            with self._lock:
+                self._apart.remove(running)
+
+    def connect_beside(self, spec: GroupSpec, store: Store, generation: int) -> Link:
+        """A native group that no script sees, for a transfer; `let_go` ends it. Blocks until all members have come.
+
+        Raises `Superseded` as soon as a newer generation is open; from then on its operations end with a RuntimeError.
+        """
+        client = self._client(store)
+        attempt = Attempt(generation, self._limit)
+        made = self.apart(generation, client, lambda: connect_in_turn(attempt, [spec], client))
+        (link,) = made
+        assert link is not None
+        with self._lock:
+            superseded = generation < self._newest
+            if not superseded:
+                self._beside.append(link)
+        if superseded:
+            retire([link])
+            raise Superseded("A newer generation was opened while a group for it was connected.")
+        return link
+
+    def let_go(self, link: Link, failed: bool = False) -> None:
+        """The end of a group of `connect_beside`. `failed`: its operations may not have ended, and are ended."""
+        with self._lock:
+            self._beside.remove(link)
+            links = _void([link] if failed else [])
+        self._end(links)
+        retire([link])
+
+    def close(self) -> None:
+        """The script has ended. Blocks, seldom: gloo may still look for a member that was lost as it connected."""
+        self._connector.wait(_LAST_LIMIT)
 
     def _end(self, links: list[Link]) -> None:
         own = frozenset().union(*(link.own for link in links))
@@ -161,16 +219,20 @@ class Registry:
             link.abort_device()
         give_up_soon([future for link in links for future in [*link.futures]])
 
-    def rebuild(self, store: Store, generation: int, *, aborts: int | None = None) -> RebuildReport:
+    def rebuild(
+        self, store: Store, generation: int, *, aborts: int | None = None, moved: bool = False
+    ) -> RebuildReport:
         """Gives every void group that is in use a new native group under the prefix of this generation; ends shadow.
 
         Those whose use no rank has reported are lazy: connected when a member uses one again. All ranks must have
         called `report_use` before. Main thread; blocks until all members of the others have come. Every member must
         rebuild the same groups. Raises `Superseded` at once if `abort` is called meanwhile, or was called since the
-        caller read `aborts`; the native groups made so far are dropped.
+        caller read `aborts`; the native groups made so far are dropped. `moved`: see `report_use`.
         """
         started = time.monotonic()
-        running = _Running(Attempt(generation, self._limit))
+        if moved:
+            self._void_reported(store, generation)
+        running = Running(Attempt(generation, self._limit))
         with self._lock:
             if aborts is not None and aborts != self.aborts:
                 raise Superseded("The rebuild was not begun: another rank was lost meanwhile.")
@@ -180,7 +242,7 @@ class Registry:
             kept = [group.spec.name for group in self.engine.groups.values() if not group.link.void]
             self._running.append(running)
         running.attempt.places.update(self._places(groups))
-        links = self._connect_all(running, groups, self._client(store), _connect_used)
+        links = self._connect_all(running, groups, self._client(store), connect_used)
         lazy = self._exchange(running, groups, links, generation)
         self._store = store
         self._sleepers.put(lazy, store)
@@ -188,22 +250,42 @@ class Registry:
         left = tuple(group.spec.name for group in self.engine.groups.values() if group.link.lazy is not None)
         return RebuildReport(names, tuple(kept), left, time.monotonic() - started)
 
-    def report_use(self, store: Store, generation: int) -> None:
+    def report_use(self, store: Store, generation: int, *, moved: bool = False, stale: int = -1) -> None:
         """Tells all ranks which groups this one has used lately: these are connected in the rebuild of `generation`.
 
         That is in the present or the last committed call, or in what may have to be repeated after a loss. Affected or
         not: more ranks may leave before the rebuild. Main thread; one or two round trips.
+
+        `moved`: the store may be another one than before. Then lazy groups become void, and a group that is void on one
+        member, or whose communicator of NCCL is of generation `stale` or older and so may need the store that is gone,
+        is void on all: some may have connected a lazy group in the old store, others not.
         """
         engine = self.engine
-        used = [
-            _used(generation, group.spec)
+        keys = [
+            used(generation, group.spec)
             for group in engine.groups.values()
             if group.stamp >= engine.calls - 1 or engine.ledger.concerns(group.spec.name)
         ]
-        if used:
+        if moved:
+            self.forget_lazy()
+            keys += [
+                _voided(generation, group.spec)
+                for group in engine.groups.values()
+                if group.link.void or (group.link.device is not None and group.link.generation <= stale)
+            ]
+        if keys:
             client: Any = self._client(store)
-            client.multi_set(used, ["1"] * len(used))
-            client.check(used[:1])  # a write is not answered: once this is, the keys are there
+            self.apart(generation, client, lambda: _write(client, keys))
+
+    def _void_reported(self, store: Store, generation: int) -> None:
+        """Before the rebuild in a store that may have moved: what is void on one member is void on all."""
+        groups = [*self.engine.groups.values()]
+        keys = [_voided(generation, group.spec) for group in groups]
+        client = self._client(store)
+        found = self.apart(generation, client, lambda: [client.check([key]) for key in keys])
+        with self._lock:
+            links = _void(group.link for group, there in zip(groups, found, strict=True) if there)
+        self._end(links)
 
     def _wake(self, group: ElasticProcessGroup) -> None:
         """Has all members connect a lazy group, and waits for that. Any thread."""
@@ -212,14 +294,14 @@ class Registry:
             self._sleepers.wake(group.spec.name, lazy, self._client(self._store))
 
     def _connect_lazy(self, group: ElasticProcessGroup, lazy: Lazy, store: Store) -> None:
-        """On the thread of the lazy groups. Only the loss of a member gives this up, as all members hear of it."""
-        running = _Running(Attempt(lazy.generation), frozenset(group.spec.ranks))
+        """On the thread of the lazy groups. Only the loss of a member, or of the store, gives this up."""
+        running = Running(Attempt(lazy.generation), frozenset(group.spec.ranks), lazy)
         with self._lock:
             if group.link.lazy is not lazy:
                 return
             self._running.append(running)
         try:
-            (link,) = self._connect_all(running, [group], store, _connect_in_turn)
+            (link,) = self._connect_all(running, [group], store, connect_in_turn)
             self._take_over(running, group, link)
         except Superseded as error:
             _logger.debug("%s", error)
@@ -228,7 +310,7 @@ class Registry:
         finally:
             lazy.ended.set()
 
-    def _take_over(self, running: _Running, group: ElasticProcessGroup, link: Link | None) -> None:
+    def _take_over(self, running: Running, group: ElasticProcessGroup, link: Link | None) -> None:
         with self._lock:
             self._running.remove(running)
             superseded = running.attempt.given_up.is_set()
@@ -241,35 +323,21 @@ class Registry:
         places = {group.spec.name: self.engine.ledger.place(group.spec.name) for group in groups}
         return {name: place for name, place in places.items() if place is not None}
 
-    def _client(self, store: Store) -> Store:
-        """A client of the store that is free.
-
-        One serves one call at a time, and a thread left alone may still wait in it. Not always a new one, since a new
-        connection costs a name look-up that can take seconds.
-        """
-        with self._lock:
-            self._left_alone = [(used, thread) for used, thread in self._left_alone if thread.is_alive()]
-            busy = any(used is store for used, _ in self._left_alone)
-        return store.clone() if busy and hasattr(store, "clone") else store
-
     def _connect_all(
-        self, running: _Running, groups: list[ElasticProcessGroup], client: Store, connect_them: _Body
+        self, running: Running, groups: list[ElasticProcessGroup], client: Store, connect_them: _Body
     ) -> list[Link | None]:
         """Connects in a helper thread, which is left alone if it is superseded."""
-        arguments = (running, [group.spec for group in groups], client, connect_them)
-        thread = threading.Thread(target=_helper, args=arguments, name="checkpointless-rebuild", daemon=True)
-        thread.start()
-        outcome = running.outcome.get()
-        if isinstance(outcome, BaseException):
+        specs = [group.spec for group in groups]
+        try:
+            return self._connector.run(running, client, lambda: connect_them(running.attempt, specs, client))
+        except BaseException:
             with self._lock:
                 self._running.remove(running)
-                self._left_alone.append((client, thread))
-            raise outcome
-        return outcome
+            raise
 
     def _exchange(
         self,
-        running: _Running,
+        running: Running,
         groups: list[ElasticProcessGroup],
         links: list[Link | None],
         generation: int,
@@ -328,35 +396,20 @@ class Registry:
 _Body = Callable[[Attempt, list[GroupSpec], Store], list[Link | None]]
 
 
-def _helper(running: _Running, specs: list[GroupSpec], store: Store, connect_them: _Body) -> None:
-    """Body of the helper thread."""
-    attempt = running.attempt
-    try:
-        running.outcome.put(connect_them(attempt, specs, store))
-    except CheckpointlessError as error:
-        running.outcome.put(error)
-    except BaseException as error:  # raised by the thread that waits for the outcome
-        # A member that heard of a further loss first has closed its connections: the news will be here in a moment.
-        attempt.given_up.wait(_PATIENCE)
-        running.outcome.put(error)
+def _voided(generation: int, spec: GroupSpec) -> str:
+    """The key that says that a group is void on some member."""
+    return f"checkpointless/void/g{generation}/{spec.name}"
 
 
-def _used(generation: int, spec: GroupSpec) -> str:
-    """The key that says that a group is in use."""
-    return f"checkpointless/used/g{generation}/{spec.name}"
+def _write(client: Any, keys: list[str]) -> None:
+    client.multi_set(keys, ["1"] * len(keys))
+    client.check(keys[:1])  # a write is not answered: once this is, the keys are there
 
 
-def _connect_used(attempt: Attempt, specs: list[GroupSpec], store: Store) -> list[Link | None]:
-    """Connects the groups that some rank has reported as used; the keys stay, so all members see the same ones."""
-    keys = [_used(attempt.generation, spec) for spec in specs]
-    if not keys or store.check(keys):
-        return _connect_in_turn(attempt, specs, store)
-    used = [spec for spec, key in zip(specs, keys, strict=True) if store.check([key])]
-    links = dict(zip((spec.name for spec in used), _connect_in_turn(attempt, used, store), strict=True))
-    return [links.get(spec.name) for spec in specs]
-
-
-def _connect_in_turn(attempt: Attempt, specs: list[GroupSpec], store: Store) -> list[Link | None]:
-    """All members have made these groups in the same order, so none waits in a ring."""
-    prefix = f"checkpointless/g{attempt.generation}"
-    return [connect(spec, PrefixStore(f"{prefix}/{spec.name}/", store), attempt) for spec in specs]
+def _void(links: Iterable[Link]) -> list[Link]:
+    """Mark those that are connected; their operations are then to be ended. Under the registry's lock."""
+    found = [link for link in links if link.native is not None and not link.void]
+    for link in found:
+        link.void = True
+        link.pin()
+    return found

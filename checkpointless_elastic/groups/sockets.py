@@ -118,5 +118,5 @@ def _duplicate(fd: int) -> Iterator[socket.socket | None]:
 
 
 def _address(name: Any) -> Address:
-    """Host and port; an IPv4 address mapped to IPv6 as IPv4."""
-    return str(name[0]).removeprefix("::ffff:"), int(name[1])
+    """Host and port; an IPv4 address mapped to IPv6 as IPv4, a local one of IPv6 without the name of the interface."""
+    return str(name[0]).removeprefix("::ffff:").partition("%")[0], int(name[1])

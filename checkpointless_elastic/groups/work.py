@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed import Work
 
+from checkpointless_elastic.groups.host import Situation
 from checkpointless_elastic.groups.waiting import AbortableFuture
 
 if TYPE_CHECKING:
@@ -75,26 +76,34 @@ class ElasticWork(Work):
         native, link = self.native, self.link
         if native is None or link is None:
             return True
+        on_device = link.device is not None and link.on_device(self.args, self.kwargs)
         try:
-            done = link.wait(native, timeout, self.op.point_to_point)
+            done = link.wait(native, timeout, self.op.point_to_point, on_device)
+            if on_device and self._must_be_sure():
+                torch.cuda.current_stream(link.device).synchronize()
         except RuntimeError as error:
             if not self.group.engine.failed(self, error):
                 raise
             return True
         link.in_flight.discard(native)
-        if link.void and link.device is not None:
+        if link.void and on_device:
             self.group.engine.failed(self, RuntimeError("the communicator was aborted"))
         elif self.kept is not None:
             self.group.engine.succeeded(self)
         return done
 
+    def _must_be_sure(self) -> bool:
+        """Whether this thread must know how a collective on a device ends, since no gate follows that waits for it."""
+        return self.kept is not None or self.group.engine.host.situation() is not Situation.ATTEMPT
+
     def get_future(self) -> Any:
         """A future of the outputs. That of a gloo collective in flight ends with them as they are if it is void."""
-        if self.native is not None and self.link is not None and self.link.device is None:
-            return AbortableFuture(self.native.get_future(), self._later(), self.link).future
-        if self.native is not None:
-            return self.native.get_future()
-        return _completed(self._outputs())
+        native, link = self.native, self.link
+        if native is None:
+            return _completed(self._outputs())
+        if link is None or link.on_device(self.args, self.kwargs):
+            return native.get_future()
+        return AbortableFuture(native.get_future(), self._later(), link).future
 
     def _later(self) -> Callable[[], list[torch.Tensor]]:
         """Gives the outputs, and holds neither this work nor the native one: a thread of gloo may let go of it last."""

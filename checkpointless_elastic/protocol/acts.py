@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from checkpointless_elastic.protocol.between import Between, EndRank, Ordered, ReplaceRank, Seated
+from checkpointless_elastic.protocol.between import Between, EndRank, Ordered, ReplaceRank, Seated, Spare
 from checkpointless_elastic.protocol.events import Action
 
 __all__ = [
@@ -22,8 +22,13 @@ __all__ = [
     "Restarting",
     "Tell",
     "Transmit",
+    "Word",
     "Yield",
 ]
+
+
+Word = Ordered | Seated | Spare | ReplaceRank | EndRank
+"""What the coordinator has to say to an agent."""
 
 
 class Act:
@@ -98,7 +103,7 @@ class HangUp(Act):
 class Obey(Act):
     """The coordinator's word to this agent."""
 
-    message: Ordered | Seated | ReplaceRank | EndRank
+    message: Word
 
 
 @dataclass(frozen=True)

@@ -197,9 +197,10 @@ class Reseated(Message, frozen=True):
 
 
 class ReplaceRank(Message, frozen=True):
-    """Start the next incarnation of this rank, whose worker is gone."""
+    """Start the next incarnation of this rank, whose worker is gone. ``store``: see Seated."""
 
     rank: int
+    store: str
 
 
 class EndRank(Message, frozen=True):
@@ -314,5 +315,5 @@ def decode(body: bytes | memoryview) -> Between:
     """The message in ``body`` (without its length). Raises ProtocolError on anything else."""
     try:
         return _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"An agent sent a message that cannot be read: {error}.") from error

@@ -191,9 +191,7 @@ class Board:
     def _new_coordinator(self, generation: int) -> Coordinator:
         rules = self._rules
         ranks = frozenset(range(self.world))
-        coordinator = Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
-        coordinator.store = self._store
-        return coordinator
+        return Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
 
     def _go_on(self) -> None:
         """All that will come over from the last coordinator have: open a generation with what is lost."""
@@ -205,7 +203,7 @@ class Board:
         self._store = self._open_store()
         self._restarts = max((standing.restarts for standing in standings), default=0)
         self.coordinator = self._new_coordinator(max((s.generation for s in standings), default=0))
-        self.coordinator.take_over(standings)
+        self.coordinator.take_over(standings, self._store)
         if any(standing.released for standing in standings):
             self._release(standings, missing)
         elif len({standing.restarts for standing in standings}) > 1:
@@ -422,7 +420,7 @@ class Board:
             only = self.coordinator.pending if isinstance(action.message, Restore) else None
             self._order(action.message, only=only)  # type: ignore[arg-type]
         elif isinstance(action, Replace):
-            self._tell_rank(action.rank, ReplaceRank(action.rank))
+            self._tell_rank(action.rank, ReplaceRank(action.rank, self._store))
         elif isinstance(action, End):
             self._tell_rank(action.rank, EndRank(action.rank))
         elif isinstance(action, Restart):

@@ -84,6 +84,7 @@ class Coordinator:
         self.released = False
         self.step = 0
         self.store = ""
+        self._store_lost = False  # since the job last ran
         self.whole = set(ranks)
         self.pending: set[int] = set()
         self.lost: set[int] = set()
@@ -105,8 +106,12 @@ class Coordinator:
         self._unanswered: set[int] = set()  # ranks that have not answered it
         self._reports: dict[Stage, dict[int, bytes]] = {}
 
-    def take_over(self, standings: Iterable[Standing]) -> None:
-        """Know what the last coordinator knew, as far as agents can tell. NodeLost or Reopened comes next."""
+    def take_over(self, standings: Iterable[Standing], store: str) -> None:
+        """Know what the last coordinator knew, as far as agents can tell. NodeLost or Reopened comes next.
+
+        ``store``: where workers meet from now on, since the last one was lost with the last coordinator.
+        """
+        self.store, self._store_lost = store, True
         for standing in standings:
             self.step = max(self.step, standing.step)
             self.pending |= set(standing.pending)
@@ -271,7 +276,7 @@ class Coordinator:
 
     def freeze(self) -> Freeze:
         """The Freeze in force, for agents that come late."""
-        return Freeze(self.generation, sorted(self.lost), sorted(self.left))
+        return Freeze(self.generation, sorted(self.lost), sorted(self.left), self._store_lost)
 
     def _left_early(self, event: LeftEarly) -> list[Action]:
         if event.generation <= self._ran_in or event.rank in self.left or event.rank not in self.whole:
@@ -383,6 +388,7 @@ class Coordinator:
         details: dict[str, object] = {"reports": dict(self._reports[Stage.REBUILT])}
         self.state = State.RUNNING
         self.lost, self.left, self.resumed, self.decision = set(), set(), True, None
+        self._store_lost = False
         self._ran_in = self.generation
         self._reports = {}
         return [Reached(self.generation, "resumed", details), Broadcast(Resume(self.generation))]

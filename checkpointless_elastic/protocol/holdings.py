@@ -52,6 +52,10 @@ class Holdings:
         """Ranks that hold something that no other rank holds, as far as is known."""
         return [rank for rank, twins in sorted(self._twins.items()) if twins == {rank}]
 
+    def survivable(self) -> int:
+        """How many ranks may be lost at once, whichever of those are not `exposed` they are; 0 as far as is known."""
+        return min((len(twins) - 1 for twins in self._twins.values() if len(twins) > 1), default=0)
+
     def _claims(self, rank: int) -> list[frozenset[int]]:
         return [frozenset(claim) or self.ranks for claim in self.held[rank].claims]
 

@@ -186,8 +186,8 @@ class Member(Seeker):
         if isinstance(message, (Spare, Seated)):
             self._stranger = None
             self._bases, self._world = message.bases, message.world
-        if isinstance(message, Seated):
             self._acts.append(Obey(message))
+        if isinstance(message, Seated):
             if self.board is not None:
                 self._leader.seat = message.seat
                 self._beat_all()  # who takes over must know which seat is lost with this agent

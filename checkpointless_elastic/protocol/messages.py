@@ -118,14 +118,15 @@ class Learned(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """The connection is accepted. ``shadow``: this worker is a replacement and contacts no peer until it joins.
 
-    ``mirror_every``: of which steps it keeps mirrors, see `protocol.mirrors`. ``bases``: the first rank of each
-    node; empty: there is one.
+    ``mirror_every``: of which steps it keeps mirrors, see `protocol.mirrors`. ``bases``: the lowest rank of each node;
+    a node's ranks follow each other. ``store``: as in Decision, for what the script of a replacement does before one.
     """
 
     generation: int
     shadow: bool
     mirror_every: int = 0
-    bases: list[int] = []
+    bases: tuple[int, ...] = (0,)
+    store: str = ""
 
 
 class Refused(Message, frozen=True):
@@ -142,17 +143,21 @@ class Commit(Message, frozen=True):
 
 
 class Freeze(Message, frozen=True):
-    """Generation ``generation`` is open. ``lost``: ranks lost since the job last ran; ``left``: see Left."""
+    """Generation ``generation`` is open. ``lost``: ranks lost since the job last ran; ``left``: see Left.
+
+    ``store_lost``: the store of the generation before is lost too; groups that wait in it for their next use are void.
+    """
 
     generation: int
     lost: list[int]
     left: list[int]
+    store_lost: bool = False
 
 
 class Decision(Message, frozen=True):
     """All ranks go on at ``step``. A rank that is ready for ``step - 1`` applies it first.
 
-    ``store``: "host:port" of the store in which workers meet from now on; empty: that of MASTER_ADDR and MASTER_PORT.
+    ``store``: "host:port" of the TCPStore in which workers meet from now on; empty: that of MASTER_ADDR, MASTER_PORT.
     """
 
     generation: int
@@ -196,9 +201,14 @@ _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(From
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 
 
+def encode_body(message: Message) -> bytes:
+    """One message without its length."""
+    return _encoder.encode(message)
+
+
 def encode(message: Message) -> bytes:
     """One message with its length in front, as it goes on a socket."""
-    body = _encoder.encode(message)
+    body = encode_body(message)
     if len(body) > MAX_MESSAGE:
         raise ProtocolError(
             f"A {type(message).__name__} of {len(body)} bytes is over the limit of {MAX_MESSAGE}."
@@ -210,7 +220,7 @@ def decode_from_worker(body: bytes | memoryview) -> FromWorker:
     """The message in ``body`` (without its length). Raises ProtocolError on anything else."""
     try:
         return _from_worker.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"A worker sent a message that cannot be read: {error}.") from error
 
 
@@ -218,7 +228,7 @@ def decode_to_worker(body: bytes | memoryview) -> ToWorker:
     """The message in ``body`` (without its length). Raises ProtocolError on anything else."""
     try:
         return _to_worker.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"The agent sent a message that cannot be read: {error}.") from error
 
 

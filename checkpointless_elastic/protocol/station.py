@@ -53,6 +53,7 @@ class Station:
         pending: ranks that are replacements and have not joined.
         gone: exit codes of workers that are gone and were not replaced.
         released: all ranks of the job have finished.
+        store: where workers meet now.
         stopped: nothing counts any more: the script is run again, or the job ends.
     """
 
@@ -67,6 +68,7 @@ class Station:
         self.pending: set[int] = set(self.ranks) if seat.taken else set()
         self.gone: dict[int, int] = {}
         self.released = False
+        self.store = seat.store
         self.stopped = False
         self._ran = 0 if seat.taken else seat.generation
         self._absent: set[int] = set()  # its ranks that are gone and not yet replaced
@@ -170,6 +172,7 @@ class Station:
             self.decision, self.step = message, max(self.step, message.step)
             self.pending = set(message.pending) & self.ranks
             self._node.decided(message)
+            self.store = message.store or self.store
         elif isinstance(message, Resume):
             self.decision, self.pending, self._ran = None, set(), message.generation
             self._lost, self._left = set(), set()
@@ -191,8 +194,12 @@ class Station:
         for rank in (self._lost - known) & self._wards():
             self._gone_wards[rank] = freeze.generation
 
-    def replaced(self, rank: int) -> None:
-        """The next incarnation of a rank is being started. A decision in force does not know of its loss."""
+    def replaced(self, rank: int, store: str) -> None:
+        """The next incarnation of a rank is being started, to meet the others in ``store``.
+
+        A decision in force does not know of its loss.
+        """
+        self.store = store
         self.decision = None
         self.pending.add(rank)
         self._absent.discard(rank)

@@ -34,8 +34,12 @@ class DeviceMemory(msgspec.Struct, frozen=True):
 
 
 def shareable(pieces: Sequence[Piece]) -> bool:
-    """Whether all these pieces can be opened by another process: dense, and on a CUDA device."""
-    return all(piece.tensor.is_cuda and byte_view(piece.tensor) is not None for piece in pieces)
+    """Whether all these pieces can be opened by another process: dense, and on a CUDA device.
+
+    Not in memory of `PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync`, which has no handles.
+    """
+    dense = all(piece.tensor.is_cuda and byte_view(piece.tensor) is not None for piece in pieces)
+    return dense and (not pieces or torch.cuda.get_allocator_backend() == "native")
 
 
 def share(pieces: Sequence[Piece]) -> list[DeviceMemory]:

@@ -11,7 +11,7 @@ them: the caller says when a stripe is published.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
@@ -26,7 +26,16 @@ from checkpointless_elastic.state.pieces import Piece, byte_view, carrier
 from checkpointless_elastic.state.plan import Chunk, Plan, Range, chunks
 from checkpointless_elastic.state.segment import Segment
 
-__all__ = ["ChunkDigest", "Receiver", "TransferReport", "in_segment", "publish", "restore", "vouch"]
+__all__ = [
+    "ChunkDigest",
+    "Receiver",
+    "TransferReport",
+    "contents",
+    "in_segment",
+    "publish",
+    "restore",
+    "vouch",
+]
 
 
 _MAX_THREADS = 4
@@ -102,11 +111,17 @@ def publish(pieces: Sequence[Piece], plan: Plan, source: int, segment: Segment) 
 
 def vouch(pieces: Sequence[Piece], plan: Plan, source: int) -> list[ChunkDigest]:
     """The digests of this rank's stripe, where the pieces are. Waits for the device."""
-    data = [_Access.of(piece, content=True).data for piece in pieces]
     return [
-        ChunkDigest(source, chunk.offset, chunk.length, digest_bytes(gathered(data, chunk)))
-        for chunk in chunks(plan.stripes.get(source, ()))
+        ChunkDigest(source, chunk.offset, chunk.length, digest_bytes(data))
+        for chunk, data in contents(pieces, plan, source)
     ]
+
+
+def contents(pieces: Sequence[Piece], plan: Plan, source: int) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    """The chunks of this rank's stripe and their bytes as a segment would have them, on the device of the pieces."""
+    data = [_Access.of(piece, content=True).data for piece in pieces]
+    for chunk in chunks(plan.stripes.get(source, ())):
+        yield chunk, gathered(data, chunk)
 
 
 class Receiver:

@@ -60,15 +60,17 @@ class Stripe(msgspec.Struct, frozen=True):
 
     Attributes:
         block: which one.
-        path: the segment that it is in; empty: it is read where it is.
+        path: the segment that it is in; empty: it is read where it is, or comes over the network.
         digests: of its chunks.
         memory: where the pieces of the block are, if they are read there.
+        node: for which it is; -1 in a mirror.
     """
 
     block: Block
     path: str
     digests: list[ChunkDigest]
     memory: list[DeviceMemory] = []
+    node: int = -1
 
 
 def blocks(pieces: Sequence[Piece]) -> dict[Block, list[Piece]]:
@@ -84,10 +86,10 @@ def layout_of(pieces: Sequence[Piece], ranks: Sequence[int]) -> Plan:
     return plan([PieceSize(piece.info.nbytes) for piece in pieces], ranks)
 
 
-def stripe_of(stripes: Sequence[Stripe], block: Block, whose: str) -> Stripe:
-    """The part of a block that `whose` gives; StateMismatchError if it has none."""
+def stripe_of(stripes: Sequence[Stripe], block: Block, whose: str, node: int = -1) -> Stripe:
+    """The part of a block that `whose` gives to a node; StateMismatchError if it has none."""
     for stripe in stripes:
-        if stripe.block == block:
+        if stripe.block == block and stripe.node == node:
             return stripe
     raise StateMismatchError(f"{whose} does not hold what ranks {list(block.ranks)} should share")
 

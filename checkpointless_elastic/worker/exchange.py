@@ -1,23 +1,27 @@
-"""What survivors publish for replacements, and how a replacement receives it, on one node.
+"""What survivors publish for replacements, and how a replacement receives it.
 
 Pieces with the same replicas on the same kind of device travel together: each such *block* has a segment of its own,
-which the live ranks that hold it fill in stripes, or is read where it is (CUDA IPC). What is not a tensor comes from a
-*twin*: a rank that holds all that the lost rank held.
+which the live ranks of the node that hold it fill in stripes, or is read where it is (CUDA IPC). A node on which none
+lives gets it over the network (`routes`, `network`). What is not a tensor comes from a *twin*: a rank that holds all
+that the lost rank held.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision
+from checkpointless_elastic.protocol.places import Nodes
 from checkpointless_elastic.state import arena, device, digest
 from checkpointless_elastic.state.pieces import MADE, Piece
 from checkpointless_elastic.state.plan import Plan
@@ -37,6 +41,9 @@ from checkpointless_elastic.worker.blocks import (
     stripe_of,
     twins,
 )
+from checkpointless_elastic.worker.network import Network, send
+from checkpointless_elastic.worker.network import receive as receive_remote
+from checkpointless_elastic.worker.routes import Route, routes
 
 if TYPE_CHECKING:
     from checkpointless_elastic.worker.run import Run
@@ -68,30 +75,70 @@ class Publication(msgspec.Struct, frozen=True):
     shared: Shared | None
 
 
+class Here(NamedTuple):
+    """Where this rank is.
+
+    Attributes:
+        rank: its number.
+        nodes: which ranks are on which node.
+        run_dir: its node's own directory in shared memory.
+    """
+
+    rank: int
+    nodes: Nodes
+    run_dir: str
+
+
 def publish(
-    run: Run, decision: Decision, rank: int, run_dir: str, last_value: bytes | None
+    run: Run, decision: Decision, here: Here, last_value: bytes | None
 ) -> tuple[Publication, list[Segment]]:
     """Copy this rank's stripes into segments; those that are not reserved are returned. Blocks for the copy."""
-    pieces = run.inventory.pieces()
+    pieces, rank = run.inventory.pieces(), here.rank
     buckets = run.bucket_orders()
-    stripes, segments = [], []
+    stripes: list[Stripe] = []
+    segments: list[Segment] = []
     for block, held in blocks(pieces).items():
-        if not any(holds(block.ranks, lost) for lost in decision.pending):
-            continue
-        layout = _layout(held, block, decision.sources)
-        if block.device == "cuda" and device.shareable(held):
-            stripes.append(Stripe(block, "", vouch(held, layout, rank), device.share(held)))
-            continue
-        segment = _reserved(run, run_dir, block, layout.segment_bytes)
-        if segment is None:
-            segment = _own_part(run_dir, f"{block_name(block)}-{decision.generation}", layout, rank)
-            segments.append(segment)
-        stripes.append(Stripe(block, str(segment.path), publish_stripe(held, layout, rank, segment)))
+        for route in routes(block, decision, here.nodes):
+            if rank in route.sources:
+                stripes.append(_publish(run, here, route, held, decision.generation, segments))
     own = twins(pieces)
     speaks = rank == min(source for source in decision.sources if holds(own, source))
     wanted = speaks and any(holds(own, lost) for lost in decision.pending)
     common = run.shared(own, last_value) if wanted else None
     return Publication(stripes, run.signature(), buckets, common), segments
+
+
+def _publish(
+    run: Run, here: Here, route: Route, held: list[Piece], generation: int, segments: list[Segment]
+) -> Stripe:
+    """One stripe, where its readers find it; a segment that is not reserved is added to the list."""
+    layout, rank, block = layout_of(held, route.sources), here.rank, route.block
+    if route.remote:
+        return Stripe(block, "", vouch(held, layout, rank), node=route.node)
+    if block.device == "cuda" and device.shareable(held):
+        return Stripe(block, "", vouch(held, layout, rank), device.share(held), route.node)
+    segment = _reserved(run, here.run_dir, block, layout.segment_bytes)
+    if segment is None:
+        segment = _own_part(here.run_dir, f"{block_name(block)}-{generation}", layout, rank)
+        segments.append(segment)
+    return Stripe(block, str(segment.path), publish_stripe(held, layout, rank, segment), node=route.node)
+
+
+def send_state(run: Run, decision: Decision, here: Here, network: Network) -> None:
+    """Send what this rank has published for other nodes. Blocks until the lost ranks there have it.
+
+    Raises RuntimeError when one of them is lost, `groups.Superseded` once a newer generation is open.
+    """
+    if all(here.nodes.of(rank) == here.nodes.of(here.rank) for rank in decision.pending):
+        return
+    pieces = blocks(run.inventory.pieces())
+    send(network, _routes(pieces, decision, here), pieces)
+
+
+def _routes(pieces: Iterable[Block], decision: Decision, here: Here) -> list[Route]:
+    """All routes that this rank is part of."""
+    found = (route for block in pieces for route in routes(block, decision, here.nodes))
+    return [route for route in found if here.rank in route.members]
 
 
 def _own_part(run_dir: str, name: str, layout: Plan, rank: int) -> Segment:
@@ -102,37 +149,28 @@ def _own_part(run_dir: str, name: str, layout: Plan, rank: int) -> Segment:
     return Segment.share(Path(run_dir), name, layout.segment_bytes, start, end - start)
 
 
-def _layout(pieces: Sequence[Piece], block: Block, sources: Sequence[int]) -> Plan:
-    """Which of the live ranks that hold a block sends what. StateMismatchError if none lives."""
-    layout = layout_of(pieces, [rank for rank in sources if holds(block.ranks, rank)])
-    if layout.unsourced:
-        raise StateMismatchError(f"no survivor holds {pieces[layout.unsourced[0]].key}")
-    return layout
-
-
-def reserve(run: Run, run_dir: str, rank: int, count: int) -> None:
+def reserve(run: Run, here: Here, count: int) -> None:
     """Make this rank's part of the pages that a recovery needs, and map its blocks, up to RESERVE_LIMIT.
 
     ``count``: ranks on this node; they are taken to hold as much as this one.
     """
-    pieces = run.inventory.pieces()
-    room, everybody = os.statvfs(run_dir), tuple(range(int(os.environ["WORLD_SIZE"])))
-    layouts = {
-        block: _layout(held, block, block.ranks or everybody)
-        for block, held in blocks(pieces).items()
-        if block.device != "cuda"
-    }
-    share = sum(layout.segment_bytes / len(block.ranks or everybody) for block, layout in layouts.items())
+    pieces, directory = run.inventory.pieces(), Path(here.run_dir)
+    room, everybody = os.statvfs(directory), tuple(range(int(os.environ["WORLD_SIZE"])))
+    near = [rank for rank in everybody if here.nodes.of(rank) == here.nodes.of(here.rank)]
+    holders, sizes = {}, {}
+    for block, held in blocks(pieces).items():
+        if block.device != "cuda":
+            holders[block] = [rank for rank in near if holds(block.ranks, rank)]
+            sizes[block] = layout_of(held, holders[block]).segment_bytes
+    share = sum(nbytes / len(holders[block]) for block, nbytes in sizes.items())
     limit = min(RESERVE_LIMIT, room.f_bavail * room.f_frsize // 4)
-    reserved = [block for block, layout in layouts.items() if layout.segment_bytes and share * count <= limit]
-    _write_expected(Path(run_dir), rank, pieces, list(map(block_name, reserved)))
+    reserved = [block for block, nbytes in sizes.items() if nbytes and share * count <= limit]
+    _write_expected(directory, here.rank, pieces, list(map(block_name, reserved)))
     for block in reserved:
-        layout = layouts[block]
-        holders, name = block.ranks or everybody, block_name(block)
-        at = holders.index(rank)
-        low = layout.segment_bytes * at // len(holders)
-        high = layout.segment_bytes * (at + 1) // len(holders)
-        run.reserved[name] = Segment.share(Path(run_dir), name, layout.segment_bytes, low, high - low)
+        nbytes, count, at = sizes[block], len(holders[block]), holders[block].index(here.rank)
+        name = block_name(block)
+        low, high = nbytes * at // count, nbytes * (at + 1) // count
+        run.reserved[name] = Segment.share(directory, name, nbytes, low, high - low)
         run.reserved[name].populate(write=True)
 
 
@@ -202,31 +240,63 @@ def bucket_orders(publications: dict[int, Publication], twins: Ranks) -> list[by
 
 
 def receive(
-    run: Run, decision: Decision, publications: dict[int, Publication], common: Shared, run_dir: str
+    run: Run,
+    decision: Decision,
+    publications: dict[int, Publication],
+    common: Shared,
+    here: Here,
+    network: Network,
+    kept: list[Segment],
 ) -> tuple[int, float]:
     """Fill this replacement's state from live replicas, else from mirrors.
 
-    Gives the bytes, and the seconds in which they were copied and verified.
+    Gives the bytes, and the seconds in which they were copied and verified. Segments in which other ranks of the node
+    may read are added to `kept`. Raises RuntimeError when a rank that sends is lost, `groups.Superseded` once a newer
+    generation is open.
     """
     run.inventory.adopt(common.manifest)
-    moved, seconds = 0, 0.0
-    for block, held in blocks(run.inventory.pieces()).items():
-        live = [rank for rank in decision.sources if holds(block.ranks, rank)]
-        if live:
-            found = {rank: publications[rank].stripes for rank in live}
-        else:
-            keeper = mirror.lead(block)
-            found = {keeper: mirror.find(run_dir, keeper, decision.step).stripes}
-        layout = layout_of(held, list(found))
-        parts = {rank: stripe_of(stripes, block, f"rank {rank}") for rank, stripes in found.items()}
-        report = _fill(held, layout, parts)
+    pieces = blocks(run.inventory.pieces())
+    found = _routes(pieces, decision, here)
+    started = time.perf_counter()
+    arrived = receive_remote(network, found, pieces, functools.partial(_room, run, here, kept))
+    moved, seconds = 0, time.perf_counter() - started
+    ways = {route.block: route for route in found}
+    for block, held in pieces.items():
+        parts = _parts(block, ways.get(block), publications, decision.step, here)
+        report = _fill(held, layout_of(held, list(parts)), parts, arrived.get(block))
         moved, seconds = moved + report.nbytes, seconds + report.seconds
     run.inventory.load_meta(common.manifest)
     return moved, seconds
 
 
-def _fill(pieces: list[Piece], layout: Plan, parts: dict[int, Stripe]) -> TransferReport:
-    """Copy one block, from one segment or from the devices of the sources."""
+def _parts(
+    block: Block, route: Route | None, publications: dict[int, Publication], step: int, here: Here
+) -> dict[int, Stripe]:
+    """By rank, what it says of its part of a block; without a live rank, what the keeper of its mirror has said."""
+    if route is not None:
+        return {
+            rank: stripe_of(publications[rank].stripes, block, f"rank {rank}", route.node)
+            for rank in route.sources
+        }
+    keeper = mirror.lead(block, here.nodes, here.rank)
+    return {keeper: stripe_of(mirror.find(here.run_dir, keeper, step).stripes, block, f"rank {keeper}")}
+
+
+def _room(run: Run, here: Here, kept: list[Segment], block: Block, nbytes: int) -> Segment:
+    """Memory for what comes over the network. Nobody reads an earlier content: all lost ranks have come anew."""
+    segment = _reserved(run, here.run_dir, block, nbytes)
+    if segment is None:
+        segment = Segment.share(Path(here.run_dir), f"{block_name(block)}-received", nbytes, 0, nbytes)
+        kept.append(segment)
+    return segment
+
+
+def _fill(
+    pieces: list[Piece], layout: Plan, parts: dict[int, Stripe], arrived: Segment | None
+) -> TransferReport:
+    """Copy one block: what has arrived over the network, or from one segment, or from the devices of the sources."""
+    if arrived is not None:
+        return _receive(Receiver(pieces, layout, in_segment(arrived)), parts)
     paths = {part.path for part in parts.values()}
     if len(paths) != 1:
         raise StateMismatchError(f"the survivors published in different places: {sorted(paths)}")

@@ -3,7 +3,7 @@
 At the start of every `mirror_every`-th step the state is copied into shared memory, beside the step: its tensors do not
 change until the first optimizer step, which waits for the copy. What forward or backward may write is copied first. Two
 buffers take turns, and a slot names those that are whole, so a copy that was cut short is never used. Each block is
-kept by the lowest of the ranks that hold it.
+kept by the lowest of the ranks of each node that hold it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import msgspec
 
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.protocol.mirrors import is_due
+from checkpointless_elastic.protocol.places import Nodes
 from checkpointless_elastic.state.pieces import OPTIMIZER, PARAMETER, Piece, carrier, make_tensor
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.slot import Content, Slot
@@ -66,9 +67,10 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Entry).decode
 
 
-def lead(block: Block) -> int:
-    """The rank that keeps a block."""
-    return block.ranks[0] if block.ranks else 0
+def lead(block: Block, nodes: Nodes, rank: int) -> int:
+    """The rank that keeps a block on the node of ``rank``, which holds it."""
+    node = nodes.of(rank)
+    return min((other for other in block.ranks if nodes.of(other) == node), default=nodes.bases[node])
 
 
 def _path(run_dir: str, rank: int) -> str:
@@ -101,7 +103,8 @@ def find(run_dir: str, rank: int, step: int) -> Entry:
 class Mirror:
     """This rank's mirrors: the two newest that are whole, in two buffers. Its methods belong to the main thread."""
 
-    def __init__(self, run: Run, run_dir: str, rank: int, every: int) -> None:
+    def __init__(self, run: Run, run_dir: str, rank: int, every: int, nodes: Nodes) -> None:
+        self._nodes = nodes
         self._run, self._run_dir, self._rank, self._every = run, run_dir, rank, every
         self._pool = ThreadPoolExecutor(1, "checkpointless-mirror") if every else None
         self._copying: Future[None] | None = None
@@ -118,7 +121,7 @@ class Mirror:
         copies = {
             block: list(map(_still, held))
             for block, held in blocks(pieces).items()
-            if lead(block) == self._rank
+            if lead(block, self._nodes, self._rank) == self._rank
         }
         content = pack(private)
         numbers = {number for state in private.states() if state for number in state.numbers()}

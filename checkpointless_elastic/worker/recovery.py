@@ -7,6 +7,7 @@ start; nothing here changes state that a second try would not overwrite.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -27,13 +28,16 @@ from checkpointless_elastic.state.pieces import is_gradient
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.worker import mirror, rng
 from checkpointless_elastic.worker.exchange import (
+    Here,
     Publication,
     bucket_orders,
     publish,
     receive,
     reserve,
+    send_state,
     shared,
 )
+from checkpointless_elastic.worker.network import Network
 from checkpointless_elastic.worker.private import At, PrivateState, read_state, write_state
 from checkpointless_elastic.worker.session import Session, Superseded
 from checkpointless_elastic.worker.values import decode_value, encode_value
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STORE_TIMEOUT = timedelta(seconds=60)
+PATIENCE_S = 10.0
+"""How long the news of a lost node may take after a connection to it has failed."""
 
 
 class Recovery:
@@ -64,11 +70,14 @@ class Recovery:
         self._replica_value: bytes | None = None
         self._segments: list[Segment] = []
         self._store: Store | None = None
+        self._store_at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self._begun_at = self._store_at
+        self._stale = -1  # the last generation in which workers met in another store
         self._state: PrivateState | None = None
         self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
         self._groups: dict[int, list[GroupSignature]] = {}
         every = session.channel.welcome.mirror_every
-        self.mirror = mirror.Mirror(run, session.run_dir, session.rank, every)
+        self.mirror = mirror.Mirror(run, session.run_dir, session.rank, every, session.nodes)
         self.last_value: bytes | None = None
 
     # ---- following a decision
@@ -87,6 +96,14 @@ class Recovery:
                 logger.debug("[rank %d] generation %d was superseded", session.rank, self._exchanged)
             except CheckpointlessError as error:
                 session.unfit(str(error))
+            except (RuntimeError, FileNotFoundError) as error:
+                self._cut_off(error)
+
+    def _cut_off(self, error: Exception) -> None:
+        """A peer or the store is gone: returns with the news that explains it, else raises the error."""
+        assert self._decision is not None
+        if not self._session.superseded(self._decision.generation, PATIENCE_S):
+            raise error
 
     def _follow(self) -> None:
         session = self._session
@@ -97,14 +114,15 @@ class Recovery:
             self._exchange(decision)
         generation = decision.generation
         if session.rank in decision.pending:
-            session.registry.report_use(self._job_store(), generation)
+            self._report_use(decision)
             session.report(Stage.RESTORED, generation, msgspec.msgpack.encode(self._restored))
         affected = session.next_message(Rebuild, generation).affected
         session.affect(generation, affected)
         aborts = session.registry.aborts
         if session.frozen > generation:
             raise Superseded
-        report = session.registry.rebuild(self._job_store(), generation, aborts=aborts)
+        store, moved = self._job_store(decision), bool(decision.store)
+        report = session.registry.rebuild(store, generation, aborts=aborts, moved=moved)
         payload = RebuiltReport(len(report.rebuilt), len(report.kept), len(report.lazy), report.seconds)
         session.report(Stage.REBUILT, generation, msgspec.msgpack.encode(payload))
         session.next_message(ResumeNow, generation)
@@ -112,18 +130,36 @@ class Recovery:
 
     def _exchange(self, decision: Decision) -> None:
         session = self._session
+        self._release_segments()
         if session.rank in decision.pending:
             session.report(Stage.ARRIVED, decision.generation)
             published = session.next_message(Restore, decision.generation).publications
             self._restore(decision, {rank: _decode(data) for rank, data in published.items()})
         else:
-            self._release_segments()
-            publication, self._segments = publish(
-                self._run, decision, session.rank, session.run_dir, self.last_value
-            )
-            session.registry.report_use(self._job_store(), decision.generation)
+            publication, self._segments = publish(self._run, decision, self._here(), self.last_value)
+            self._report_use(decision)
             session.report(Stage.PUBLISHED, decision.generation, msgspec.msgpack.encode(publication))
+            self._send(decision)
         self._exchanged = decision.generation
+
+    def _here(self) -> Here:
+        return Here(self._session.rank, self._session.nodes, self._session.run_dir)
+
+    def _network(self, decision: Decision) -> Network:
+        session = self._session
+        store = functools.partial(self._job_store, decision)
+        return Network(session.registry, store, decision.generation, session.rank)
+
+    def _send(self, decision: Decision) -> None:
+        """A peer that is gone ends this: the news of it, or that nobody misses it, comes as the next message."""
+        try:
+            send_state(self._run, decision, self._here(), self._network(decision))
+        except RuntimeError as error:
+            logger.debug("[rank %d] sending state has ended: %s", self._session.rank, error)
+
+    def _report_use(self, decision: Decision) -> None:
+        store, moved = self._job_store(decision), bool(decision.store)
+        self._session.registry.report_use(store, decision.generation, moved=moved, stale=self._stale)
 
     def _release_segments(self) -> None:
         for segment in self._segments:
@@ -133,14 +169,20 @@ class Recovery:
 
     def reserve(self) -> None:
         """Get the memory ready that a recovery needs; after the first step, when all state is there."""
-        reserve(self._run, self._session.run_dir, self._session.rank, int(os.environ["LOCAL_WORLD_SIZE"]))
+        reserve(self._run, self._here(), int(os.environ["LOCAL_WORLD_SIZE"]))
         pipelines.find()
-        self._job_store()  # a new connection may wait seconds for a name server
+        if self._store is None:  # a new connection may wait seconds for a name server
+            self._store = _open_store(self._store_at)
 
-    def _job_store(self) -> Store:
-        if self._store is None:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self._store = TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
+    def _job_store(self, decision: Decision) -> Store:
+        """Where workers meet in the generation of this decision. Blocks; raises `groups.Superseded`."""
+        address = decision.store or self._begun_at
+        if self._store is None or address != self._store_at:
+            open_it = functools.partial(_open_store, address)
+            self._store = self._session.registry.apart(decision.generation, None, open_it)
+            if address != self._store_at:
+                self._stale = decision.generation - 1
+            self._store_at = address
         return self._store
 
     # ---- a replacement
@@ -152,10 +194,12 @@ class Recovery:
             try:
                 self._decision = session.next_decision()
                 self._exchange(self._decision)
-            except Superseded:
+            except (Superseded, groups.Superseded):
                 continue
             except CheckpointlessError as error:
                 session.unfit(str(error))
+            except (RuntimeError, FileNotFoundError) as error:
+                self._cut_off(error)
 
     def join(self) -> None:
         """In a replacement, where the survivors wait: returns when it is a rank like all others."""
@@ -214,7 +258,10 @@ class Recovery:
             twin, buckets = kept.shared, kept.buckets
         else:
             buckets = bucket_orders(publications, twin.twins)
-        moved, copying = receive(self._run, decision, publications, twin, run_dir)
+        network = self._network(decision)
+        moved, copying = receive(
+            self._run, decision, publications, twin, self._here(), network, self._segments
+        )
         self._run.adopt(twin, buckets)
         self.mirror.continue_at(decision.step)
         self._replica_value = self.last_value = twin.last_value
@@ -320,6 +367,11 @@ class Recovery:
         self.last_value = encode_value(value)
         self._session.cursor.commit(self.last_value, rng.capture())
         self.save_between()
+
+
+def _open_store(address: str) -> Store:
+    host, _, port = address.rpartition(":")
+    return TCPStore(host, int(port), is_master=False, timeout=STORE_TIMEOUT)
 
 
 def _decode(data: bytes) -> Publication:

@@ -45,6 +45,7 @@ from checkpointless_elastic.protocol.messages import (
     ToWorker,
 )
 from checkpointless_elastic.protocol.messages import Resume as Resumed
+from checkpointless_elastic.protocol.places import Nodes
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker import lifeline
 from checkpointless_elastic.worker.channel import Channel
@@ -83,6 +84,8 @@ def connect_from_env() -> Session | None:
     run_dir = os.environ["CHECKPOINTLESS_RUN_DIR"]
     lifeline.hold(lifeline_path(run_dir, rank, incarnation))
     channel = Channel(path, rank, incarnation, os.environ["CHECKPOINTLESS_TOKEN"])
+    if channel.welcome.store:  # the store in which the job began may be lost
+        os.environ["MASTER_ADDR"], _, os.environ["MASTER_PORT"] = channel.welcome.store.rpartition(":")
     _session = Session(channel, rank, run_dir)
     if _session.shadow:
         expect(_session.run_dir, rank)
@@ -106,6 +109,7 @@ class Session:
         failed: the script's own exception is on its way out; the slot stays where it was raised.
         late: a collective was asked for after the gate of the present call.
         void_memory: addresses of what collectives after its gate left as NaN.
+        nodes: which ranks are on which node.
         cursor, resume: see data.loops.LoopHost.
     """
 
@@ -129,6 +133,8 @@ class Session:
         self.resume: Resume | None = None
         self.recovery: Recovery | None = None
         self.lock = threading.Lock()
+        self._news = threading.Condition(self.lock)
+        self.nodes = Nodes(channel.welcome.bases)
         self.freeze_seen = threading.Event()
         self.registry = Registry(self, shadow=self.shadow)
         self._log = _read_log(self.slot) if self.shadow else {}
@@ -148,11 +154,20 @@ class Session:
             return
         with self.lock:
             self.frozen = max(self.frozen, message.generation)
+            self._news.notify_all()
             whole, protected = not self.shadow, self.recovery is not None
             answer = Frozen(message.generation, self.step, self.phase, whole, protected)
+        self.registry.supersede(message.generation)
+        if message.store_lost:
+            self.registry.forget_lazy()
         self.affect(message.generation, [*message.lost, *message.left])
         self.freeze_seen.set()
         self.channel.control.send(answer)
+
+    def superseded(self, generation: int, seconds: float) -> bool:
+        """Wait for the news of a newer generation; True as soon as there is one. Main thread."""
+        with self._news:
+            return self._news.wait_for(lambda: self.frozen > generation, seconds)
 
     def affect(self, generation: int, ranks: list[int]) -> None:
         """Void the groups of these ranks, once per generation and rank. Any thread."""
@@ -348,6 +363,7 @@ class Session:
         good = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
         if good and self.recovery is not None:
             self._finish()
+            self.registry.close()
         elif not good:
             self._fail(error)
         self.channel.close()

@@ -27,7 +27,10 @@ def encode_value(value: Any) -> bytes | None:
 
 
 def decode_value(data: bytes) -> Any:
-    """What was encoded. Tensors come without a graph, on the CPU unless they were on a device that is there."""
+    """What was encoded. Tensors come without a graph, on the current device of the kind that they were on.
+
+    Not by its number: what a twin of this rank encoded was on the twin's device.
+    """
     return _unpack(msgspec.msgpack.decode(data, ext_hook=_Ext))
 
 
@@ -58,7 +61,7 @@ def _pack_tensor(tensor: torch.Tensor) -> msgspec.msgpack.Ext:
         raise Unkeepable("a large tensor")
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    header = [str(tensor.dtype), list(tensor.shape), str(tensor.device), raw]
+    header = [str(tensor.dtype), list(tensor.shape), tensor.device.type, raw]
     return msgspec.msgpack.Ext(_TENSOR, msgspec.msgpack.encode(header))
 
 

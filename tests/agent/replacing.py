@@ -12,7 +12,9 @@ import time
 from torch.distributed import run
 
 from checkpointless_elastic.agent import agent
+from checkpointless_elastic.agent.rendezvous import CheckpointlessRendezvousHandler
 from checkpointless_elastic.agent.runtime import EventLoop, Workforce
+from checkpointless_elastic.protocol.between import Seated
 
 
 class ReplacingControl:
@@ -21,12 +23,17 @@ class ReplacingControl:
     serves_workers = False
     generation = 0
 
-    def __init__(self, learn: list[str]) -> None:
+    def __init__(self, learn: list[str], handler: CheckpointlessRendezvousHandler) -> None:
         self._learn = learn
+        self._handler = handler
         self._running: set[int] = set()
 
-    def attach(self, loop: EventLoop, workers: Workforce) -> None:
+    def await_seat(self) -> bool:
+        return True
+
+    def attach(self, loop: EventLoop, workers: Workforce, size: int) -> None:
         self._loop, self._workers = loop, workers
+        self.seat = Seated(1, 0, [0], size, self._handler.open_store(), "", 0, 0, False)
         if self._learn:
             workers.learn(self._learn)
             self._look()
@@ -66,5 +73,5 @@ if __name__ == "__main__":
     learn = sys.argv.pop(2).split(",") if sys.argv[1] == "--learn" else []
     if learn:
         sys.argv.pop(1)
-    agent.make_control = lambda config, spec: ReplacingControl(learn)  # type: ignore[assignment]
+    agent.make_control = lambda handler, spec: ReplacingControl(learn, handler)  # type: ignore[assignment]
     run.main()

@@ -10,6 +10,7 @@ import textwrap
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.launcher import api
@@ -87,36 +88,34 @@ def test_under_torchs_own_agent_the_rendezvous_says_what_is_wrong() -> None:
         CheckpointlessRendezvousHandler(parameters()).next_rendezvous()
 
 
-@pytest.mark.parametrize(("low", "high", "said"), [(2, 2, "instead of 2,"), (1, 4, "instead of 1:4,")])
-def test_several_nodes_are_refused(low: int, high: int, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        CheckpointlessRendezvousHandler(parameters(min_nodes=low, max_nodes=high))
+def test_active_nodes_outside_of_the_range_of_nnodes_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="active_nodes is 5; .* from 1 to 4"):
+        CheckpointlessRendezvousHandler(parameters(min_nodes=1, max_nodes=4, active_nodes="5"))
 
 
-def test_each_rendezvous_has_a_store_of_its_own() -> None:
+def test_an_endpoint_that_cannot_be_reached_from_here_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="give --rdzv-endpoint"):
+        CheckpointlessRendezvousHandler(parameters(endpoint="", min_nodes=2, max_nodes=2))
+
+
+def test_each_run_of_the_script_has_a_store_of_its_own() -> None:
     handler = CheckpointlessRendezvousHandler(parameters(endpoint="localhost:0"))
-    handler.has_agent = True
-    first = handler.next_rendezvous()
-    first.store.set("peer", "address")
-    second = handler.next_rendezvous()
-    assert not second.store.check(["peer"])
-    assert (second.rank, second.world_size) == (0, 1)
-    info = second.bootstrap_store_info
-    assert info is not None
-    assert info.master_addr == "localhost"
+    first = handler.open_store()
+    host, _, port = first.rpartition(":")
+    assert host == "localhost"
+    TCPStore(host, int(port), is_master=False).set("peer", "address")
+    host, _, port = handler.open_store().rpartition(":")
+    assert not TCPStore(host, int(port), is_master=False).check(["peer"])
     assert handler.use_agent_store
     assert handler.shutdown()
 
 
 def test_a_port_that_is_taken_is_an_error_that_says_what_to_do() -> None:
     holder = CheckpointlessRendezvousHandler(parameters())
-    holder.has_agent = True
-    info = holder.next_rendezvous().bootstrap_store_info
-    assert info is not None
-    handler = CheckpointlessRendezvousHandler(parameters(endpoint=f"localhost:{info.master_port}"))
-    handler.has_agent = True
+    taken = holder.open_store()
+    handler = CheckpointlessRendezvousHandler(parameters(endpoint=taken))
     with pytest.raises(ConfigError, match="give a free port of this machine"):
-        handler.next_rendezvous()
+        handler.open_store()
 
 
 def test_torchrun_of_other_backends_does_not_load_the_library() -> None:

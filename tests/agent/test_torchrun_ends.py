@@ -109,7 +109,7 @@ def test_a_script_that_fails_once_succeeds_after_the_restart_and_gloo_works_agai
     )
     finished = torchrun.run("--max-restarts", "1", "--log-dir", "logs", "train.py")
     assert finished.code == 0, finished.err
-    assert "All workers are restarted (1 of 1): " in finished.err
+    assert "All workers are restarted (restart 1): " in finished.err
     assert {p.name: p.read_text() for p in torchrun.folder.glob("ran.*")} == {
         f"ran.{rank}.{count}": "2.0" for rank in range(2) for count in range(2)
     }

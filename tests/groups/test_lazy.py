@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from checkpointless_elastic.groups import LoggedCollective, RebuildReport, Situation, registry
+from checkpointless_elastic.groups import LoggedCollective, RebuildReport, Situation, connecting
 from tests.groups.listener import Listener, begin, lose
 from tests.groups.processes import LIMIT, Job, Worker
 
@@ -22,13 +22,13 @@ CALLS = 7
 def count_connections() -> Counter[str]:
     """How often each group is connected from now on, by name; every connection is still made."""
     counts: Counter[str] = Counter()
-    original = registry.connect
+    original = connecting.connect
 
     def counted(spec: Any, *arguments: Any) -> Any:
         counts[spec.name] += 1
         return original(spec, *arguments)
 
-    registry.connect = counted
+    connecting.connect = counted
     return counts
 
 
@@ -171,7 +171,7 @@ def lose_while_it_is_connected(worker: Worker) -> Any:
     """Rank 2 dies as it is about to connect the group that rank 0 wants, so the others wait for it."""
     listener = left_lazy(worker)
     if worker.rank == 2:
-        registry.connect = die
+        connecting.connect = die
     worker.meet("lazy")
     if worker.rank == 2:
         listener.wait()

@@ -221,6 +221,7 @@ def sharded(*, replicas: int) -> Coordinator:
 def test_a_lost_shard_is_recovered_live_while_a_replica_of_it_lives() -> None:
     coordinator = sharded(replicas=2)
     assert coordinator.holdings.exposed() == []
+    assert coordinator.holdings.survivable() == 1
     assert only(coordinator.handle(Lost(0, "was lost")), Replace) == [Replace(0)]
     assert only(coordinator.handle(Lost(3, "was lost")), Replace) == [Replace(3)]
     (action,) = coordinator.handle(Lost(2, "was lost"))
@@ -230,8 +231,17 @@ def test_a_lost_shard_is_recovered_live_while_a_replica_of_it_lives() -> None:
 def test_a_shard_without_a_replica_is_known_before_it_is_lost() -> None:
     coordinator = sharded(replicas=1)
     assert coordinator.holdings.exposed() == [0, 1, 2, 3]
+    assert coordinator.holdings.survivable() == 0
     (action,) = coordinator.handle(Lost(1, "was lost"))
     assert action == Restart(3, "no survivor holds the state of rank 1")
+
+
+def test_the_smallest_replica_set_says_how_many_faults_the_other_ranks_survive() -> None:
+    coordinator = running(ranks=6)
+    for rank, claim in enumerate([[0], [1, 2], [1, 2], [3, 4, 5], [3, 4, 5], [3, 4, 5]]):
+        coordinator.holdings.compare(rank, holding(claim, shard=claim[0]))
+    assert coordinator.holdings.exposed() == [0]
+    assert coordinator.holdings.survivable() == 1
 
 
 def test_a_piece_that_a_claimed_replica_does_not_have_is_named() -> None:

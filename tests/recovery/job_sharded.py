@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from experts import experts
 from phases import (
+    DEVICE,
     WIDTH,
     Block,
     Kind,
@@ -15,6 +16,7 @@ from phases import (
     batch,
     check_for_filler,
     hybrid,
+    join,
     loss_of,
     moment,
     net,
@@ -28,7 +30,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 
-dist.init_process_group("gloo")
+join()
 mesh = hybrid()
 
 
@@ -39,7 +41,7 @@ def accumulate() -> Kind:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
 
     def step(number: int) -> Tensor:
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=DEVICE)
         for micro in range(3):
             model.set_requires_gradient_sync(micro == 2)
             part = loss_of(model, batch(10 * number + micro))

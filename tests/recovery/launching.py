@@ -30,7 +30,12 @@ class Ended:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def finals(self) -> list[dict[str, Any]]:
-        return [torch.load(self.out / f"final-{rank}.pt", weights_only=True) for rank in range(self.ranks)]
+        return [self._final(rank) for rank in range(self.ranks)]
+
+    def _final(self, rank: int) -> dict[str, Any]:
+        path = self.out / f"final-{rank}.pt"
+        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return found
 
     def pids(self, rank: int) -> list[int]:
         lines = (self.out / f"steps-{rank}.log").read_text().splitlines()
@@ -44,14 +49,14 @@ def launch(
     script: Path = JOB,
     options: tuple[str, ...] = (),
     backend: str = "checkpointless",
+    launcher: tuple[str, ...] = ("-m", "torch.distributed.run"),
     **env: str,
 ) -> Ended:
     """Run the script under torchrun to its end. A job that hangs fails the test by its time limit."""
     out.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *launcher,
         "--rdzv-backend",
         backend,
         "--rdzv-endpoint",

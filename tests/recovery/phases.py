@@ -23,8 +23,21 @@ import checkpointless_elastic as ce
 from checkpointless_elastic.worker import session
 
 OUT = Path(os.environ["OUT"])
+DEVICE = os.environ.get("DEVICE", "cpu")
 STEPS = 5
 WIDTH = 32
+
+
+def join() -> None:
+    """Joins the job: gloo on the CPU; on CUDA NCCL too, and ranks that share a device name different hosts to it."""
+    if DEVICE == "cpu":
+        dist.init_process_group("gloo")
+        return
+    os.environ["NCCL_HOSTID"] = f"rank-{os.environ['RANK']}"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.cuda.init()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl")
 
 
 class Faults:
@@ -77,7 +90,7 @@ class Filler(Exception):
 
 def check_for_filler(moment_of_attempt: str = "") -> None:
     """Raise where a collective does not give what it must."""
-    count = torch.ones(())
+    count = torch.ones((), device=DEVICE)
     dist.all_reduce(count)
     if int(count) != dist.get_world_size():
         raise Filler(moment_of_attempt)
@@ -135,13 +148,13 @@ def shard(model: nn.Module, mesh: DeviceMesh, layers: type[nn.Module] | tuple[ty
 
 def hybrid() -> DeviceMesh:
     """Two replicas of each shard."""
-    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
 
 
 def batch(step: int, rows: int = 4) -> Tensor:
     """The same rows for a step and rank in every run."""
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-    return torch.randn(rows, WIDTH, generator=generator)
+    return torch.randn(rows, WIDTH, generator=generator).to(DEVICE)
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -174,7 +187,8 @@ def run_job(builders: dict[str, Callable[[], Kind]]) -> None:
     kinds = {}
     for number, name in enumerate(names):
         torch.manual_seed(number)
-        kinds[name] = builders[name]()
+        with torch.device(DEVICE):
+            kinds[name] = builders[name]()
     run = ce.Run(**{name: kind.objects for name, kind in kinds.items()})
     for name, kind in kinds.items():
         run.declare_replicas(**{f"{name}.{part}": group for part, group in kind.declared.items()})
@@ -192,9 +206,14 @@ def run_job(builders: dict[str, Callable[[], Kind]]) -> None:
     state = {piece.key: piece.tensor.detach().clone() for piece in run.inventory.pieces()}
     plain = {f"{name}.{key}": value.state_dict() for name, kind in kinds.items()
              for key, value in kind.objects.items() if key.startswith("scheduler")}  # fmt: skip
-    final = {"state": state, "plain": plain, "loss": losses[names[-1]], "rng": torch.get_rng_state()}
+    final = {"state": state, "plain": plain, "loss": losses[names[-1]], "rng": rng_states()}
     torch.save(final, OUT / f"final-{rank}.pt")
     dist.destroy_process_group()
+
+
+def rng_states() -> list[Tensor]:
+    """Of the CPU's generator and the device's."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if DEVICE != "cpu" else [])]
 
 
 def _named(name: str, function: Callable[[int], Any]) -> Callable[[int], Any]:

@@ -68,6 +68,7 @@ def test_without_mirrors_the_first_step_warns_and_a_loss_ends_the_job_when_no_re
     ended = train(tmp_path, 0, "1:forward:4")
     assert ended.code == 1
     assert "2 of 2 ranks hold state that no other rank holds (0, 1)" in ended.text
+    assert "that of 0 at once of the others can" in ended.text
     assert "no survivor holds the state of rank 1" in ended.text
 
 

@@ -1,0 +1,141 @@
+"""Copies of private state on another node.
+
+What only one rank knows of its step stands in its slot, in memory of its own node. So that it outlives the node, each
+agent sends it to its *guardian*, the agent of the next seat, whenever a rank is ready; the guardian's node is ready for
+that step only when it has it (`protocol.node`). An agent that takes a lost agent's seat gets the copies from there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from checkpointless_elastic.agent.peers import Peer, Peers
+from checkpointless_elastic.protocol.between import Between, Copy, Kept, Seated, Ward
+from checkpointless_elastic.protocol.messages import Report, encode_body
+from checkpointless_elastic.state.slot import Slot
+from checkpointless_elastic.worker.private import slot_path
+
+__all__ = ["Keeper", "Wards"]
+
+logger = logging.getLogger(__name__)
+
+
+class Keeper:
+    """The guardian's side: what is kept of another's ranks. ``copied(rank, generation, step)`` tells of a copy."""
+
+    def __init__(self, copied: Callable[[int, int, int], None]) -> None:
+        self._copied = copied
+        self._kept: dict[int, Copy] = {}
+
+    def received(self, peer: Peer, message: Between) -> None:
+        """A message of an agent whose guardian this one is."""
+        if isinstance(message, Ward) and message.wants:
+            kept = [self._kept[rank] for rank in message.ranks if rank in self._kept]
+            peer.send(encode_body(Kept(kept)))
+        elif isinstance(message, Copy):
+            known = self._kept.get(message.rank)
+            have = {**known.parts, **message.parts} if known is not None else message.parts
+            log = message.log if message.log is not None or known is None else known.log
+            parts = {number: have[number] for number in message.numbers}
+            self._kept[message.rank] = Copy(
+                message.rank, message.generation, message.step, message.blob, message.numbers, parts, log
+            )
+            self._copied(message.rank, message.generation, message.step)
+
+    def forget(self, generation: int) -> None:
+        """What is from before this generation does not count any more."""
+        self._kept = {rank: copy for rank, copy in self._kept.items() if copy.generation >= generation}
+
+    def recall(self) -> None:
+        """Tell of all copies that are here."""
+        for copy in self._kept.values():
+            self._copied(copy.rank, copy.generation, copy.step)
+
+
+@dataclass
+class _Sent:
+    """What the guardian has of one rank."""
+
+    numbers: set[int] = field(default_factory=set)
+    log: int = -1  # entries of the startup log
+
+
+class Wards:
+    """The ward's side, for the ranks of this node while it has a seat.
+
+    ``fetched(copies)``: what the guardian had, once, if the seat was taken over.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        run_dir: str,
+        seat: Seated,
+        ranks: frozenset[int],
+        fetched: Callable[[list[Copy]], None],
+    ) -> None:
+        self._peers, self._run_dir = peers, run_dir
+        self._seat, self._ranks = seat, ranks
+        self._fetched: Callable[[list[Copy]], None] | None = fetched if seat.taken else None
+        self._peer: Peer | None = None
+        self._sent: dict[int, _Sent] = {}
+        self._ready: dict[int, tuple[int, int]] = {}  # generation and step that each rank was last ready for
+        self.move(seat.guardian)
+
+    def move(self, address: str) -> None:
+        """The guardian's seat has a new agent."""
+        self.close()
+        if address:  # else that seat is vacant now
+            self._peer = self._peers.connect(address)
+
+    def owns(self, peer: Peer) -> bool:
+        """Is this the connection to the guardian?"""
+        return peer is self._peer
+
+    def opened(self) -> None:
+        """The guardian is there: it gets everything anew."""
+        assert self._peer is not None
+        self._sent = {}
+        self._send(Ward(self._seat.seat, sorted(self._ranks), self._fetched is not None))
+        for rank, (generation, step) in self._ready.items():
+            self._copy(rank, generation, step)
+
+    def received(self, message: Between) -> None:
+        """A message of the guardian."""
+        if isinstance(message, Kept) and self._fetched is not None:
+            fetched, self._fetched = self._fetched, None
+            fetched(message.copies)
+
+    def closed(self, reason: str) -> None:
+        """The guardian is gone, for now; the coordinator names its successor."""
+        logger.info("The guardian of seat %d cannot be reached (%s).", self._seat.seat, reason)
+        self._peer = None
+
+    def ready(self, rank: int, report: Report) -> None:
+        """A rank is ready: copy what its replacement would need, before anybody is told."""
+        self._ready[rank] = report.generation, report.step
+        if self._peer is not None and self._peer.is_open:
+            self._copy(rank, report.generation, report.step)
+
+    def _copy(self, rank: int, generation: int, step: int) -> None:
+        sent = self._sent.setdefault(rank, _Sent())
+        with Slot.open(slot_path(self._run_dir, rank)) as slot:
+            content = slot.read()
+            log = slot.entries() if sent.log < 0 else None
+        if content is None:
+            return
+        parts = {number: part for number, part in content.parts.items() if number not in sent.numbers}
+        sent.numbers, sent.log = set(content.parts), 0
+        self._send(Copy(rank, generation, step, content.blob, list(content.parts), parts, log))
+
+    def _send(self, message: Between) -> None:
+        assert self._peer is not None
+        self._peer.send(encode_body(message))
+
+    def close(self) -> None:
+        """The seat is given up, or has another guardian."""
+        if self._peer is not None:
+            self._peer.close("the guardian is another one")
+            self._peer = None
