@@ -74,9 +74,11 @@ class Fault:
     sender: bool = False
 
 
-def plan(draw: random.Random, count: int, gentle: bool, agents: int) -> list[Fault]:
-    """A schedule."""
-    kinds = GENTLE if gentle else KINDS
+def plan(
+    draw: random.Random, count: int, gentle: bool, agents: int, only: tuple[str, ...] = ()
+) -> list[Fault]:
+    """A schedule, of these kinds only if some are named."""
+    kinds = dict.fromkeys(only, 1.0) if only else GENTLE if gentle else KINDS
     chosen = draw.choices(list(kinds), weights=list(kinds.values()), k=count)
     return [_fault(draw, kind, gentle, agents) for kind in chosen]
 

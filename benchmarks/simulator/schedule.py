@@ -44,8 +44,9 @@ def play(
     sizes: Sizes,
     tell: Callable[[str], None] | None = None,
     mutations: Mutations | None = None,
+    only: tuple[str, ...] = (),
 ) -> Result:
-    """Run one schedule to its end, or to the first broken invariant."""
+    """Run one schedule to its end, or to the first broken invariant. ``only``: kinds of faults."""
     draw = random.Random(f"schedule {seed}")
     agents = draw.randint(sizes.least, sizes.most)
     large, gentle = agents >= LARGE, draw.random() < 0.3
@@ -59,7 +60,7 @@ def play(
         leave_early=0.0 if gentle else draw.choice([0.0, 0.0, 0.3]),
     )
     world = World(job, seed, mutations or Mutations(), tell)
-    Faults(world, plan(draw, count, gentle, agents), gentle, draw)
+    Faults(world, plan(draw, count, gentle, agents, only), gentle, draw)
     violation = _run(world, gentle)
     return Result(
         seed, agents, world.clock.events, world.faults, len(world.restarts), world.clock.now, violation

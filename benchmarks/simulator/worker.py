@@ -102,7 +102,7 @@ class Worker:
         if not self.alive:
             return
         if isinstance(message, Freeze):
-            if message.generation > self.frozen or not self._world.mutations.deaf:
+            if not self._world.mutations.deaf or message.generation % 2:
                 self.frozen = max(self.frozen, message.generation)
                 answer = Frozen(message.generation, self.step, self.phase, not self.shadow, True)
                 self._say(answer, True)
@@ -147,7 +147,7 @@ class Worker:
             self._receive(self._votes.popleft())
 
     def _receive(self, message: ToWorker) -> None:
-        current = self.frozen == self.generation or self._world.mutations.unfenced
+        current = self.frozen == self.generation
         if isinstance(message, Decision):
             if message.generation >= self.frozen:
                 self._follow(message)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from checkpointless_elastic.protocol.acts import Restarting
-from checkpointless_elastic.protocol.between import Between, Join, Order
+from checkpointless_elastic.protocol.between import Between, Join, Order, Seated
 from checkpointless_elastic.protocol.events import Action, Opened, Reached
 from checkpointless_elastic.protocol.messages import Message
 from checkpointless_elastic.protocol.rules import Rules
@@ -46,9 +46,7 @@ class Job:
 class Mutations:
     """Rules that the model of an agent or worker breaks on purpose, to see that it is noticed."""
 
-    unfenced: bool = False
     deaf: bool = False
-    stale_copies: bool = False
 
 
 @dataclass
@@ -66,6 +64,7 @@ class World:
     seed: int
     mutations: Mutations = field(default_factory=Mutations)
     tell: Callable[[str], None] | None = None
+    story: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
         job = self.job
@@ -171,6 +170,12 @@ class World:
     # ---- what is watched
 
     def note(self, sentence: str) -> None:
+        """For the trace and for stories."""
+        self.trace(sentence)
+        if self.story is not None:
+            self.story(sentence)
+
+    def trace(self, sentence: str) -> None:
         """For the trace."""
         if self.tell is not None:
             self.tell(f"{self.clock.now:9.4f} {sentence}")
@@ -179,26 +184,29 @@ class World:
         self.traffic.sent(agent.name, message)
         if isinstance(message, Order):
             self.oracle.ordered(self.directory.owners.get(message.term, ""), agent.name, message.term)
+        if isinstance(message, Seated):
+            since = self.clock.now - self.directory.claimed
+            self.oracle.gave_seat(agent.name, message.term, self.directory.term, since)
         for watch in self.on_send:
             watch(agent, message)
 
     def took(self, agent: Agent, message: Between) -> None:
         self.traffic.took(agent.name, message)
         if self.tell is not None:
-            self.note(f"{agent.name} <- {short(message)}")
+            self.trace(f"{agent.name} <- {short(message)}")
 
     def copied(self, agent: Agent, guardian: Agent) -> None:
         self.traffic.copied(agent.name, guardian.name)
 
     def obeys(self, agent: Agent, message: Message) -> None:
         if self.tell is not None:
-            self.note(f"{agent.name} obeys {short(message)}")
+            self.trace(f"{agent.name} obeys {short(message)}")
 
     def performs(self, agent: Agent, action: Action) -> None:
         if isinstance(action, Restarting):
             self.restarts.append(f"step {action.step}: {action.reason}")
-        if self.tell is not None and isinstance(action, (Opened, Reached, Restarting)):
-            self.note(f"{agent.name} performs {action}")
+        if isinstance(action, (Opened, Reached, Restarting)):
+            self.note(f"{agent.name}: {told(action)}")
         for watch in self.on_reach:
             watch(agent, action)
 
@@ -262,3 +270,20 @@ def short(message: Message) -> str:
     if isinstance(message, Join):
         return f"Join {message.agent}" + (f" with {message.standing}" if message.standing else "")
     return str(message)[:300]
+
+
+def told(action: Opened | Reached | Restarting) -> str:
+    """A point of a recovery, as a sentence."""
+    if isinstance(action, Opened):
+        return f"generation {action.generation} is open, ranks {sorted(action.lost)} are lost: {action.cause}"
+    if isinstance(action, Restarting):
+        return (
+            f"the script is run again in generation {action.generation}, rung {action.rung}: {action.reason}"
+        )
+    if action.point == "frozen":
+        return (
+            f"all have answered, they go on at step {action.details['step']} ({action.details['decision']})"
+        )
+    if action.point == "committed":
+        return f"step {action.details['step']} is committed, the first one in generation {action.generation}"
+    return f"generation {action.generation}: {action.point}"

@@ -203,6 +203,7 @@ class Member(Seeker):
         if isinstance(message, Seated):
             if self.board is not None:
                 self._leader.seat = message.seat
+                self._beat_all()  # who takes over must know which seat is lost with this agent
         elif isinstance(message, Turned):  # of the board in this agent: its seat is another's
             self._give_way(message.reason)
             self._leader.seat = -1
@@ -423,6 +424,9 @@ class Member(Seeker):
     def _beat(self, now: float) -> None:
         self._leader.count += 1
         self._ask(Query.BEAT, self._leader.term, self._leader.count)
+        self._beat_all()
+
+    def _beat_all(self) -> None:
         for link in self._links:
             if link < 0:
                 self._send(link, self._beat_now())

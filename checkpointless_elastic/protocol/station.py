@@ -76,6 +76,7 @@ class Station:
         self._left: set[int] = set()
         self._protected: set[int] = set()
         self._held: dict[int, Replicas] = {}
+        self._gone_wards: dict[int, int] = {}  # ranks of the seat before: the generation of their newest loss
         self._node = Node(self.ranks, seat.generation, self._wards())
         if seat.taken:
             self._node.opened(seat.generation, self.ranks)
@@ -111,6 +112,10 @@ class Station:
         if isinstance(message, Replicas):
             self._held[rank] = message
         return RankSays(rank, message) if isinstance(message, (Protected, Replicas, Left, Mismatch)) else None
+
+    def keeps(self, rank: int, generation: int) -> bool:
+        """Is a copy of this generation still a ward's? An agent that lost that seat may not know it."""
+        return generation >= self._gone_wards.get(rank, 0)
 
     def copied(self, rank: int, generation: int, step: int) -> Between | None:
         """The private state that a ward had when it was ready for this step is kept here."""
@@ -184,7 +189,10 @@ class Station:
             self.decision = None
             self.generation = freeze.generation
             self._node.opened(freeze.generation, frozenset(freeze.lost))
+        known = self._lost
         self._lost, self._left = set(freeze.lost), set(freeze.left)
+        for rank in (self._lost - known) & self._wards():
+            self._gone_wards[rank] = freeze.generation
 
     def replaced(self, rank: int, store: str) -> None:
         """The next incarnation of a rank is being started, to meet the others in ``store``.
