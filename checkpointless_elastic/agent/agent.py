@@ -232,7 +232,12 @@ class CheckpointlessAgent(LocalElasticAgent):
         super()._shutdown()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **kwargs: Any) -> None:
-        """The end of the run: stop the workers, then the control plane and the fork servers. Blocks."""
+        """The end of the run: stop the workers, then the control plane and the fork servers. Blocks.
+
+        An agent that ends before the job does leaves it first: others take over at once, not when its workers are gone.
+        """
+        if self._workforce is not None and not self._workforce.ended:
+            self._control.leave()
         super()._shutdown(death_sig, *args, **kwargs)
         if self._workforce is None:
             return

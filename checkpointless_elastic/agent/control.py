@@ -245,6 +245,12 @@ class AgentControl:
         else:
             self._lose(rank, describe(status))
 
+    def leave(self) -> None:
+        """See ControlPlane."""
+        if self._station is not None:
+            self._station.stopped = True
+        self._membership.close("")
+
     def stopped(self) -> None:
         self._recoveries.close()
         self._membership.close(self._workers.ended)

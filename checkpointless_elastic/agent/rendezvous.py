@@ -50,7 +50,7 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
     """
 
     def __init__(self, params: RendezvousParameters) -> None:
-        self.config = Config.parse(params.config, os.environ)
+        self.config = Config.parse(_given(params.config), os.environ)
         self.max_nodes = params.max_nodes
         self.has_agent = False
         self._params = params
@@ -161,6 +161,12 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
         """Close the store."""
         self._store = None
         return True
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of --rdzv-conf: without `timeout` torchrun adds one, as a number; what a user gives is a string."""
+    timeout = options.get("timeout")
+    return {k: v for k, v in options.items() if k != "timeout"} if isinstance(timeout, int) else options
 
 
 def _endpoint(params: RendezvousParameters) -> tuple[str, int]:

@@ -224,6 +224,9 @@ class ControlPlane(Protocol):
     def exited(self, rank: int, incarnation: int, status: int) -> None:
         """Always after `lost`: exit code, or the negative number of the signal that ended the worker."""
 
+    def leave(self) -> None:
+        """This agent was asked to end, or has failed: the job goes on without it. Its workers are stopped next."""
+
     def stopped(self) -> None:
         """All workers are gone and none will follow: close what is open."""
 

@@ -21,7 +21,7 @@ from checkpointless_elastic.groups.link import Link, retire
 from checkpointless_elastic.groups.native import Attempt
 from checkpointless_elastic.groups.sockets import shut_down
 from checkpointless_elastic.groups.spec import GroupSignature, GroupSpec, RebuildReport, Superseded
-from checkpointless_elastic.groups.waiting import give_up_soon
+from checkpointless_elastic.groups.waiting import end_idle, give_up_soon
 
 __all__ = ["Registry"]
 
@@ -364,6 +364,11 @@ class Registry:
         Called by the next collective in any case; a session calls it before it goes on without one.
         """
         self.engine.settle()
+
+    def all_finished(self) -> None:
+        """All ranks have finished their scripts: threads that wait for the next use of a group end. Does not block."""
+        self._sleepers.end()
+        end_idle()
 
     def committed(self, calls: int) -> None:
         """So many replayable calls of the job are committed, or were skipped by a replacement: see `owed`."""

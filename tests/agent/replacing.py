@@ -64,6 +64,9 @@ class ReplacingControl:
         elif not self._running:
             self._workers.succeed()
 
+    def leave(self) -> None:
+        pass
+
     def stopped(self) -> None:
         with open("stopped", "a") as file:
             file.write("stopped\n")
