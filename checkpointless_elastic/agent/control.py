@@ -388,6 +388,8 @@ class AgentControl:
 
     def _halt(self, message: Halt) -> None:
         """The job has failed. The exit code of a worker that is to blame is named in the summary."""
+        if message.reason:
+            logger.error("The job stops: %s.", message.reason.rstrip("."))
         station = self._station
         own = sorted(station.ranks) if station is not None else []
         bad = [rank for rank, status in station.gone.items() if status] if station is not None else []
@@ -432,8 +434,6 @@ class AgentControl:
             self._recoveries.restarting(action.rung, action.reason, action.generation, action.step, now)
         elif isinstance(action, Stop):
             self._recoveries.close()
-            if action.reason:
-                logger.error("The job stops: %s.", action.reason.rstrip("."))
 
     def heard(self, message: Between) -> None:
         """See Office."""

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 BACKEND = "checkpointless"
 ETCD_BACKEND = "checkpointless-etcd"
+_TORCHRUNS_TIMEOUT_S = 900
 _ETCD_PATIENCE_S = 15.0  # longer than an election inside etcd, and a call that meets it
 
 
@@ -164,9 +165,9 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of --rdzv-conf: without `timeout` torchrun adds one, as a number; what a user gives is a string."""
-    timeout = options.get("timeout")
-    return {k: v for k, v in options.items() if k != "timeout"} if isinstance(timeout, int) else options
+    """The options of --rdzv-conf. Without `timeout` torchrun adds one, as a number: the variable must count then."""
+    added = options.get("timeout") == _TORCHRUNS_TIMEOUT_S
+    return {name: value for name, value in options.items() if not (added and name == "timeout")}
 
 
 def _endpoint(params: RendezvousParameters) -> tuple[str, int]:

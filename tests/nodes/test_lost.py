@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.conftest import wait_until
 from tests.nodes.cluster import Nodes, slow
+from tests.recovery.launching import Ended
 
 
 def test_a_worker_lost_on_another_node_than_the_coordinators_is_replaced_there(
@@ -114,10 +116,16 @@ def test_a_lost_node_for_which_none_comes_ends_the_job(
 def test_workers_of_a_node_that_is_asked_to_end_move_to_a_spare(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
-    it = job("2:3", 1, "1:5:forward:term,1:6:start:hold")
+    it = job("2:3", 1, "1:5:forward:term,0:6:start:hold")
     it.start(3)
-    check(it.finish(), 1)
-    assert sorted(map(str, it.codes)) != ["0", "0", "0"]
+    it.await_file("1-5-forward-0")
+    asked = it.agent_of(1)
+    it.await_file("0-6-start-0")
+    wait_until(lambda: asked.code is not None, f"it ends {it.text}")
+    it.go("")
+    ended = it.finish()
+    assert sorted(map(str, it.codes)) == ["0", "0", "1"]
+    check(Ended(ended.out, ended.ranks, 0, ended.text), 1)
 
 
 @slow
