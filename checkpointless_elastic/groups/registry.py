@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import distributed_c10d as c10d
 
 from checkpointless_elastic.errors import CheckpointlessError, RankLostError
 from checkpointless_elastic.groups import connecting
@@ -366,9 +367,12 @@ class Registry:
         self.engine.settle()
 
     def all_finished(self) -> None:
-        """All ranks have finished their scripts: threads that wait for the next use of a group end. Does not block."""
+        """All ranks have finished their scripts: destroyed groups end, and threads that wait for the next use of one."""
         self._sleepers.end()
         end_idle()
+        for group in [*self.engine.groups.values()]:
+            if group not in c10d._world.pg_map and group.link.native is not None:
+                group.shutdown()
 
     def committed(self, calls: int) -> None:
         """So many replayable calls of the job are committed, or were skipped by a replacement: see `owed`."""

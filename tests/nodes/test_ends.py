@@ -43,6 +43,7 @@ def test_without_a_restart_left_the_job_ends_on_every_node(kind: str, job: Calla
     assert results(it) == []
 
 
+@slow
 def test_a_bug_of_the_script_ends_all_agents_and_one_shows_it(job: Callable[..., Nodes]) -> None:
     it = job("2:3", 1, "1:5:forward:always")
     it.start(3)

@@ -66,6 +66,7 @@ def test_a_spare_lost_while_it_takes_the_seat_leaves_it_to_another(
     assert sorted(it.codes) == [-9, -9, 0, 0]
 
 
+@slow
 def test_two_nodes_are_lost_one_after_the_other(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
