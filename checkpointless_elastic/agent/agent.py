@@ -93,16 +93,16 @@ class CheckpointlessAgent(LocalElasticAgent):
         self._servers = ForkServers(self._loop, self._run_dir)
         self._servers.start()  # loads torch while the rest gets ready
         self._control = make_control(handler, spec)
-        self._workforce = LocalWorkforce(
-            self._loop, self._servers, self._control, self._run_dir, self._patience()
-        )
-        self._control.attach(self._loop, self._workforce, spec.local_world_size)
+        workforce = LocalWorkforce(self._loop, self._servers, self._control, self._run_dir, self._patience())
+        self._control.attach(self._loop, workforce, spec.local_world_size)
+        self._workforce = workforce
 
     def _finish(self, group: WorkerGroup, verdict: Verdict) -> RunResult:
         workforce = self._present()
         if verdict.kind is VerdictKind.SUCCEEDED:
             group.state = WorkerState.SUCCEEDED
-            return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(workforce.ranks))
+            ranks = [worker.global_rank for worker in group.workers]
+            return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
         self._stop_workers(group)
         group.state = WorkerState.FAILED
         return RunResult(state=WorkerState.FAILED, failures=workforce.failures(verdict.ranks))

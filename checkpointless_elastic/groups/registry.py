@@ -367,7 +367,7 @@ class Registry:
         self.engine.settle()
 
     def all_finished(self) -> None:
-        """All ranks have finished their scripts: destroyed groups end, and threads that wait for the next use of one."""
+        """All ranks have finished their scripts: destroyed groups end, and threads that wait for a next use."""
         self._sleepers.end()
         end_idle()
         for group in [*self.engine.groups.values()]:
