@@ -246,9 +246,15 @@ class AgentControl:
         else:
             self._lose(rank, describe(status))
 
-    def leaves(self, cause: str) -> None:
+    def will_end(self, cause: str) -> None:
         """See ControlPlane."""
         self._membership.leave(cause)
+
+    def leave(self) -> None:
+        """See ControlPlane."""
+        if self._station is not None:
+            self._station.stopped = True
+        self._membership.close("")
 
     def stopped(self) -> None:
         self._recoveries.close()
@@ -389,6 +395,8 @@ class AgentControl:
 
     def _halt(self, message: Halt) -> None:
         """The job has failed. The exit code of a worker that is to blame is named in the summary."""
+        if message.reason:
+            logger.error("The job stops: %s.", message.reason.rstrip("."))
         station = self._station
         own = sorted(station.ranks) if station is not None else []
         bad = [rank for rank, status in station.gone.items() if status] if station is not None else []
@@ -445,8 +453,6 @@ class AgentControl:
             self._recoveries.restarting(action.rung, action.reason, action.generation, action.step, now)
         elif isinstance(action, Stop):
             self._recoveries.close()
-            if action.reason:
-                logger.error("The job stops: %s.", action.reason.rstrip("."))
 
     def heard(self, message: Between) -> None:
         """See Office."""
