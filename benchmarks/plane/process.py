@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from checkpointless_elastic.agent.directory_tcp import TcpDirectory
@@ -23,6 +23,10 @@ __all__ = ["LIMIT_S", "Child", "Settings", "agents_process", "raise_limits"]
 LIMIT_S = 120.0
 """For everything that is waited for."""
 JOB = "control-plane"
+PRELOADED = [
+    "checkpointless_elastic.agent.membership",
+    "checkpointless_elastic.agent.directory_tcp",
+]  # and torch
 TOKEN = b"agents on one machine, for a moment"
 
 
@@ -62,9 +66,12 @@ class Child:
     """A process that was started, and the pipe to it."""
 
     def __init__(self, body: Callable[..., None], *arguments: object) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self._pipe, theirs = context.Pipe()
-        self._process: SpawnProcess = context.Process(target=body, args=(*arguments, theirs), daemon=True)
+        self._process: ForkServerProcess = context.Process(
+            target=body, args=(*arguments, theirs), daemon=True
+        )
         self._process.start()
         theirs.close()
 

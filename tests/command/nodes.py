@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 
+from checkpointless_elastic.command.cli import main
 from tests.recovery.launching import difference
 
 JOB = Path(__file__).with_name("job.py")
 STEPS = 300
 TOKEN = "a token of the tests of the command"
 WAIT_S = 90.0
+
+
+class Done(NamedTuple):
+    """What the command has written, and its exit code."""
+
+    code: int
+    out: str
+    err: str
 
 
 class Nodes:
@@ -56,16 +68,19 @@ class Nodes:
             process = subprocess.Popen(launcher, env={**os.environ, **given}, stdout=log, stderr=log)
         self.launchers.append(process)
 
-    def command(self, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-        """`checkpointless` with the job's options."""
-        line = [sys.executable, "-m", "checkpointless_elastic", *arguments, *self.options]
-        env = {**os.environ, "CHECKPOINTLESS_JOB_TOKEN": token}
-        return subprocess.run(line, env=env, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    def command(self, *arguments: str, token: str = TOKEN) -> Done:
+        """`checkpointless` with the job's options, in this process, which has loaded torch already."""
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setenv("CHECKPOINTLESS_JOB_TOKEN", token)
+            patch.setenv("TORCH_CPP_LOG_LEVEL", "FATAL")
+            code = main([*arguments, *self.options])
+        return Done(code, out.getvalue(), err.getvalue())
 
     def status(self) -> dict[str, Any]:
         done = self.command("status", "--json")
-        assert done.returncode == 0, done.stderr + self.logs()
-        found: dict[str, Any] = json.loads(done.stdout)
+        assert done.code == 0, done.err + self.logs()
+        found: dict[str, Any] = json.loads(done.out)
         return found
 
     def number(self, agent: str) -> int:
