@@ -13,14 +13,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
 
 from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol import layout
 from checkpointless_elastic.protocol.acts import Act, Guard, Heard, Perform, Restarting, Tell
 from checkpointless_elastic.protocol.between import (
     VERSION,
+    AnswerBundle,
     Answers,
+    Attach,
+    Attached,
     Between,
+    Bundle,
+    Detached,
     Done,
     EndRank,
     Gathered,
@@ -42,6 +50,7 @@ from checkpointless_elastic.protocol.between import (
     Standing,
     Turned,
 )
+from checkpointless_elastic.protocol.branch import unbundled
 from checkpointless_elastic.protocol.coordinator import Coordinator, State
 from checkpointless_elastic.protocol.events import (
     Action,
@@ -63,11 +72,31 @@ from checkpointless_elastic.protocol.events import (
     Tally,
     Unfit,
 )
-from checkpointless_elastic.protocol.messages import Left, Mismatch, Protected, Release, Replicas, Restore
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    Decision,
+    Freeze,
+    Left,
+    Mismatch,
+    Protected,
+    Rebuild,
+    Release,
+    Replicas,
+    Restore,
+    Resume,
+)
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
 from checkpointless_elastic.protocol.takeover import is_later, left_behind
+from checkpointless_elastic.protocol.tree import Tree
 
 __all__ = ["Board"]
+
+_Told = TypeVar("_Told", bound=Ordered)
+
+
+def _short(message: _Told) -> _Told:
+    """See Order."""
+    return msgspec.structs.replace(message, sources=[]) if isinstance(message, Decision) else message
 
 
 @dataclass
@@ -108,6 +137,8 @@ class Board:
         self._standings: dict[int, Standing] = {}
         self._awaited: set[int] = set()  # seats whose agents may still come over from the last coordinator
         self._since: dict[str, float] = {}  # when what has a limit began
+        self._tree = Tree(0, rules.fan_out)
+        self._numbered = 0  # orders that went down the tree
 
     # ---- agents come
 
@@ -186,6 +217,7 @@ class Board:
 
     def _know(self, bases: list[int], world: int) -> None:
         self.bases, self.world = bases, world
+        self._tree = Tree(len(bases), self._rules.fan_out)
         self._seats, self._taken = [""] * len(bases), [False] * len(bases)
 
     def _new_coordinator(self, generation: int) -> Coordinator:
@@ -245,6 +277,8 @@ class Board:
         agent = self._agents.pop(name, None)
         if agent is not None and agent.seat >= 0:
             self._seats[agent.seat] = ""
+            self._tree.parents.pop(agent.seat, None)
+            self._dissolve(agent.seat)
             self._suspect({agent.seat}, why)
 
     def _suspect(self, seats: set[int], why: str) -> None:
@@ -294,8 +328,10 @@ class Board:
             if spare is not None:
                 self._seats[seat], spare.seat = spare.name, seat
                 filled[seat] = spare.address
-        if filled:
-            self._order(Reseated(filled), but=set(filled))
+        for seat, address in filled.items():
+            ward = (seat - 1) % len(self._seats)
+            if self._seats[ward] and ward not in filled:
+                self._tell(self._seats[ward], Order(self._term, Reseated({seat: address})))
         for seat in filled:
             self._seat(seat, self._taken[seat])
             self._taken[seat] = False
@@ -322,7 +358,7 @@ class Board:
         if taken and self.coordinator.state is not State.RUNNING:
             self._tell(self._seats[seat], Order(self._term, self.coordinator.freeze()))
             if self.coordinator.decision is not None:
-                self._tell(self._seats[seat], Order(self._term, self.coordinator.decision))
+                self._tell(self._seats[seat], Order(self._term, _short(self.coordinator.decision)))
 
     def _vacant(self) -> list[int]:
         suspected = {seat for seat, _ in self._suspects}
@@ -360,6 +396,8 @@ class Board:
         agent = self._agents.get(name)
         if agent is None or agent.seat < 0 or self._over:
             return
+        if isinstance(message, (Bundle, AnswerBundle)):
+            message = unbundled(message)
         if self.coordinator is None:
             self._early.append((name, message))
             return
@@ -379,6 +417,10 @@ class Board:
             self._said(message)
         elif isinstance(message, NodeEnded) and message.restarts == self._restarts:
             self._node_ended(message)
+        elif isinstance(message, Attached):
+            self._attached(agent, message.parent)
+        elif isinstance(message, Detached):
+            self._detached(agent, message.parent)
 
     def _said(self, message: RankSays) -> None:
         assert self.coordinator is not None
@@ -419,6 +461,9 @@ class Board:
         if isinstance(action, Broadcast):
             only = self.coordinator.pending if isinstance(action.message, Restore) else None
             self._order(action.message, only=only)  # type: ignore[arg-type]
+            first = isinstance(action.message, Commit) and action.message.step < 2
+            if self._tree.needed and (first or isinstance(action.message, Resume)):
+                self._attach()
         elif isinstance(action, Replace):
             self._tell_rank(action.rank, ReplaceRank(action.rank, self._store))
         elif isinstance(action, End):
@@ -457,10 +502,55 @@ class Board:
         for name in self._agents:
             self._tell(name, Order(self._term, Halt(reason, ranks)))
 
+    # ---- the tree
+
+    def is_attached(self, name: str) -> bool:
+        """Does this agent hang on another one?"""
+        agent = self._agents.get(name)
+        return agent is not None and agent.seat in self._tree.parents
+
+    def hangs_on(self, name: str, parent: str) -> bool:
+        """Does this agent hang on that one?"""
+        agent, other = self._agents.get(name), self._agents.get(parent)
+        return agent is not None and other is not None and self._tree.parents.get(agent.seat) == other.seat
+
+    def _attach(self) -> None:
+        """The job runs: make the tree whole. A broken tree costs a generation, which an unprotected job has not."""
+        assert self.coordinator is not None
+        if not self.coordinator.protected:
+            return
+        for seat, parent in self._tree.missing():
+            name, other = self._seats[seat], self._seats[parent]
+            if name and other and self._me not in (name, other):
+                self._tell(name, Attach(self._agents[other].address))
+
+    def _attached(self, agent: _Agent, address: str) -> None:
+        parent = next((a.seat for a in self._agents.values() if a.address == address and a.seat >= 0), -1)
+        if parent < 0 or not self._tree.attached(agent.seat, parent):
+            self._tell(agent.name, Attach(""))
+
+    def _detached(self, agent: _Agent, address: str) -> None:
+        parent = self._tree.parents.get(agent.seat, -1)
+        if parent >= 0 and self._agents[self._seats[parent]].address == address:
+            self._dissolve(parent)
+            self._decide(Reopened("a connection between agents has ended"))
+
+    def _dissolve(self, seat: int) -> None:
+        for child in self._tree.dissolve(seat):
+            if self._seats[child]:
+                self._tell(self._seats[child], Attach(""))
+
     # ---- telling
 
-    def _order(self, message: Ordered, only: set[int] | None = None, but: set[int] | None = None) -> None:
-        """To all agents with a seat; only to those with one of these ranks, or not to those in these seats."""
+    def _order(self, message: Ordered, only: set[int] | None = None) -> None:
+        """To all agents with a seat; only to those with one of these ranks."""
+        if isinstance(message, (Commit, Freeze, Decision, Rebuild, Resume)):
+            self._numbered += 1
+            order = Order(self._term, _short(message), self._numbered)
+            for seat, name in enumerate(self._seats):
+                if name and seat not in self._tree.parents:
+                    self._tell(name, order)
+            return
         order = Order(self._term, message)
         if isinstance(message, Done):
             for name in self._agents:
@@ -468,7 +558,7 @@ class Board:
             return
         for seat, name in enumerate(self._seats):
             wanted = only is None or not only.isdisjoint(self._ranks(seat))
-            if name and wanted and not (but and seat in but):
+            if name and wanted:
                 self._tell(name, order)
 
     def _tell_rank(self, rank: int, message: Between) -> None:

@@ -150,6 +150,8 @@ class Coordinator:
         if event.generation != self.generation:
             return []  # from before a freeze: the rank's answer to Freeze says the same better
         reports = self._reports.setdefault(event.stage, {})
+        if event.stage is Stage.READY and event.step < self.step:
+            return []  # said twice, when an agent moved in the tree
         if event.stage is Stage.READY and event.step != self.step:
             raise ProtocolError(
                 f"Ranks {sorted(event.reports)} are ready for step {event.step}, not {self.step}."

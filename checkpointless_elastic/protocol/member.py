@@ -20,8 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from checkpointless_elastic.protocol.acts import (
     Act,
+    Dial,
     Guard,
     HangUp,
     Obey,
@@ -29,21 +32,33 @@ from checkpointless_elastic.protocol.acts import (
     Tell,
 )
 from checkpointless_elastic.protocol.between import (
+    AnswerBundle,
+    Answers,
+    Attach,
+    Attached,
     Beat,
     Between,
+    Bundle,
+    Child,
+    Detached,
     Done,
     EndRank,
+    Gathered,
     Halt,
     Join,
     Order,
+    Ordered,
     ReplaceRank,
     Seated,
+    Silent,
     Spare,
     Standing,
     Turned,
 )
 from checkpointless_elastic.protocol.board import Board
+from checkpointless_elastic.protocol.branch import BULK, Branch
 from checkpointless_elastic.protocol.events import Overdue
+from checkpointless_elastic.protocol.messages import Decision, Freeze, Stage
 from checkpointless_elastic.protocol.rules import Rules
 from checkpointless_elastic.protocol.seeker import Closed, Leader, Me, Seeker, State
 
@@ -56,6 +71,14 @@ class _Link:
 
     heard: float
     agent: str = ""
+
+
+def _whole(order: Ordered, world: int) -> Ordered:
+    """See Order."""
+    if not isinstance(order, Decision) or order.sources:
+        return order
+    pending = set(order.pending)
+    return msgspec.structs.replace(order, sources=[rank for rank in range(world) if rank not in pending])
 
 
 class Member(Seeker):
@@ -72,6 +95,7 @@ class Member(Seeker):
         super().__init__(me, rules, standing, open_store)
         self._links: dict[int, _Link] = {}
         self._followers: dict[str, int] = {}  # by agent, its newest accepted connection
+        self._branch = Branch(self._up)
         self._ticked: float | None = None
         self._held: list[
             tuple[str, Between | Closed | Overdue]
@@ -79,6 +103,7 @@ class Member(Seeker):
 
     def _preside(self, now: float, old_seat: int = -1) -> None:
         standing = self._standing()
+        self._leave_tree()
         self.state = State.CHAIR
         self.board = Board(self._leader.term, self._me.name, self._rules, self._open_store)
         self._leader.seat = standing.seat if standing else -1
@@ -92,15 +117,15 @@ class Member(Seeker):
     # ---- connections
 
     def opened(self, link: int, agent: str, now: float) -> list[Act]:
-        """A connection is there: dialled (positive), or accepted (negative) and about to bring a Join."""
+        """A connection is there: dialled (positive), or accepted (negative) and about to bring a Join or Child."""
         self._links[link] = _Link(now)
         if link == self._uplink:
             self.state = State.FOLLOWING
             self._send(link, self._introduction(self._standing()))
+        elif link == self._branch.link:
+            self._attached()
         else:
             self._links[link].agent = agent
-            self._replaces(self._followers.get(agent), now)
-            self._followers[agent] = link
         return self._flush()
 
     def _replaces(self, older: int | None, now: float) -> None:
@@ -118,6 +143,12 @@ class Member(Seeker):
         gone = self._links.pop(link, None)
         if link == self._uplink:
             self._lost_uplink(why, reason, now)
+        elif link == self._branch.link:
+            self._detached(now)
+        elif link in self._branch.children:
+            agent = self._branch.children.pop(link)
+            if why is Closed.SILENT:
+                self._send(self._uplink, Silent(agent))
         elif gone is not None and gone.agent:
             self._left(link, gone.agent, why, now)
 
@@ -129,6 +160,7 @@ class Member(Seeker):
 
     def _lost_uplink(self, why: Closed, reason: str, now: float) -> None:
         was = self.state
+        self._leave_tree()
         self.state, self._uplink = State.SEEKING, 0
         if was is State.FOLLOWING:
             self._ask(Query.NEWEST) if why is Closed.GONE else self._ask(Query.LAST_BEAT, self._leader.term)
@@ -147,10 +179,20 @@ class Member(Seeker):
         known.heard = now
         if link == self._uplink:
             self._follow(message, now)
+        elif link == self._branch.link:
+            self._from_parent(message, now)
+        elif link in self._branch.children:
+            if isinstance(message, (Gathered, Answers, Bundle, AnswerBundle)):
+                self._branch.said(link, message)
         elif self.board is not None:
+            if isinstance(message, Join):
+                self._replaces(self._followers.get(known.agent), now)
+                self._followers[known.agent] = link
             if not isinstance(message, Beat):
                 self._happened(known.agent, message, now)
-        elif isinstance(message, Join):
+        elif isinstance(message, Child) and self._takes(message):
+            self._branch.children[link] = known.agent
+        elif isinstance(message, (Join, Child)):
             self._acts.append(HangUp(link, "this agent does not coordinate"))
             self._forget(link)
         return self._flush()
@@ -164,13 +206,18 @@ class Member(Seeker):
         if isinstance(message, Beat):
             if message.count > self._leader.count:
                 self._leader.count, self._leader.moved = message.count, now
+                for child in self._branch.children:
+                    self._send(child, message)
             self._leader.seat = message.seat
         elif isinstance(message, Turned):
             self._turned(message)
+        elif isinstance(message, Attach):
+            self._attach(message.parent)
         else:
             self._obey(message, now)
 
     def _turned(self, message: Turned) -> None:
+        self._leave_tree()
         self._acts.append(HangUp(self._uplink, "turned away"))
         self._links.pop(self._uplink, None)
         self._uplink = 0
@@ -197,7 +244,9 @@ class Member(Seeker):
             if self.board is not None:
                 self.board.join(self._introduction(None), now)
         elif isinstance(message, Order):
-            self._acts.append(Obey(message.message))
+            if message.number and not self._pass_on(message):
+                return
+            self._acts.append(Obey(_whole(message.message, self._world)))
             if isinstance(message.message, (Done, Halt)) and self.board is None:
                 self.state = State.OUT
         elif isinstance(message, (ReplaceRank, EndRank)):
@@ -210,8 +259,88 @@ class Member(Seeker):
         if self.board is not None:
             self._happened(self._me.name, message, now)
         elif self.state is State.FOLLOWING:
-            self._send(self._uplink, message)
+            if isinstance(message, Answers) or (isinstance(message, Gathered) and message.stage in BULK):
+                self._branch.said(0, message)
+            else:
+                self._send(self._uplink, message)
         return self._flush()
+
+    # ---- the tree, see `branch`
+
+    def _up(self, message: Between) -> None:
+        self._send(self._branch.link if self._branch.open else self._uplink, message)
+
+    def _attach(self, parent: str) -> None:
+        branch = self._branch
+        if parent == branch.parent:
+            return
+        if branch.link:
+            self._acts.append(HangUp(branch.link, "this agent has another parent"))
+            self._links.pop(branch.link, None)
+        branch.parent, branch.link, branch.open = parent, 0, False
+        if parent:
+            self._dialled += 1
+            branch.link = self._dialled
+            self._acts.append(Dial(branch.link, parent))
+
+    def _attached(self) -> None:
+        branch = self._branch
+        self._send(branch.link, Child(self._leader.term, self._me.name))
+        branch.open = True
+        branch.repeat()
+        self._send(self._uplink, Attached(branch.parent))
+
+    def _detached(self, now: float) -> None:
+        """The coordinator hears of it, and is given its time to show that it lives."""
+        branch, parent = self._branch, self._branch.parent
+        was_open = branch.open
+        branch.parent, branch.link, branch.open = "", 0, False
+        self._links[self._uplink].heard = now
+        if was_open:
+            self._send(self._uplink, Detached(parent))
+
+    def _takes(self, child: Child) -> bool:
+        return self.state is State.FOLLOWING and child.term == self._leader.term
+
+    def _from_parent(self, message: Between, now: float) -> None:
+        if isinstance(message, (Beat, Order)) and message.term == self._leader.term:
+            self._links[self._uplink].heard = now
+            self._follow(message, now)
+
+    def _pass_on(self, order: Order) -> bool:
+        """To the children. False: this order came before, on another way."""
+        branch = self._branch
+        if not branch.is_new(order.term, order.number):
+            return False
+        for child in branch.children:
+            self._send(child, order)
+        branch.ordered(order.message)
+        nothing = self._nothing_to_say(order.message)
+        if nothing is not None and self.state is State.FOLLOWING:
+            branch.said(0, nothing)
+        return True
+
+    def _nothing_to_say(self, order: Ordered) -> Answers | Gathered | None:
+        """If all ranks here are replacements, nobody here answers, and the parent waits for this agent all the same."""
+        standing = self._standing()
+        if standing is None or not isinstance(order, (Freeze, Decision)):
+            return None
+        ends = [*self._bases[1:], self._world]
+        own = range(self._bases[standing.seat], ends[standing.seat])
+        new = set(order.lost if isinstance(order, Freeze) else order.pending)
+        if not new.issuperset(own):
+            return None
+        if isinstance(order, Freeze):
+            return Answers(order.generation, {})
+        return Gathered(Stage.PUBLISHED, order.generation, order.step, {})
+
+    def _leave_tree(self) -> None:
+        branch = self._branch
+        for link in [branch.link, *branch.children]:
+            if link:
+                self._acts.append(HangUp(link, "this agent leaves the tree"))
+                self._links.pop(link, None)
+        self._branch = Branch(self._up)
 
     def overdue(self, deadline: Overdue, now: float) -> list[Act]:
         """A limit that was asked for has passed."""
@@ -233,12 +362,21 @@ class Member(Seeker):
         elif isinstance(what, Closed):
             silent = f"gave no sign of life for {self._rules.detection:.1f} s"
             board.left(agent, silent if what is Closed.SILENT else "was lost")
+        elif isinstance(what, Silent):
+            self._silent(agent, what.agent, now)
         elif isinstance(what, Join):
             board.join(what, now)
             board.acts.append(Tell(agent, self._beat_now()))
         else:
             board.received(agent, what)
         self._carry_out(now)
+
+    def _silent(self, parent: str, agent: str, now: float) -> None:
+        """A child of an agent gives no sign of life."""
+        link = self._followers.get(agent)
+        if link is not None and self.board is not None and self.board.hangs_on(agent, parent):
+            self._acts.append(HangUp(link, "no sign of life"))
+            self._closed(link, Closed.SILENT, "no sign of life", now)
 
     def _in_doubt(self, now: float) -> bool:
         """Was this process stopped? Nothing is decided then before the directory has confirmed the term."""
@@ -294,6 +432,7 @@ class Member(Seeker):
         self.board = None
         self._guards = self._guarded = 0
         self._doubt, self._held = False, []
+        self._leave_tree()
         for link in [link for link in self._links if link < 0]:
             self._acts.append(HangUp(link, "this agent does not coordinate any more"))
             self._forget(link)
@@ -335,7 +474,7 @@ class Member(Seeker):
         self._in_doubt(now)
         self._ticked = now
         for link, known in list(self._links.items()):
-            if paused:
+            if paused or (self.board is not None and self.board.is_attached(known.agent)):
                 known.heard = now
             elif now - known.heard > self._rules.detection:
                 self._acts.append(HangUp(link, "no sign of life"))
@@ -343,7 +482,7 @@ class Member(Seeker):
         if self.state is State.CHAIR and not self._alone:
             self._beat(now)
         elif self.state is State.FOLLOWING:
-            self._send(self._uplink, Beat(self._leader.term, self._leader.count, -1))
+            self._up(Beat(self._leader.term, self._leader.count, -1))
         elif self.state is State.SEEKING and self._retry_at is not None and now >= self._retry_at:
             self._retry_at = None
             self._ask(self._retry, self._leader.term)
@@ -358,8 +497,9 @@ class Member(Seeker):
         self._beat_all()
 
     def _beat_all(self) -> None:
-        for link in self._links:
-            if link < 0:
+        for link, known in self._links.items():
+            attached = self.board is not None and self.board.is_attached(known.agent)
+            if link < 0 and not attached:
                 self._send(link, self._beat_now())
 
     def _beat_now(self) -> Beat:
