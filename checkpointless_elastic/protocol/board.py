@@ -139,6 +139,7 @@ class Board:
         self._since: dict[str, float] = {}  # when what has a limit began
         self._tree = Tree(0, rules.fan_out)
         self._numbered = 0  # orders that went down the tree
+        self._dropped: list[str] = []  # agents that lost their seats since the job last ran
 
     # ---- agents come
 
@@ -277,7 +278,8 @@ class Board:
         agent = self._agents.pop(name, None)
         if agent is not None and agent.seat >= 0:
             self._seats[agent.seat] = ""
-            self._tree.parents.pop(agent.seat, None)
+            if self._tree.parents.pop(agent.seat, None) is not None:
+                self._dropped.append(name)
             self._dissolve(agent.seat)
             self._suspect({agent.seat}, why)
 
@@ -462,6 +464,8 @@ class Board:
             only = self.coordinator.pending if isinstance(action.message, Restore) else None
             self._order(action.message, only=only)  # type: ignore[arg-type]
             first = isinstance(action.message, Commit) and action.message.step < 2
+            if isinstance(action.message, Resume):
+                self._dropped.clear()
             if self._tree.needed and (first or isinstance(action.message, Resume)):
                 self._attach()
         elif isinstance(action, Replace):
@@ -546,7 +550,7 @@ class Board:
         """To all agents with a seat; only to those with one of these ranks."""
         if isinstance(message, (Commit, Freeze, Decision, Rebuild, Resume)):
             self._numbered += 1
-            order = Order(self._term, _short(message), self._numbered)
+            order = Order(self._term, _short(message), self._numbered, list(self._dropped))
             for seat, name in enumerate(self._seats):
                 if name and seat not in self._tree.parents:
                     self._tell(name, order)

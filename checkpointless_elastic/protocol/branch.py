@@ -91,8 +91,18 @@ class Branch:
         if child in parts:
             self._up(message)
         parts[child] = message
-        if parts.keys() >= {0, *self.children}:
+        self._look(key)
+
+    def _look(self, key: _Key) -> None:
+        if self._parts[key].keys() >= {0, *self.children}:
             self._on(key, merged(self._parts.pop(key).values()))
+
+    def dropped(self, child: int) -> str:
+        """A child is gone: nothing waits for it any more. Its name is returned."""
+        name = self.children.pop(child)
+        for key in list(self._parts):
+            self._look(key)
+        return name
 
     def _on(self, key: _Key, message: Merged) -> None:
         self._sent.setdefault(key, []).append(message)

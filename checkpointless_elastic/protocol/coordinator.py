@@ -367,6 +367,8 @@ class Coordinator:
         ):
             return []
         self.state = State.RESTORING
+        if not self.pending:  # nobody was lost: the coordinator was, or a connection
+            return self._restored()
         return [
             Broadcast(Restore(self.generation, {rank: published[rank] for rank in sorted(self.whole)})),
             Deadline(self.generation, self.state.value, "join_timeout"),

@@ -146,7 +146,7 @@ class Member(Seeker):
         elif link == self._branch.link:
             self._detached(now)
         elif link in self._branch.children:
-            agent = self._branch.children.pop(link)
+            agent = self._branch.dropped(link)
             if why is Closed.SILENT:
                 self._send(self._uplink, Silent(agent))
         elif gone is not None and gone.agent:
@@ -304,7 +304,8 @@ class Member(Seeker):
 
     def _from_parent(self, message: Between, now: float) -> None:
         if isinstance(message, (Beat, Order)) and message.term == self._leader.term:
-            self._links[self._uplink].heard = now
+            if isinstance(message, Order) or message.count > self._leader.count:
+                self._links[self._uplink].heard = now
             self._follow(message, now)
 
     def _pass_on(self, order: Order) -> bool:
@@ -312,6 +313,10 @@ class Member(Seeker):
         branch = self._branch
         if not branch.is_new(order.term, order.number):
             return False
+        for child in [link for link, agent in branch.children.items() if agent in order.dropped]:
+            self._acts.append(HangUp(child, "its seat was given up"))
+            self._links.pop(child, None)
+            branch.dropped(child)
         for child in branch.children:
             self._send(child, order)
         branch.ordered(order.message)
@@ -476,13 +481,15 @@ class Member(Seeker):
         for link, known in list(self._links.items()):
             if paused or (self.board is not None and self.board.is_attached(known.agent)):
                 known.heard = now
-            elif now - known.heard > self._rules.detection:
+            elif now - known.heard > self._patience(link):
                 self._acts.append(HangUp(link, "no sign of life"))
                 self._closed(link, Closed.SILENT, "no sign of life", now)
         if self.state is State.CHAIR and not self._alone:
             self._beat(now)
         elif self.state is State.FOLLOWING:
             self._up(Beat(self._leader.term, self._leader.count, -1))
+            for child in self._branch.children:
+                self._send(child, self._beat_now())
         elif self.state is State.SEEKING and self._retry_at is not None and now >= self._retry_at:
             self._retry_at = None
             self._ask(self._retry, self._leader.term)
@@ -490,6 +497,11 @@ class Member(Seeker):
             self.board.tick(now)
             self._carry_out(now)
         return self._flush()
+
+    def _patience(self, link: int) -> float:
+        """Of the coordinator an agent in the tree hears through others, one of which may have to be found silent."""
+        tree = link == self._uplink and self._branch.link
+        return (2 if tree else 1) * self._rules.detection
 
     def _beat(self, now: float) -> None:
         self._leader.count += 1
