@@ -291,6 +291,7 @@ class Board:
     def confirmed(self, count: int, now: float) -> None:
         """The directory has confirmed the term after the first ``count`` losses were reported."""
         suspects, self._suspects = self._suspects[:count], self._suspects[count:]
+        suspects = [(seat, why) for seat, why in suspects if not self._seats[seat]]  # others have come over since
         if self._over:
             return
         if self.coordinator is None:  # the last coordinator's agents are still coming over
@@ -304,7 +305,7 @@ class Board:
         self._fill()
 
     def _given_up(self, seats: set[int]) -> None:
-        for seat in [seat for seat in seats if not self._seats[seat]]:
+        for seat in seats:
             self._standings.pop(seat, None)
             self._awaited.discard(seat)
         if not self._awaited:
