@@ -231,8 +231,8 @@ class Order(Message, frozen=True):
     """What all agents with a seat do, or pass on to their workers.
 
     ``number``: counts, in one term, those that go down the tree; 0: this one does not. ``dropped``: agents that have
-    lost their seats since the job last ran, and may not know it; nobody passes orders on to them. A Decision goes without its
-    ``sources``: they are all ranks that are not pending.
+    lost their seats since the job last ran, and may not know it; nobody passes orders on to them. A Decision goes
+    without its ``sources``: they are all ranks that are not pending.
     """
 
     term: int

@@ -12,19 +12,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
-
-import msgspec
 
 from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol import layout
-from checkpointless_elastic.protocol.acts import Act, Guard, Heard, Perform, Restarting, Tell
+from checkpointless_elastic.protocol.acts import Guard, Heard, Perform, Restarting
 from checkpointless_elastic.protocol.between import (
     VERSION,
     AnswerBundle,
     Answers,
-    Attach,
     Attached,
     Between,
     Bundle,
@@ -32,11 +27,9 @@ from checkpointless_elastic.protocol.between import (
     Done,
     EndRank,
     Gathered,
-    Halt,
     Join,
     NodeEnded,
     Order,
-    Ordered,
     RankExited,
     RankExplained,
     RankGone,
@@ -51,7 +44,7 @@ from checkpointless_elastic.protocol.between import (
     Turned,
 )
 from checkpointless_elastic.protocol.branch import unbundled
-from checkpointless_elastic.protocol.coordinator import Coordinator, State
+from checkpointless_elastic.protocol.coordinator import State
 from checkpointless_elastic.protocol.events import (
     Action,
     AllFrozen,
@@ -74,42 +67,22 @@ from checkpointless_elastic.protocol.events import (
 )
 from checkpointless_elastic.protocol.messages import (
     Commit,
-    Decision,
-    Freeze,
     Left,
     Mismatch,
     Protected,
-    Rebuild,
     Release,
     Replicas,
     Restore,
     Resume,
 )
+from checkpointless_elastic.protocol.roster import Agent, Roster, short
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
 from checkpointless_elastic.protocol.takeover import is_later, left_behind
-from checkpointless_elastic.protocol.tree import Tree
 
 __all__ = ["Board"]
 
-_Told = TypeVar("_Told", bound=Ordered)
 
-
-def _short(message: _Told) -> _Told:
-    """See Order."""
-    return msgspec.structs.replace(message, sources=[]) if isinstance(message, Decision) else message
-
-
-@dataclass
-class _Agent:
-    """What the board knows of one: where it listens, how many workers it runs, and its seat (-1: none)."""
-
-    name: str
-    address: str
-    size: int
-    seat: int = -1
-
-
-class Board:
+class Board(Roster):
     """See the module. ``open_store()``: makes a new store for workers and gives its address.
 
     Attributes:
@@ -118,14 +91,8 @@ class Board:
     """
 
     def __init__(self, term: int, me: str, rules: Rules, open_store: Callable[[], str]) -> None:
-        self.acts: list[Act] = []
-        self.bases: list[int] = []
-        self.world = 0
-        self.coordinator: Coordinator | None = None
-        self._term, self._me, self._rules, self._open_store = term, me, rules, open_store
-        self._agents: dict[str, _Agent] = {}
-        self._seats: list[str] = []  # the agent in each, '' when it is vacant
-        self._taken: list[bool] = []  # the next agent in this seat continues what the last one did
+        super().__init__(term, me, rules)
+        self._open_store = open_store
         self._store = ""
         self._restarts = 0
         self._suspects: list[
@@ -133,13 +100,9 @@ class Board:
         ] = []  # seats whose agent is gone, and why, until that is confirmed
         self._early: list[tuple[str, Between]] = []  # said while agents come over from the last coordinator
         self._ended: dict[int, dict[int, int]] = {}
-        self._over = False
         self._standings: dict[int, Standing] = {}
         self._awaited: set[int] = set()  # seats whose agents may still come over from the last coordinator
         self._since: dict[str, float] = {}  # when what has a limit began
-        self._tree = Tree(0, rules.fan_out)
-        self._numbered = 0  # orders that went down the tree
-        self._dropped: list[str] = []  # agents that lost their seats since the job last ran
 
     # ---- agents come
 
@@ -167,7 +130,7 @@ class Board:
         elif len(self._agents) >= self._rules.max_nodes:
             self._tell(join.agent, Turned(f"the job has its {self._rules.max_nodes} nodes", False))
         else:
-            self._agents[join.agent] = _Agent(join.agent, join.address, join.size)
+            self._agents[join.agent] = Agent(join.agent, join.address, join.size)
             self._since.setdefault("gathering", now)
             self._welcome(join.agent)
 
@@ -188,7 +151,7 @@ class Board:
             self._tell(join.agent, Turned(f"its seat {standing.seat} was given up", True))
             return
         self._awaited.discard(standing.seat)
-        self._agents[join.agent] = _Agent(join.agent, join.address, join.size, standing.seat)
+        self._agents[join.agent] = Agent(join.agent, join.address, join.size, standing.seat)
         self._seats[standing.seat] = join.agent
         self._standings[standing.seat] = standing
         if not self._awaited:
@@ -215,16 +178,6 @@ class Board:
             self._seats[seat], self._agents[name].seat = name, seat
         for seat in range(len(names)):
             self._seat(seat, taken=False)
-
-    def _know(self, bases: list[int], world: int) -> None:
-        self.bases, self.world = bases, world
-        self._tree = Tree(len(bases), self._rules.fan_out)
-        self._seats, self._taken = [""] * len(bases), [False] * len(bases)
-
-    def _new_coordinator(self, generation: int) -> Coordinator:
-        rules = self._rules
-        ranks = frozenset(range(self.world))
-        return Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
 
     def _go_on(self) -> None:
         """All that will come over from the last coordinator have: open a generation with what is lost."""
@@ -262,15 +215,6 @@ class Board:
             if standing.ended is not None:
                 self._node_ended(NodeEnded(standing.seat, self._restarts, standing.ended))
 
-    def _tell_guardians(self, standings: list[Standing]) -> None:
-        """The last coordinator may not have told all who has the seat after theirs."""
-        for standing in standings:
-            seat = (standing.seat + 1) % len(self._seats)
-            name = self._seats[seat]
-            if name and self._seats[standing.seat] and self._agents[name].address != standing.guardian:
-                reseated = Order(self._term, Reseated({seat: self._agents[name].address}))
-                self._tell(self._seats[standing.seat], reseated)
-
     # ---- agents go
 
     def left(self, name: str, why: str) -> None:
@@ -291,7 +235,9 @@ class Board:
     def confirmed(self, count: int, now: float) -> None:
         """The directory has confirmed the term after the first ``count`` losses were reported."""
         suspects, self._suspects = self._suspects[:count], self._suspects[count:]
-        suspects = [(seat, why) for seat, why in suspects if not self._seats[seat]]  # others have come over since
+        suspects = [
+            (seat, why) for seat, why in suspects if not self._seats[seat]
+        ]  # others have come over since
         if self._over:
             return
         if self.coordinator is None:  # the last coordinator's agents are still coming over
@@ -361,7 +307,7 @@ class Board:
         if taken and self.coordinator.state is not State.RUNNING:
             self._tell(self._seats[seat], Order(self._term, self.coordinator.freeze()))
             if self.coordinator.decision is not None:
-                self._tell(self._seats[seat], Order(self._term, _short(self.coordinator.decision)))
+                self._tell(self._seats[seat], Order(self._term, short(self.coordinator.decision)))
 
     def _vacant(self) -> list[int]:
         suspected = {seat for seat, _ in self._suspects}
@@ -498,81 +444,3 @@ class Board:
         self._ended = {}
         self._taken = [False] * len(self._seats)
         self._order(RunAgain(self.coordinator.generation, self._restarts, reason, self._store))
-
-    def _halt(self, reason: str, ranks: list[int]) -> None:
-        if self._over:
-            return
-        self._over = True
-        self.acts.append(Perform(Stop(reason, tuple(ranks))))
-        for name in self._agents:
-            self._tell(name, Order(self._term, Halt(reason, ranks)))
-
-    # ---- the tree
-
-    def is_attached(self, name: str) -> bool:
-        """Does this agent hang on another one?"""
-        agent = self._agents.get(name)
-        return agent is not None and agent.seat in self._tree.parents
-
-    def hangs_on(self, name: str, parent: str) -> bool:
-        """Does this agent hang on that one?"""
-        agent, other = self._agents.get(name), self._agents.get(parent)
-        return agent is not None and other is not None and self._tree.parents.get(agent.seat) == other.seat
-
-    def _attach(self) -> None:
-        """The job runs: make the tree whole. A broken tree costs a generation, which an unprotected job has not."""
-        assert self.coordinator is not None
-        if not self.coordinator.protected:
-            return
-        for seat, parent in self._tree.missing():
-            name, other = self._seats[seat], self._seats[parent]
-            if name and other and self._me not in (name, other):
-                self._tell(name, Attach(self._agents[other].address))
-
-    def _attached(self, agent: _Agent, address: str) -> None:
-        parent = next((a.seat for a in self._agents.values() if a.address == address and a.seat >= 0), -1)
-        if parent < 0 or not self._tree.attached(agent.seat, parent):
-            self._tell(agent.name, Attach(""))
-
-    def _detached(self, agent: _Agent, address: str) -> None:
-        parent = self._tree.parents.get(agent.seat, -1)
-        if parent >= 0 and self._agents[self._seats[parent]].address == address:
-            self._dissolve(parent)
-            self._decide(Reopened("a connection between agents has ended"))
-
-    def _dissolve(self, seat: int) -> None:
-        for child in self._tree.dissolve(seat):
-            if self._seats[child]:
-                self._tell(self._seats[child], Attach(""))
-
-    # ---- telling
-
-    def _order(self, message: Ordered, only: set[int] | None = None) -> None:
-        """To all agents with a seat; only to those with one of these ranks."""
-        if isinstance(message, (Commit, Freeze, Decision, Rebuild, Resume)):
-            self._numbered += 1
-            order = Order(self._term, _short(message), self._numbered, list(self._dropped))
-            for seat, name in enumerate(self._seats):
-                if name and seat not in self._tree.parents:
-                    self._tell(name, order)
-            return
-        order = Order(self._term, message)
-        if isinstance(message, Done):
-            for name in self._agents:
-                self._tell(name, order)
-            return
-        for seat, name in enumerate(self._seats):
-            wanted = only is None or not only.isdisjoint(self._ranks(seat))
-            if name and wanted:
-                self._tell(name, order)
-
-    def _tell_rank(self, rank: int, message: Between) -> None:
-        seat = next(seat for seat in reversed(range(len(self.bases))) if self.bases[seat] <= rank)
-        if self._seats[seat]:
-            self._tell(self._seats[seat], message)
-
-    def _tell(self, name: str, message: Between) -> None:
-        self.acts.append(Tell(name, message))
-
-    def _ranks(self, seat: int) -> frozenset[int]:
-        return frozenset(range(self.bases[seat], [*self.bases[1:], self.world][seat]))

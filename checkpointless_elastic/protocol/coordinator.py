@@ -9,7 +9,6 @@ yet; ``lost`` ranks are those lost since the job last ran (their groups are void
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Set
 
 from checkpointless_elastic.errors import ProtocolError
@@ -50,17 +49,9 @@ from checkpointless_elastic.protocol.messages import (
     Stage,
 )
 from checkpointless_elastic.protocol.mirrors import last_due
+from checkpointless_elastic.protocol.states import State
 
-
-class State(str, enum.Enum):
-    """States of the coordinator."""
-
-    RUNNING = "running"  # steps are committed
-    FREEZING = "freezing"  # a generation is open, survivors say where they stand
-    SETTLING = "settling"  # survivors publish, replacements start
-    RESTORING = "restoring"  # replacements copy the state and go to the survivors' step
-    REBUILDING = "rebuilding"  # all ranks rebuild affected groups
-    ENDED = "ended"  # released, to be run again, or stopped
+__all__ = ["TABLE", "Coordinator", "State"]
 
 
 class Coordinator:

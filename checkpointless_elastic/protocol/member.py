@@ -18,13 +18,9 @@ and calls `tick` once per heartbeat. `now` is monotonic, in seconds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import msgspec
 
 from checkpointless_elastic.protocol.acts import (
     Act,
-    Dial,
     Guard,
     HangUp,
     Obey,
@@ -35,19 +31,16 @@ from checkpointless_elastic.protocol.between import (
     AnswerBundle,
     Answers,
     Attach,
-    Attached,
     Beat,
     Between,
     Bundle,
     Child,
-    Detached,
     Done,
     EndRank,
     Gathered,
     Halt,
     Join,
     Order,
-    Ordered,
     ReplaceRank,
     Seated,
     Silent,
@@ -56,32 +49,16 @@ from checkpointless_elastic.protocol.between import (
     Turned,
 )
 from checkpointless_elastic.protocol.board import Board
-from checkpointless_elastic.protocol.branch import BULK, Branch
+from checkpointless_elastic.protocol.branch import BULK
 from checkpointless_elastic.protocol.events import Overdue
-from checkpointless_elastic.protocol.messages import Decision, Freeze, Stage
+from checkpointless_elastic.protocol.hanging import Hanging, Link, whole
 from checkpointless_elastic.protocol.rules import Rules
-from checkpointless_elastic.protocol.seeker import Closed, Leader, Me, Seeker, State
+from checkpointless_elastic.protocol.seeker import Closed, Leader, Me, State
 
 __all__ = ["Closed", "Me", "Member", "State"]
 
 
-@dataclass
-class _Link:
-    """One connection. ``agent``: whose it is; '' until that is known."""
-
-    heard: float
-    agent: str = ""
-
-
-def _whole(order: Ordered, world: int) -> Ordered:
-    """See Order."""
-    if not isinstance(order, Decision) or order.sources:
-        return order
-    pending = set(order.pending)
-    return msgspec.structs.replace(order, sources=[rank for rank in range(world) if rank not in pending])
-
-
-class Member(Seeker):
+class Member(Hanging):
     """See the module. ``standing()``: of this agent's seat, None without one. ``open_store``: see Board.
 
     Attributes:
@@ -93,9 +70,7 @@ class Member(Seeker):
         self, me: Me, rules: Rules, standing: Callable[[], Standing | None], open_store: Callable[[], str]
     ) -> None:
         super().__init__(me, rules, standing, open_store)
-        self._links: dict[int, _Link] = {}
         self._followers: dict[str, int] = {}  # by agent, its newest accepted connection
-        self._branch = Branch(self._up)
         self._ticked: float | None = None
         self._held: list[
             tuple[str, Between | Closed | Overdue]
@@ -118,7 +93,7 @@ class Member(Seeker):
 
     def opened(self, link: int, agent: str, now: float) -> list[Act]:
         """A connection is there: dialled (positive), or accepted (negative) and about to bring a Join or Child."""
-        self._links[link] = _Link(now)
+        self._links[link] = Link(now)
         if link == self._uplink:
             self.state = State.FOLLOWING
             self._send(link, self._introduction(self._standing()))
@@ -246,7 +221,7 @@ class Member(Seeker):
         elif isinstance(message, Order):
             if message.number and not self._pass_on(message):
                 return
-            self._acts.append(Obey(_whole(message.message, self._world)))
+            self._acts.append(Obey(whole(message.message, self._world)))
             if isinstance(message.message, (Done, Halt)) and self.board is None:
                 self.state = State.OUT
         elif isinstance(message, (ReplaceRank, EndRank)):
@@ -264,88 +239,6 @@ class Member(Seeker):
             else:
                 self._send(self._uplink, message)
         return self._flush()
-
-    # ---- the tree, see `branch`
-
-    def _up(self, message: Between) -> None:
-        self._send(self._branch.link if self._branch.open else self._uplink, message)
-
-    def _attach(self, parent: str) -> None:
-        branch = self._branch
-        if parent == branch.parent:
-            return
-        if branch.link:
-            self._acts.append(HangUp(branch.link, "this agent has another parent"))
-            self._links.pop(branch.link, None)
-        branch.parent, branch.link, branch.open = parent, 0, False
-        if parent:
-            self._dialled += 1
-            branch.link = self._dialled
-            self._acts.append(Dial(branch.link, parent))
-
-    def _attached(self) -> None:
-        branch = self._branch
-        self._send(branch.link, Child(self._leader.term, self._me.name))
-        branch.open = True
-        branch.repeat()
-        self._send(self._uplink, Attached(branch.parent))
-
-    def _detached(self, now: float) -> None:
-        """The coordinator hears of it, and is given its time to show that it lives."""
-        branch, parent = self._branch, self._branch.parent
-        was_open = branch.open
-        branch.parent, branch.link, branch.open = "", 0, False
-        self._links[self._uplink].heard = now
-        if was_open:
-            self._send(self._uplink, Detached(parent))
-
-    def _takes(self, child: Child) -> bool:
-        return self.state is State.FOLLOWING and child.term == self._leader.term
-
-    def _from_parent(self, message: Between, now: float) -> None:
-        if isinstance(message, (Beat, Order)) and message.term == self._leader.term:
-            if isinstance(message, Order) or message.count > self._leader.count:
-                self._links[self._uplink].heard = now
-            self._follow(message, now)
-
-    def _pass_on(self, order: Order) -> bool:
-        """To the children. False: this order came before, on another way."""
-        branch = self._branch
-        if not branch.is_new(order.term, order.number):
-            return False
-        for child in [link for link, agent in branch.children.items() if agent in order.dropped]:
-            self._acts.append(HangUp(child, "its seat was given up"))
-            self._links.pop(child, None)
-            branch.dropped(child)
-        for child in branch.children:
-            self._send(child, order)
-        branch.ordered(order.message)
-        nothing = self._nothing_to_say(order.message)
-        if nothing is not None and self.state is State.FOLLOWING:
-            branch.said(0, nothing)
-        return True
-
-    def _nothing_to_say(self, order: Ordered) -> Answers | Gathered | None:
-        """If all ranks here are replacements, nobody here answers, and the parent waits for this agent all the same."""
-        standing = self._standing()
-        if standing is None or not isinstance(order, (Freeze, Decision)):
-            return None
-        ends = [*self._bases[1:], self._world]
-        own = range(self._bases[standing.seat], ends[standing.seat])
-        new = set(order.lost if isinstance(order, Freeze) else order.pending)
-        if not new.issuperset(own):
-            return None
-        if isinstance(order, Freeze):
-            return Answers(order.generation, {})
-        return Gathered(Stage.PUBLISHED, order.generation, order.step, {})
-
-    def _leave_tree(self) -> None:
-        branch = self._branch
-        for link in [branch.link, *branch.children]:
-            if link:
-                self._acts.append(HangUp(link, "this agent leaves the tree"))
-                self._links.pop(link, None)
-        self._branch = Branch(self._up)
 
     def overdue(self, deadline: Overdue, now: float) -> list[Act]:
         """A limit that was asked for has passed."""
