@@ -224,6 +224,9 @@ class ControlPlane(Protocol):
     def exited(self, rank: int, incarnation: int, status: int) -> None:
         """Always after `lost`: exit code, or the negative number of the signal that ended the worker."""
 
+    def leaves(self, cause: str) -> None:
+        """This process ends by a signal: tell the other agents. ``cause`` completes "node 3 ..."."""
+
     def stopped(self) -> None:
         """All workers are gone and none will follow: close what is open."""
 

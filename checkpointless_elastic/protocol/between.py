@@ -26,6 +26,15 @@ from checkpointless_elastic.protocol.messages import (
     Resume,
     Stage,
 )
+from checkpointless_elastic.protocol.requests import (
+    Declined,
+    Dismissed,
+    Drain,
+    Drained,
+    Inquiry,
+    Leaving,
+    Overview,
+)
 
 VERSION = 1
 
@@ -370,6 +379,13 @@ Between = (
     | Ward
     | Copy
     | Kept
+    | Inquiry
+    | Overview
+    | Drain
+    | Drained
+    | Declined
+    | Leaving
+    | Dismissed
 )
 
 _decoder: msgspec.msgpack.Decoder[Between] = msgspec.msgpack.Decoder(Between)

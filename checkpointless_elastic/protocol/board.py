@@ -94,7 +94,6 @@ class Board(Roster):
         super().__init__(term, me, rules)
         self._open_store = open_store
         self._store = ""
-        self._restarts = 0
         self._suspects: list[
             tuple[int, str]
         ] = []  # seats whose agent is gone, and why, until that is confirmed
@@ -195,7 +194,8 @@ class Board(Roster):
         elif len({standing.restarts for standing in standings}) > 1:
             self._run_again(Restart(4, "the coordinator was lost while the script was being started again"))
         else:
-            self._lose([(seat, "was lost with the coordinator") for seat in missing])
+            lost = "was lost with the coordinator"
+            self._lose([(seat, self._causes.get(seat, lost)) for seat in missing])
             if not missing:
                 self._decide(Reopened("the coordinator is another one"))
         self._tell_guardians(standings)
@@ -235,9 +235,10 @@ class Board(Roster):
     def confirmed(self, count: int, now: float) -> None:
         """The directory has confirmed the term after the first ``count`` losses were reported."""
         suspects, self._suspects = self._suspects[:count], self._suspects[count:]
-        suspects = [
-            (seat, why) for seat, why in suspects if not self._seats[seat]
-        ]  # others have come over since
+        for seat, _ in suspects:
+            self._dismiss(seat)
+        # others have come over since
+        suspects = [(seat, why) for seat, why in suspects if not self._seats[seat]]
         if self._over:
             return
         if self.coordinator is None:  # the last coordinator's agents are still coming over

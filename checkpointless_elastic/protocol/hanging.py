@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from checkpointless_elastic.protocol.acts import Dial, HangUp
+from checkpointless_elastic.protocol.acts import Act, Dial, HangUp, Tell
 from checkpointless_elastic.protocol.between import (
     Answers,
     Attached,
@@ -23,6 +23,7 @@ from checkpointless_elastic.protocol.between import (
 )
 from checkpointless_elastic.protocol.branch import Branch
 from checkpointless_elastic.protocol.messages import Decision, Freeze, Stage
+from checkpointless_elastic.protocol.requests import Leaving
 from checkpointless_elastic.protocol.rules import Rules
 from checkpointless_elastic.protocol.seeker import Me, Seeker, State
 
@@ -54,6 +55,11 @@ class Hanging(Seeker):
         super().__init__(me, rules, standing, open_store)
         self._links: dict[int, Link] = {}
         self._branch = Branch(self._up)
+        self._farewell = 0, ""  # the term whose coordinator has said that it leaves, and why
+
+    @abstractmethod
+    def _tell(self, act: Tell, now: float) -> None:
+        """As the coordinator, to an agent."""
 
     @abstractmethod
     def _follow(self, message: Between, now: float) -> None:
@@ -138,3 +144,37 @@ class Hanging(Seeker):
                 self._acts.append(HangUp(link, "this agent leaves the tree"))
                 self._links.pop(link, None)
         self._branch = Branch(self._up)
+
+    # ---- an agent leaves
+
+    def leave(self, cause: str, now: float) -> list[Act]:
+        """This agent's process ends soon: others are told at once. ``cause`` completes "node 3 ..."."""
+        self._leave(cause, now)
+        return self._flush()
+
+    def _leave(self, cause: str, now: float) -> None:
+        leaving, board = Leaving(self._me.name, cause), self.board
+        if board is not None:
+            for name in board.agents:
+                if name != self._me.name:
+                    self._tell(Tell(name, leaving), now)
+            self.board = None
+            self._guards = self._guarded = 0
+        elif self.state is State.FOLLOWING:
+            self._send(self._uplink, leaving)
+        self._hang_up_uplink("this agent leaves")
+        self.state = State.OUT
+
+    def _left_alone(self, message: Leaving, now: float) -> None:
+        """The coordinator leaves: this agent may be the next one."""
+        self._farewell = self._leader.term, message.cause
+        self._hang_up_uplink("the coordinator leaves")
+        self.state = State.SEEKING
+        self._succeed(now)
+
+    def _hang_up_uplink(self, reason: str) -> None:
+        self._leave_tree()
+        if self._uplink:
+            self._acts.append(HangUp(self._uplink, reason))
+            self._links.pop(self._uplink, None)
+            self._uplink = 0

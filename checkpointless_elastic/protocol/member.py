@@ -52,6 +52,15 @@ from checkpointless_elastic.protocol.board import Board
 from checkpointless_elastic.protocol.branch import BULK
 from checkpointless_elastic.protocol.events import Overdue
 from checkpointless_elastic.protocol.hanging import Hanging, Link, whole
+from checkpointless_elastic.protocol.requests import (
+    Declined,
+    Dismissed,
+    Drain,
+    Drained,
+    Inquiry,
+    Leaving,
+    Overview,
+)
 from checkpointless_elastic.protocol.rules import Rules
 from checkpointless_elastic.protocol.seeker import Closed, Leader, Me, State
 
@@ -82,6 +91,9 @@ class Member(Hanging):
         self.state = State.CHAIR
         self.board = Board(self._leader.term, self._me.name, self._rules, self._open_store)
         self._leader.seat = standing.seat if standing else -1
+        left_in, cause = self._farewell
+        if cause and left_in == self._leader.term - 1:
+            self.board.explain(old_seat, cause)
         if self._bases:
             self.board.take_over(self._bases, self._world, old_seat, now)
         self.board.join(self._introduction(standing), now)
@@ -226,6 +238,27 @@ class Member(Hanging):
                 self.state = State.OUT
         elif isinstance(message, (ReplaceRank, EndRank)):
             self._acts.append(Obey(message))
+        elif isinstance(message, Leaving):
+            self._left_alone(message, now)
+        elif isinstance(message, Dismissed):
+            self._leave(message.cause, now)
+            self._acts.append(Obey(message))
+
+    # ---- clients
+
+    def consult(
+        self, question: Inquiry | Drain, now: float
+    ) -> tuple[Overview | Drained | Declined, list[Act]]:
+        """Answer a client, whose connection is none of the links. The answer is sent before the acts are performed."""
+        answer: Overview | Drained | Declined
+        if self.board is None:
+            answer = Declined("this agent does not coordinate the job", True)
+        elif self._in_doubt(now) or (isinstance(question, Drain) and self._store_failing is not None):
+            answer = Declined("the rendezvous store has not confirmed who coordinates the job", True)
+        else:
+            answer = self.board.consult(question)
+            self._carry_out(now)
+        return answer, self._flush()
 
     # ---- this agent's own seat
 
@@ -262,6 +295,8 @@ class Member(Hanging):
             board.left(agent, silent if what is Closed.SILENT else "was lost")
         elif isinstance(what, Silent):
             self._silent(agent, what.agent, now)
+        elif isinstance(what, Leaving):
+            board.left(what.agent, what.cause)
         elif isinstance(what, Join):
             board.join(what, now)
             board.acts.append(Tell(agent, self._beat_now()))

@@ -18,10 +18,21 @@ from checkpointless_elastic.protocol.between import (
     Ordered,
     Reseated,
     Standing,
+    Turned,
 )
 from checkpointless_elastic.protocol.coordinator import Coordinator
 from checkpointless_elastic.protocol.events import Event, Reopened, Stop
 from checkpointless_elastic.protocol.messages import Commit, Decision, Freeze, Rebuild, Resume
+from checkpointless_elastic.protocol.overview import DRAINED, View, obstacle, overview
+from checkpointless_elastic.protocol.requests import (
+    Declined,
+    Dismissed,
+    Drain,
+    Drained,
+    Inquiry,
+    Overview,
+    Place,
+)
 from checkpointless_elastic.protocol.rules import Rules
 from checkpointless_elastic.protocol.tree import Tree
 
@@ -59,7 +70,12 @@ class Roster(ABC):
         self._tree = Tree(0, rules.fan_out)
         self._numbered = 0  # orders that went down the tree
         self._taken: list[bool] = []  # the next agent in this seat continues what the last one did
+        self._restarts = 0
         self._over = False
+        self._drained: dict[
+            int, tuple[str, bool]
+        ] = {}  # by seat: who had it, and whether it stays as a spare
+        self._causes: dict[int, str] = {}  # why the last coordinator's seat is vacant, if it said so
         self._dropped: list[str] = []  # agents that lost their seats since the job last ran
 
     def _know(self, bases: list[int], world: int) -> None:
@@ -71,6 +87,10 @@ class Roster(ABC):
         rules = self._rules
         ranks = frozenset(range(self.world))
         return Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
+
+    @abstractmethod
+    def left(self, name: str, why: str) -> None:
+        """An agent has lost its seat, or is gone."""
 
     @abstractmethod
     def _decide(self, event: Event) -> None:
@@ -162,3 +182,51 @@ class Roster(ABC):
         self.acts.append(Perform(Stop(reason, tuple(ranks))))
         for name in self._agents:
             self._tell(name, Order(self._term, Halt(reason, ranks)))
+
+    # ---- clients ask, agents leave
+
+    def consult(self, question: Inquiry | Drain) -> Overview | Drained | Declined:
+        """The answer to a client, who is no agent."""
+        places = [Place(agent.seat, agent.name, agent.address, agent.size) for agent in self._agents.values()]
+        vacant = [seat for seat, name in enumerate(self._seats) if not name]
+        view = View(
+            self._term,
+            self._me,
+            places,
+            self.bases,
+            self.world,
+            vacant,
+            self._restarts,
+            self.coordinator,
+            self._over,
+        )
+        if isinstance(question, Inquiry):
+            return overview(view)
+        declined = obstacle(view, question)
+        if declined is None:
+            self._drain(question)
+        return declined or Drained()
+
+    def _drain(self, drain: Drain) -> None:
+        """Its seat is given up as that of a lost agent; it is told when that is confirmed."""
+        if drain.seat < 0 or (drain.agent == self._me and not drain.keep):
+            if drain.agent != self._me:  # else the next coordinator gives its seat away
+                del self._agents[drain.agent]
+            self._tell(drain.agent, Dismissed(DRAINED))
+        else:
+            self._drained[drain.seat] = drain.agent, drain.keep
+            self.left(drain.agent, DRAINED)
+
+    def _dismiss(self, seat: int) -> None:
+        name, stays = self._drained.pop(seat, ("", False))
+        if name:
+            self._tell(name, Turned(f"its seat {seat} {DRAINED}", True) if stays else Dismissed(DRAINED))
+
+    def explain(self, seat: int, cause: str) -> None:
+        """The last coordinator has said why its seat will be vacant. Before `take_over`."""
+        self._causes[seat] = cause
+
+    @property
+    def agents(self) -> list[str]:
+        """Names of all that take part."""
+        return list(self._agents)

@@ -64,6 +64,9 @@ class ReplacingControl:
         elif not self._running:
             self._workers.succeed()
 
+    def leaves(self, cause: str) -> None:
+        """There are no other agents."""
+
     def stopped(self) -> None:
         with open("stopped", "a") as file:
             file.write("stopped\n")

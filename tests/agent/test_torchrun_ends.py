@@ -123,7 +123,7 @@ def test_without_a_restart_left_the_job_fails_and_says_so(torchrun: Launcher) ->
     torchrun.script("import sys; open('ran', 'a').write('x'); sys.exit(4)")
     finished = torchrun.run("--max-restarts", "2", "train.py", ranks=1)
     assert finished.code == 1
-    assert "No restart is left (--max-restarts is 2) and one is needed: " in finished.err
+    assert "no restart is left (--max-restarts is 2) and one is needed: " in finished.err
     assert (torchrun.folder / "ran").read_text() == "xxx"
 
 

@@ -1,4 +1,6 @@
 """A training script that dies where FAULTS says, each fault once: "rank:step:moment:kind", separated by commas.
+Kinds "node", "term" and "stop" are for the agent of this rank's node, "node2" for that of rank 2; "holdNAME" waits for
+the file OUT/go-NAME.
 
 Writes per rank and step a line "pid step" to OUT/steps-RANK.log, and all that must be equal to OUT/final-RANK.pt.
 """
@@ -42,7 +44,32 @@ def linger() -> None:
     time.sleep(3)
 
 
+def agent_of(number: str) -> int:
+    """The agent of a rank's node, that of this one without a number."""
+    return int(open(f"{OUT}/agent-{number or os.environ['RANK']}").read())
+
+
+def strike_node(kind: str, number: str) -> None:
+    """Ends ("node"), asks to end ("term") or stops ("stop") an agent; its workers die with it."""
+    numbers = {"node": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
+    os.kill(agent_of(number), numbers[kind])
+    while kind == "node" and not number:
+        signal.pause()
+
+
+def hold(name: str) -> None:
+    """Waits for a file that a test makes when it has done its part."""
+    while not os.path.exists(f"{OUT}/go-{name}"):
+        time.sleep(0.01)
+
+
 def fail(kind: str, name: str) -> None:
+    if kind[:4] in ("node", "term", "stop"):
+        strike_node(kind[:4], kind[4:])
+        return
+    if kind.startswith("hold"):
+        hold(kind[4:])
+        return
     if kind == "linger":
         atexit.register(linger)
     if kind in ("raise", "linger"):
@@ -68,13 +95,17 @@ def moment(name: str, step: int) -> None:
             fail("raise" if kind == "always" else kind, "always" if kind == "always" else name)
 
 
+if "CHECKPOINTLESS_RUN_DIR" in os.environ:
+    with open(f"{OUT}/agent-{os.environ['RANK']}", "w") as known:
+        known.write(os.environ["CHECKPOINTLESS_RUN_DIR"].split("checkpointless-")[1].split("-")[0])
+
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 run_id: list[Any] = [os.urandom(8).hex() if rank == 0 else None]
 dist.broadcast_object_list(run_id)
 hosts: list[Any] = [None] * world
 dist.all_gather_object(hosts, (socket.gethostname(), run_id[0]))
-assert len(set(hosts)) == 1, hosts
+assert len({found for _, found in hosts}) == 1, hosts
 
 torch.manual_seed(1)
 net = nn.Sequential(
