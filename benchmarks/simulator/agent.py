@@ -25,6 +25,7 @@ from checkpointless_elastic.protocol.acts import (
 )
 from checkpointless_elastic.protocol.between import (
     Between,
+    Child,
     Done,
     EndRank,
     Halt,
@@ -140,7 +141,7 @@ class Agent:
     def _received(self, link: int, message: Between) -> None:
         self.world.took(self, message)
         now = self.world.clock.now
-        if link < 0 and link not in self._known and isinstance(message, Join):
+        if link < 0 and link not in self._known and isinstance(message, (Join, Child)):
             self._known.add(link)
             self._do(self.member.opened(link, message.agent, now))
         if link > 0 and isinstance(message, Order):

@@ -41,7 +41,6 @@ GENTLE = {
     "coordinator": 2,
     "coordinator silent": 1,
     "pause": 1,
-    "cut": 0.5,
 }
 MOMENTS = [
     *[

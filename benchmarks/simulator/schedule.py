@@ -57,6 +57,7 @@ def play(
         size=sizes.workers or (1 if large else draw.choice([1, 1, 2])),
         steps=sizes.steps
         or ((8 * count if gentle else 6) if large else 60 if gentle else draw.randint(6, 30)),
+        fan_out=32 if large else draw.choice([2, 2, 3, 32]),
         leave_early=0.0 if gentle else draw.choice([0.0, 0.0, 0.3]),
     )
     world = World(job, seed, mutations or Mutations(), tell)

@@ -3,13 +3,15 @@
 A file has its intent in lines that start with ``#``, then commands, each followed by ``----`` and its transcript, up to
 an empty line. Every delay is 1 ms, so a story is always the same.
 
-    job AGENTS SPARES STEPS      the first command
+    job AGENTS SPARES STEPS [FAN_OUT]
+                                 the first command; FAN_OUT: of the tree of agents, see `protocol.branch`
     until commit N               until N steps are committed
     until end                    until all agents have ended
     for SECONDS
     kill RANK                    its worker dies
     crash AGENT [silently]       its process ends, or its whole machine; ``coordinator`` names who coordinates
     pause AGENT, resume AGENT
+    cut AGENT                    its connection to its parent in the tree breaks
     cut off AGENT..., together   these machines cannot reach the others, nor the directory
     store down, store up
     join                         one more agent comes
@@ -68,7 +70,7 @@ class _Teller:
             "crash": self._crash,
             "pause": self._pause,
             "resume": lambda world, words: self._agent(world, words[0]).thaw(),
-            "cut": lambda world, words: self._sides(world, words[1:]),
+            "cut": self._cut,
             "together": lambda world, words: self._sides(world, []),
             "store": self._store,
             "join": lambda world, words: self._join(world),
@@ -79,8 +81,10 @@ class _Teller:
         self._lines = []
         word, *words = command.split()
         if self.world is None:
-            agents, spares, steps = map(int, words)
-            job = Job(agents, spares, steps=steps, compute=(0.1, 0.1), leaves=0.0, fixed=0.001)
+            agents, spares, steps, fan_out = map(int, [*words, "32"][:4])
+            job = Job(
+                agents, spares, steps=steps, compute=(0.1, 0.1), leaves=0.0, fixed=0.001, fan_out=fan_out
+            )
             self.world = World(job, seed=1, story=self._hear)
         else:
             self._commands[word](self.world, words)
@@ -124,8 +128,15 @@ class _Teller:
     def _pause(self, world: World, words: list[str]) -> None:
         self._agent(world, words[0]).frozen = True
 
+    def _cut(self, world: World, words: list[str]) -> None:
+        if words[0] == "off":
+            self._sides(world, words[1:])
+        else:
+            agent = self._agent(world, words[0])
+            world.network.cut(agent, max(world.network.links(agent)), silent=False)
+
     def _sides(self, world: World, names: Iterable[str]) -> None:
-        chosen = {self._agent(world, name).name for name in names if name != "off"}
+        chosen = {self._agent(world, name).name for name in names}
         for agent in world.agents.values():
             agent.side = int(agent.name in chosen)
         world.network.heal()

@@ -40,6 +40,7 @@ class Job:
     leave_early: float = 0.0
     leaves: float = 0.3
     fixed: float | None = None
+    fan_out: int = 32
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class World:
             max_restarts=100,
             max_faults_per_step=1000,
             loss_timeout=60.0,
+            fan_out=job.fan_out,
         )
         self.limits = {"settle_timeout": 20.0, "join_timeout": 30.0}
         self.network = Network(self.clock, self.random, self.rules.detection, job.fixed)
@@ -182,7 +184,7 @@ class World:
 
     def sent(self, agent: Agent, message: Between) -> None:
         self.traffic.sent(agent.name, message)
-        if isinstance(message, Order):
+        if isinstance(message, Order) and agent.coordinates:  # others pass orders on
             self.oracle.ordered(self.directory.owners.get(message.term, ""), agent.name, message.term)
         if isinstance(message, Seated):
             since = self.clock.now - self.directory.claimed

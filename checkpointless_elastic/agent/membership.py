@@ -32,7 +32,7 @@ from checkpointless_elastic.protocol.acts import (
     Word,
     Yield,
 )
-from checkpointless_elastic.protocol.between import Between, Copy, Join, Seated, Standing, decode
+from checkpointless_elastic.protocol.between import Between, Child, Copy, Join, Seated, Standing, decode
 from checkpointless_elastic.protocol.events import Action, Overdue
 from checkpointless_elastic.protocol.holdings import Holdings
 from checkpointless_elastic.protocol.member import Me, Member
@@ -248,7 +248,7 @@ class Membership:
             if isinstance(message, (Inquiry, Drain)):
                 self._answer_client(peer, message)
                 return
-            if not isinstance(message, Join):
+            if not isinstance(message, (Join, Child)):
                 self._keeper.received(peer, message)
                 return
             self._accepted -= 1

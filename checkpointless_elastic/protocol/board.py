@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol import layout
-from checkpointless_elastic.protocol.acts import Act, Guard, Heard, Perform, Restarting, Tell
+from checkpointless_elastic.protocol.acts import Guard, Heard, Perform, Restarting
 from checkpointless_elastic.protocol.between import (
     VERSION,
+    AnswerBundle,
     Answers,
+    Attached,
     Between,
+    Bundle,
+    Detached,
     Done,
     EndRank,
     Gathered,
-    Halt,
     Join,
     NodeEnded,
     Order,
-    Ordered,
     RankExited,
     RankExplained,
     RankGone,
@@ -42,7 +43,8 @@ from checkpointless_elastic.protocol.between import (
     Standing,
     Turned,
 )
-from checkpointless_elastic.protocol.coordinator import Coordinator, State
+from checkpointless_elastic.protocol.branch import unbundled
+from checkpointless_elastic.protocol.coordinator import State
 from checkpointless_elastic.protocol.events import (
     Action,
     AllFrozen,
@@ -63,34 +65,24 @@ from checkpointless_elastic.protocol.events import (
     Tally,
     Unfit,
 )
-from checkpointless_elastic.protocol.messages import Left, Mismatch, Protected, Release, Replicas, Restore
-from checkpointless_elastic.protocol.overview import DRAINED, View, obstacle, overview
-from checkpointless_elastic.protocol.requests import (
-    Declined,
-    Dismissed,
-    Drain,
-    Drained,
-    Inquiry,
-    Overview,
-    Place,
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    Left,
+    Mismatch,
+    Protected,
+    Release,
+    Replicas,
+    Restore,
+    Resume,
 )
+from checkpointless_elastic.protocol.roster import Agent, Roster, short
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
 from checkpointless_elastic.protocol.takeover import is_later, left_behind
 
 __all__ = ["Board"]
 
 
-@dataclass
-class _Agent:
-    """What the board knows of one: where it listens, how many workers it runs, and its seat (-1: none)."""
-
-    name: str
-    address: str
-    size: int
-    seat: int = -1
-
-
-class Board:
+class Board(Roster):
     """See the module. ``open_store()``: makes a new store for workers and gives its address.
 
     Attributes:
@@ -99,29 +91,17 @@ class Board:
     """
 
     def __init__(self, term: int, me: str, rules: Rules, open_store: Callable[[], str]) -> None:
-        self.acts: list[Act] = []
-        self.bases: list[int] = []
-        self.world = 0
-        self.coordinator: Coordinator | None = None
-        self._term, self._me, self._rules, self._open_store = term, me, rules, open_store
-        self._agents: dict[str, _Agent] = {}
-        self._seats: list[str] = []  # the agent in each, '' when it is vacant
-        self._taken: list[bool] = []  # the next agent in this seat continues what the last one did
+        super().__init__(term, me, rules)
+        self._open_store = open_store
         self._store = ""
-        self._restarts = 0
         self._suspects: list[
             tuple[int, str]
         ] = []  # seats whose agent is gone, and why, until that is confirmed
         self._early: list[tuple[str, Between]] = []  # said while agents come over from the last coordinator
         self._ended: dict[int, dict[int, int]] = {}
-        self._over = False
         self._standings: dict[int, Standing] = {}
         self._awaited: set[int] = set()  # seats whose agents may still come over from the last coordinator
         self._since: dict[str, float] = {}  # when what has a limit began
-        self._drained: dict[
-            int, tuple[str, bool]
-        ] = {}  # by seat: who had it, and whether it stays as a spare
-        self._causes: dict[int, str] = {}  # why the last coordinator's seat is vacant, if it said so
 
     # ---- agents come
 
@@ -149,7 +129,7 @@ class Board:
         elif len(self._agents) >= self._rules.max_nodes:
             self._tell(join.agent, Turned(f"the job has its {self._rules.max_nodes} nodes", False))
         else:
-            self._agents[join.agent] = _Agent(join.agent, join.address, join.size)
+            self._agents[join.agent] = Agent(join.agent, join.address, join.size)
             self._since.setdefault("gathering", now)
             self._welcome(join.agent)
 
@@ -170,7 +150,7 @@ class Board:
             self._tell(join.agent, Turned(f"its seat {standing.seat} was given up", True))
             return
         self._awaited.discard(standing.seat)
-        self._agents[join.agent] = _Agent(join.agent, join.address, join.size, standing.seat)
+        self._agents[join.agent] = Agent(join.agent, join.address, join.size, standing.seat)
         self._seats[standing.seat] = join.agent
         self._standings[standing.seat] = standing
         if not self._awaited:
@@ -197,15 +177,6 @@ class Board:
             self._seats[seat], self._agents[name].seat = name, seat
         for seat in range(len(names)):
             self._seat(seat, taken=False)
-
-    def _know(self, bases: list[int], world: int) -> None:
-        self.bases, self.world = bases, world
-        self._seats, self._taken = [""] * len(bases), [False] * len(bases)
-
-    def _new_coordinator(self, generation: int) -> Coordinator:
-        rules = self._rules
-        ranks = frozenset(range(self.world))
-        return Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
 
     def _go_on(self) -> None:
         """All that will come over from the last coordinator have: open a generation with what is lost."""
@@ -244,15 +215,6 @@ class Board:
             if standing.ended is not None:
                 self._node_ended(NodeEnded(standing.seat, self._restarts, standing.ended))
 
-    def _tell_guardians(self, standings: list[Standing]) -> None:
-        """The last coordinator may not have told all who has the seat after theirs."""
-        for standing in standings:
-            seat = (standing.seat + 1) % len(self._seats)
-            name = self._seats[seat]
-            if name and self._seats[standing.seat] and self._agents[name].address != standing.guardian:
-                reseated = Order(self._term, Reseated({seat: self._agents[name].address}))
-                self._tell(self._seats[standing.seat], reseated)
-
     # ---- agents go
 
     def left(self, name: str, why: str) -> None:
@@ -260,6 +222,9 @@ class Board:
         agent = self._agents.pop(name, None)
         if agent is not None and agent.seat >= 0:
             self._seats[agent.seat] = ""
+            if self._tree.parents.pop(agent.seat, None) is not None:
+                self._dropped.append(name)
+            self._dissolve(agent.seat)
             self._suspect({agent.seat}, why)
 
     def _suspect(self, seats: set[int], why: str) -> None:
@@ -272,6 +237,8 @@ class Board:
         suspects, self._suspects = self._suspects[:count], self._suspects[count:]
         for seat, _ in suspects:
             self._dismiss(seat)
+        # others have come over since
+        suspects = [(seat, why) for seat, why in suspects if not self._seats[seat]]
         if self._over:
             return
         if self.coordinator is None:  # the last coordinator's agents are still coming over
@@ -285,7 +252,7 @@ class Board:
         self._fill()
 
     def _given_up(self, seats: set[int]) -> None:
-        for seat in [seat for seat in seats if not self._seats[seat]]:
+        for seat in seats:
             self._standings.pop(seat, None)
             self._awaited.discard(seat)
         if not self._awaited:
@@ -312,8 +279,10 @@ class Board:
             if spare is not None:
                 self._seats[seat], spare.seat = spare.name, seat
                 filled[seat] = spare.address
-        if filled:
-            self._order(Reseated(filled), but=set(filled))
+        for seat, address in filled.items():
+            ward = (seat - 1) % len(self._seats)
+            if self._seats[ward] and ward not in filled:
+                self._tell(self._seats[ward], Order(self._term, Reseated({seat: address})))
         for seat in filled:
             self._seat(seat, self._taken[seat])
             self._taken[seat] = False
@@ -340,59 +309,11 @@ class Board:
         if taken and self.coordinator.state is not State.RUNNING:
             self._tell(self._seats[seat], Order(self._term, self.coordinator.freeze()))
             if self.coordinator.decision is not None:
-                self._tell(self._seats[seat], Order(self._term, self.coordinator.decision))
+                self._tell(self._seats[seat], Order(self._term, short(self.coordinator.decision)))
 
     def _vacant(self) -> list[int]:
         suspected = {seat for seat, _ in self._suspects}
         return [seat for seat, name in enumerate(self._seats) if not name and seat not in suspected]
-
-    # ---- clients ask, agents leave
-
-    def consult(self, question: Inquiry | Drain) -> Overview | Drained | Declined:
-        """The answer to a client, who is no agent."""
-        places = [Place(agent.seat, agent.name, agent.address, agent.size) for agent in self._agents.values()]
-        vacant = [seat for seat, name in enumerate(self._seats) if not name]
-        view = View(
-            self._term,
-            self._me,
-            places,
-            self.bases,
-            self.world,
-            vacant,
-            self._restarts,
-            self.coordinator,
-            self._over,
-        )
-        if isinstance(question, Inquiry):
-            return overview(view)
-        declined = obstacle(view, question)
-        if declined is None:
-            self._drain(question)
-        return declined or Drained()
-
-    def _drain(self, drain: Drain) -> None:
-        """Its seat is given up as that of a lost agent; it is told when that is confirmed."""
-        if drain.seat < 0 or (drain.agent == self._me and not drain.keep):
-            if drain.agent != self._me:  # else the next coordinator gives its seat away
-                del self._agents[drain.agent]
-            self._tell(drain.agent, Dismissed(DRAINED))
-        else:
-            self._drained[drain.seat] = drain.agent, drain.keep
-            self.left(drain.agent, DRAINED)
-
-    def _dismiss(self, seat: int) -> None:
-        name, stays = self._drained.pop(seat, ("", False))
-        if name:
-            self._tell(name, Turned(f"its seat {seat} {DRAINED}", True) if stays else Dismissed(DRAINED))
-
-    def explain(self, seat: int, cause: str) -> None:
-        """The last coordinator has said why its seat will be vacant. Before `take_over`."""
-        self._causes[seat] = cause
-
-    @property
-    def agents(self) -> list[str]:
-        """Names of all that take part."""
-        return list(self._agents)
 
     # ---- time
 
@@ -426,6 +347,8 @@ class Board:
         agent = self._agents.get(name)
         if agent is None or agent.seat < 0 or self._over:
             return
+        if isinstance(message, (Bundle, AnswerBundle)):
+            message = unbundled(message)
         if self.coordinator is None:
             self._early.append((name, message))
             return
@@ -445,6 +368,10 @@ class Board:
             self._said(message)
         elif isinstance(message, NodeEnded) and message.restarts == self._restarts:
             self._node_ended(message)
+        elif isinstance(message, Attached):
+            self._attached(agent, message.parent)
+        elif isinstance(message, Detached):
+            self._detached(agent, message.parent)
 
     def _said(self, message: RankSays) -> None:
         assert self.coordinator is not None
@@ -486,6 +413,11 @@ class Board:
         if isinstance(action, Broadcast):
             only = self.coordinator.pending if isinstance(action.message, Restore) else None
             self._order(action.message, only=only)  # type: ignore[arg-type]
+            first = isinstance(action.message, Commit) and action.message.step < 2
+            if isinstance(action.message, Resume):
+                self._dropped.clear()
+            if self._tree.needed and (first or isinstance(action.message, Resume)):
+                self._attach()
         elif isinstance(action, Replace):
             self._tell_rank(action.rank, ReplaceRank(action.rank, self._store))
         elif isinstance(action, End):
@@ -515,36 +447,3 @@ class Board:
         self._ended = {}
         self._taken = [False] * len(self._seats)
         self._order(RunAgain(self.coordinator.generation, self._restarts, reason, self._store))
-
-    def _halt(self, reason: str, ranks: list[int]) -> None:
-        if self._over:
-            return
-        self._over = True
-        self.acts.append(Perform(Stop(reason, tuple(ranks))))
-        for name in self._agents:
-            self._tell(name, Order(self._term, Halt(reason, ranks)))
-
-    # ---- telling
-
-    def _order(self, message: Ordered, only: set[int] | None = None, but: set[int] | None = None) -> None:
-        """To all agents with a seat; only to those with one of these ranks, or not to those in these seats."""
-        order = Order(self._term, message)
-        if isinstance(message, Done):
-            for name in self._agents:
-                self._tell(name, order)
-            return
-        for seat, name in enumerate(self._seats):
-            wanted = only is None or not only.isdisjoint(self._ranks(seat))
-            if name and wanted and not (but and seat in but):
-                self._tell(name, order)
-
-    def _tell_rank(self, rank: int, message: Between) -> None:
-        seat = next(seat for seat in reversed(range(len(self.bases))) if self.bases[seat] <= rank)
-        if self._seats[seat]:
-            self._tell(self._seats[seat], message)
-
-    def _tell(self, name: str, message: Between) -> None:
-        self.acts.append(Tell(name, message))
-
-    def _ranks(self, seat: int) -> frozenset[int]:
-        return frozenset(range(self.bases[seat], [*self.bases[1:], self.world][seat]))

@@ -9,7 +9,6 @@ yet; ``lost`` ranks are those lost since the job last ran (their groups are void
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Set
 
 from checkpointless_elastic.errors import ProtocolError
@@ -50,17 +49,9 @@ from checkpointless_elastic.protocol.messages import (
     Stage,
 )
 from checkpointless_elastic.protocol.mirrors import last_due
+from checkpointless_elastic.protocol.states import State
 
-
-class State(str, enum.Enum):
-    """States of the coordinator."""
-
-    RUNNING = "running"  # steps are committed
-    FREEZING = "freezing"  # a generation is open, survivors say where they stand
-    SETTLING = "settling"  # survivors publish, replacements start
-    RESTORING = "restoring"  # replacements copy the state and go to the survivors' step
-    REBUILDING = "rebuilding"  # all ranks rebuild affected groups
-    ENDED = "ended"  # released, to be run again, or stopped
+__all__ = ["TABLE", "Coordinator", "State"]
 
 
 class Coordinator:
@@ -150,6 +141,8 @@ class Coordinator:
         if event.generation != self.generation:
             return []  # from before a freeze: the rank's answer to Freeze says the same better
         reports = self._reports.setdefault(event.stage, {})
+        if event.stage is Stage.READY and event.step < self.step:
+            return []  # said twice, when an agent moved in the tree
         if event.stage is Stage.READY and event.step != self.step:
             raise ProtocolError(
                 f"Ranks {sorted(event.reports)} are ready for step {event.step}, not {self.step}."
@@ -365,6 +358,8 @@ class Coordinator:
         ):
             return []
         self.state = State.RESTORING
+        if not self.pending:  # nobody was lost: the coordinator was, or a connection
+            return self._restored()
         return [
             Broadcast(Restore(self.generation, {rank: published[rank] for rank in sorted(self.whole)})),
             Deadline(self.generation, self.state.value, "join_timeout"),

@@ -18,7 +18,6 @@ and calls `tick` once per heartbeat. `now` is monotonic, in seconds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from checkpointless_elastic.protocol.acts import (
     Act,
@@ -29,21 +28,30 @@ from checkpointless_elastic.protocol.acts import (
     Tell,
 )
 from checkpointless_elastic.protocol.between import (
+    AnswerBundle,
+    Answers,
+    Attach,
     Beat,
     Between,
+    Bundle,
+    Child,
     Done,
     EndRank,
+    Gathered,
     Halt,
     Join,
     Order,
     ReplaceRank,
     Seated,
+    Silent,
     Spare,
     Standing,
     Turned,
 )
 from checkpointless_elastic.protocol.board import Board
+from checkpointless_elastic.protocol.branch import BULK
 from checkpointless_elastic.protocol.events import Overdue
+from checkpointless_elastic.protocol.hanging import Hanging, Link, whole
 from checkpointless_elastic.protocol.requests import (
     Declined,
     Dismissed,
@@ -54,20 +62,12 @@ from checkpointless_elastic.protocol.requests import (
     Overview,
 )
 from checkpointless_elastic.protocol.rules import Rules
-from checkpointless_elastic.protocol.seeker import Closed, Leader, Me, Seeker, State
+from checkpointless_elastic.protocol.seeker import Closed, Leader, Me, State
 
 __all__ = ["Closed", "Me", "Member", "State"]
 
 
-@dataclass
-class _Link:
-    """One connection. ``agent``: whose it is; '' until that is known."""
-
-    heard: float
-    agent: str = ""
-
-
-class Member(Seeker):
+class Member(Hanging):
     """See the module. ``standing()``: of this agent's seat, None without one. ``open_store``: see Board.
 
     Attributes:
@@ -79,16 +79,15 @@ class Member(Seeker):
         self, me: Me, rules: Rules, standing: Callable[[], Standing | None], open_store: Callable[[], str]
     ) -> None:
         super().__init__(me, rules, standing, open_store)
-        self._links: dict[int, _Link] = {}
         self._followers: dict[str, int] = {}  # by agent, its newest accepted connection
         self._ticked: float | None = None
         self._held: list[
             tuple[str, Between | Closed | Overdue]
         ] = []  # what came in doubt, and of which agent
-        self._farewell = 0, ""  # the term whose coordinator has said that it leaves, and why
 
     def _preside(self, now: float, old_seat: int = -1) -> None:
         standing = self._standing()
+        self._leave_tree()
         self.state = State.CHAIR
         self.board = Board(self._leader.term, self._me.name, self._rules, self._open_store)
         self._leader.seat = standing.seat if standing else -1
@@ -105,15 +104,15 @@ class Member(Seeker):
     # ---- connections
 
     def opened(self, link: int, agent: str, now: float) -> list[Act]:
-        """A connection is there: dialled (positive), or accepted (negative) and about to bring a Join."""
-        self._links[link] = _Link(now)
+        """A connection is there: dialled (positive), or accepted (negative) and about to bring a Join or Child."""
+        self._links[link] = Link(now)
         if link == self._uplink:
             self.state = State.FOLLOWING
             self._send(link, self._introduction(self._standing()))
+        elif link == self._branch.link:
+            self._attached()
         else:
             self._links[link].agent = agent
-            self._replaces(self._followers.get(agent), now)
-            self._followers[agent] = link
         return self._flush()
 
     def _replaces(self, older: int | None, now: float) -> None:
@@ -131,6 +130,12 @@ class Member(Seeker):
         gone = self._links.pop(link, None)
         if link == self._uplink:
             self._lost_uplink(why, reason, now)
+        elif link == self._branch.link:
+            self._detached(now)
+        elif link in self._branch.children:
+            agent = self._branch.dropped(link)
+            if why is Closed.SILENT:
+                self._send(self._uplink, Silent(agent))
         elif gone is not None and gone.agent:
             self._left(link, gone.agent, why, now)
 
@@ -142,6 +147,7 @@ class Member(Seeker):
 
     def _lost_uplink(self, why: Closed, reason: str, now: float) -> None:
         was = self.state
+        self._leave_tree()
         self.state, self._uplink = State.SEEKING, 0
         if was is State.FOLLOWING:
             self._ask(Query.NEWEST) if why is Closed.GONE else self._ask(Query.LAST_BEAT, self._leader.term)
@@ -160,10 +166,20 @@ class Member(Seeker):
         known.heard = now
         if link == self._uplink:
             self._follow(message, now)
+        elif link == self._branch.link:
+            self._from_parent(message, now)
+        elif link in self._branch.children:
+            if isinstance(message, (Gathered, Answers, Bundle, AnswerBundle)):
+                self._branch.said(link, message)
         elif self.board is not None:
+            if isinstance(message, Join):
+                self._replaces(self._followers.get(known.agent), now)
+                self._followers[known.agent] = link
             if not isinstance(message, Beat):
                 self._happened(known.agent, message, now)
-        elif isinstance(message, Join):
+        elif isinstance(message, Child) and self._takes(message):
+            self._branch.children[link] = known.agent
+        elif isinstance(message, (Join, Child)):
             self._acts.append(HangUp(link, "this agent does not coordinate"))
             self._forget(link)
         return self._flush()
@@ -177,13 +193,18 @@ class Member(Seeker):
         if isinstance(message, Beat):
             if message.count > self._leader.count:
                 self._leader.count, self._leader.moved = message.count, now
+                for child in self._branch.children:
+                    self._send(child, message)
             self._leader.seat = message.seat
         elif isinstance(message, Turned):
             self._turned(message)
+        elif isinstance(message, Attach):
+            self._attach(message.parent)
         else:
             self._obey(message, now)
 
     def _turned(self, message: Turned) -> None:
+        self._leave_tree()
         self._acts.append(HangUp(self._uplink, "turned away"))
         self._links.pop(self._uplink, None)
         self._uplink = 0
@@ -210,7 +231,9 @@ class Member(Seeker):
             if self.board is not None:
                 self.board.join(self._introduction(None), now)
         elif isinstance(message, Order):
-            self._acts.append(Obey(message.message))
+            if message.number and not self._pass_on(message):
+                return
+            self._acts.append(Obey(whole(message.message, self._world)))
             if isinstance(message.message, (Done, Halt)) and self.board is None:
                 self.state = State.OUT
         elif isinstance(message, (ReplaceRank, EndRank)):
@@ -220,39 +243,6 @@ class Member(Seeker):
         elif isinstance(message, Dismissed):
             self._leave(message.cause, now)
             self._acts.append(Obey(message))
-
-    # ---- an agent leaves
-
-    def leave(self, cause: str, now: float) -> list[Act]:
-        """This agent's process ends soon: others are told at once. ``cause`` completes "node 3 ..."."""
-        self._leave(cause, now)
-        return self._flush()
-
-    def _leave(self, cause: str, now: float) -> None:
-        leaving, board = Leaving(self._me.name, cause), self.board
-        if board is not None:
-            for name in board.agents:
-                if name != self._me.name:
-                    self._tell(Tell(name, leaving), now)
-            self.board = None
-            self._guards = self._guarded = 0
-        elif self.state is State.FOLLOWING:
-            self._send(self._uplink, leaving)
-        self._hang_up_uplink("this agent leaves")
-        self.state = State.OUT
-
-    def _left_alone(self, message: Leaving, now: float) -> None:
-        """The coordinator leaves: this agent may be the next one."""
-        self._farewell = self._leader.term, message.cause
-        self._hang_up_uplink("the coordinator leaves")
-        self.state = State.SEEKING
-        self._succeed(now)
-
-    def _hang_up_uplink(self, reason: str) -> None:
-        if self._uplink:
-            self._acts.append(HangUp(self._uplink, reason))
-            self._links.pop(self._uplink, None)
-            self._uplink = 0
 
     # ---- clients
 
@@ -277,7 +267,10 @@ class Member(Seeker):
         if self.board is not None:
             self._happened(self._me.name, message, now)
         elif self.state is State.FOLLOWING:
-            self._send(self._uplink, message)
+            if isinstance(message, Answers) or (isinstance(message, Gathered) and message.stage in BULK):
+                self._branch.said(0, message)
+            else:
+                self._send(self._uplink, message)
         return self._flush()
 
     def overdue(self, deadline: Overdue, now: float) -> list[Act]:
@@ -300,6 +293,8 @@ class Member(Seeker):
         elif isinstance(what, Closed):
             silent = f"gave no sign of life for {self._rules.detection:.1f} s"
             board.left(agent, silent if what is Closed.SILENT else "was lost")
+        elif isinstance(what, Silent):
+            self._silent(agent, what.agent, now)
         elif isinstance(what, Leaving):
             board.left(what.agent, what.cause)
         elif isinstance(what, Join):
@@ -308,6 +303,13 @@ class Member(Seeker):
         else:
             board.received(agent, what)
         self._carry_out(now)
+
+    def _silent(self, parent: str, agent: str, now: float) -> None:
+        """A child of an agent gives no sign of life."""
+        link = self._followers.get(agent)
+        if link is not None and self.board is not None and self.board.hangs_on(agent, parent):
+            self._acts.append(HangUp(link, "no sign of life"))
+            self._closed(link, Closed.SILENT, "no sign of life", now)
 
     def _in_doubt(self, now: float) -> bool:
         """Was this process stopped? Nothing is decided then before the directory has confirmed the term."""
@@ -363,6 +365,7 @@ class Member(Seeker):
         self.board = None
         self._guards = self._guarded = 0
         self._doubt, self._held = False, []
+        self._leave_tree()
         for link in [link for link in self._links if link < 0]:
             self._acts.append(HangUp(link, "this agent does not coordinate any more"))
             self._forget(link)
@@ -404,15 +407,17 @@ class Member(Seeker):
         self._in_doubt(now)
         self._ticked = now
         for link, known in list(self._links.items()):
-            if paused:
+            if paused or (self.board is not None and self.board.is_attached(known.agent)):
                 known.heard = now
-            elif now - known.heard > self._rules.detection:
+            elif now - known.heard > self._patience(link):
                 self._acts.append(HangUp(link, "no sign of life"))
                 self._closed(link, Closed.SILENT, "no sign of life", now)
         if self.state is State.CHAIR and not self._alone:
             self._beat(now)
         elif self.state is State.FOLLOWING:
-            self._send(self._uplink, Beat(self._leader.term, self._leader.count, -1))
+            self._up(Beat(self._leader.term, self._leader.count, -1))
+            for child in self._branch.children:
+                self._send(child, self._beat_now())
         elif self.state is State.SEEKING and self._retry_at is not None and now >= self._retry_at:
             self._retry_at = None
             self._ask(self._retry, self._leader.term)
@@ -421,14 +426,20 @@ class Member(Seeker):
             self._carry_out(now)
         return self._flush()
 
+    def _patience(self, link: int) -> float:
+        """Of the coordinator an agent in the tree hears through others, one of which may have to be found silent."""
+        tree = link == self._uplink and self._branch.link
+        return (2 if tree else 1) * self._rules.detection
+
     def _beat(self, now: float) -> None:
         self._leader.count += 1
         self._ask(Query.BEAT, self._leader.term, self._leader.count)
         self._beat_all()
 
     def _beat_all(self) -> None:
-        for link in self._links:
-            if link < 0:
+        for link, known in self._links.items():
+            attached = self.board is not None and self.board.is_attached(known.agent)
+            if link < 0 and not attached:
                 self._send(link, self._beat_now())
 
     def _beat_now(self) -> Beat:

@@ -164,6 +164,8 @@ class Station:
 
     def obey(self, message: Ordered) -> None:
         """Take note of an order."""
+        if isinstance(message, (Commit, Freeze, Decision, Resume)) and message.generation < self.generation:
+            return  # on its way through the tree it was overtaken by the next generation
         if isinstance(message, Commit):
             self.step = max(self.step, message.step + 1)
         elif isinstance(message, Freeze):
