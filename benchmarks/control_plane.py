@@ -17,6 +17,7 @@ recovery, up to its end. The median of the ordinary agents, and messages_most of
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from plane.store_only import open_store, store_process
 from checkpointless_elastic.agent.directory_tcp import TcpDirectory
 
 PER_PROCESS = 128  # agents in one process, at most, unless --processes says otherwise
+START_S = 600.0  # for all agents of a process to be connected
 SETTLE_S = 0.2  # for threads that begin to wait in the store
 
 
@@ -52,9 +54,9 @@ def children(bodies: Sequence[tuple[object, ...]]) -> Iterator[list[Child]]:
             stack.callback(child.end)
             found.append(child)
             if index == 0:
-                child.answer()  # the coordinator's comes first
+                child.answer(START_S)  # the coordinator's comes first
         for child in found[1:]:
-            child.answer()
+            child.answer(START_S)
         yield found
 
 
@@ -196,6 +198,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     raise_limits()
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # torch asks the DNS for each address's name
     found: dict[str, dict[str, float]] = {}
     for agents in options.agents:
         row = {**measure(agents, options), **measure_store(agents, options)}
