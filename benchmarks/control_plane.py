@@ -17,7 +17,6 @@ recovery, up to its end. The median of the ordinary agents, and messages_most of
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -198,7 +197,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     raise_limits()
-    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # torch asks the DNS for each address's name
     found: dict[str, dict[str, float]] = {}
     for agents in options.agents:
         row = {**measure(agents, options), **measure_store(agents, options)}
