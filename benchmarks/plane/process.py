@@ -110,6 +110,7 @@ class _Process:
             "127.0.0.1", settings.port, JOB, 30.0, timeout=LIMIT_S, is_host=False
         )
         self._agents: list[Agent] = []
+        self._busy = 0.0  # this process's processor time when messages were counted last
         self._began = 0.0  # when the first agent of this process was ready
         self._awaited: Callable[[Agent], float] | None = None
 
@@ -165,4 +166,5 @@ class _Process:
         counts = [agent.membership.messages for agent in self._agents]
         for agent in self._agents:
             agent.membership.messages = 0
-        self._pipe.send(counts)
+        before, self._busy = self._busy, time.process_time()
+        self._pipe.send((counts, 1e3 * (self._busy - before)))
