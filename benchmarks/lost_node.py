@@ -121,18 +121,23 @@ class Bench:
         return self.random.choice([n for n in job.nodes if job.ranks_of(n) and not job.holds_store(n)])
 
     def judge(self, folder: Path, node: Node, lost: tuple[int, ...], coordinated: bool, cut_ns: int) -> Round:
-        cost = interruption(read_logs(folder, self.options.ranks), cut_ns)
         recoveries = read_recoveries(folder / "recoveries.jsonl")
-        if cost is None or not recoveries:
-            what = "no common step of all ranks" if cost is None else "no recovery"
-            raise JobFailedError(f"The job in {folder} has {what} after the cut; give it more --steps.")
+        if not recoveries:
+            raise JobFailedError(f"The job in {folder} has no recovery after the cut; give it more --steps.")
+        seen_ns = int(recoveries[0].time * 1e9)  # a step in flight at the cut may still have been committed
+        cost = interruption(read_logs(folder, self.options.ranks), seen_ns)
+        if cost is None:
+            raise JobFailedError(
+                f"The job in {folder} has no common step of all ranks after the loss was seen."
+            )
         self.recoveries += recoveries
         found = folder_differences(self.folder / "reference", folder, self.options.ranks)
         for difference in found[:3]:
             print(f"    {difference}", file=sys.stderr)
-        detection = recoveries[0].time - cut_ns / 1e9
+        detection = (seen_ns - cut_ns) / 1e9
+        seconds = detection + cost.seconds
         return Round(
-            node.number, lost, coordinated, cost.seconds, detection, cost.step, cost.lost_steps, not found
+            node.number, lost, coordinated, seconds, detection, cost.step, cost.lost_steps, not found
         )
 
     def report(self) -> dict[str, object]:

@@ -22,6 +22,14 @@ PAUSE_S = 0.01
 RUN_DIR_ROOTS = (Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp")))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones run when they are asked for: the others together stay under 10 minutes."""
+    if os.environ.get("CHECKPOINTLESS_SLOW_TESTS") != "1":
+        for item in items:
+            if item.get_closest_marker("slow") is not None:
+                item.add_marker(pytest.mark.skip(reason="slow; set CHECKPOINTLESS_SLOW_TESTS=1"))
+
+
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
     """Look again and again until the condition holds; for things that no event announces to a test."""
     deadline = time.monotonic() + timeout

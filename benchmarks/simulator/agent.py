@@ -25,6 +25,7 @@ from checkpointless_elastic.protocol.acts import (
 )
 from checkpointless_elastic.protocol.between import (
     Between,
+    Child,
     Done,
     EndRank,
     Halt,
@@ -130,7 +131,7 @@ class Agent:
 
     def _closed(self, link: int, why: Closed, reason: str) -> None:
         if self.world.tell is not None:
-            self.world.note(f"{self.name} loses connection {link}: {why.value}")
+            self.world.trace(f"{self.name} loses connection {link}: {why.value}")
         if link > 0 or link in self._known:
             self._do(self.member.closed(link, why, reason, self.world.clock.now))
 
@@ -140,7 +141,7 @@ class Agent:
     def _received(self, link: int, message: Between) -> None:
         self.world.took(self, message)
         now = self.world.clock.now
-        if link < 0 and link not in self._known and isinstance(message, Join):
+        if link < 0 and link not in self._known and isinstance(message, (Join, Child)):
             self._known.add(link)
             self._do(self.member.opened(link, message.agent, now))
         if link > 0 and isinstance(message, Order):
@@ -155,7 +156,7 @@ class Agent:
 
     def _answered(self, ask: Ask, answer: Any) -> None:
         if self.world.tell is not None and ask.query is not Query.BEAT:
-            self.world.note(f"{self.name} asked the directory {ask.query.value} {ask.term or ''}: {answer}")
+            self.world.trace(f"{self.name} asked the directory {ask.query.value} {ask.term or ''}: {answer}")
         it, now = self.member, self.world.clock.now
         if answer is None:
             self._do(it.store_failed(ask.query, "no answer", now))
@@ -194,11 +195,11 @@ class Agent:
             world.directory.ask(self, act)
         elif isinstance(act, Dial):
             if world.tell is not None:
-                world.note(f"{self.name} dials {act.address}")
+                world.trace(f"{self.name} dials {act.address}")
             world.network.dial(self, act.link, act.address)
         elif isinstance(act, HangUp):
             if world.tell is not None:
-                world.note(f"{self.name} hangs up {act.link}: {act.reason}")
+                world.trace(f"{self.name} hangs up {act.link}: {act.reason}")
             self._known.discard(act.link)
             world.network.hang_up(self, act.link)
         elif isinstance(act, Perform):
@@ -238,9 +239,9 @@ class Agent:
         elif isinstance(message, EndRank):
             self.world.clock.after(0.0, self.kill, message.rank)
         elif isinstance(message, Reseated):
-            address = message.addresses.get((self.seat + 1) % len(station.seat.bases))
-            if address is not None:
-                self._guardian = address
+            station.obey(message)
+            if (self.seat + 1) % len(station.seat.bases) in message.addresses:
+                self._guardian = station.guardian
                 self._copy_all()
         elif isinstance(message, RunAgain):
             self._run_again(station, message)
@@ -264,6 +265,8 @@ class Agent:
         oracle = self.world.oracle
         oracle.world = seat.world
         oracle.seated(seat.seat, seat.restarts, seat.generation, self.name)
+        how = "after the agent that was lost" if seat.taken else "and starts its workers"
+        self.world.note(f"{self.name} takes seat {seat.seat} in generation {seat.generation} {how}")
         self._run = oracle.run(seat.restarts, seat.store, seat.taken)
         for rank, (generation, step) in self.kept.items():
             self._report(self.station.copied(rank, generation, step))
@@ -313,6 +316,8 @@ class Agent:
 
     def _finish(self, verdict: str) -> None:
         self.verdict = verdict
+        if not verdict.startswith("out"):
+            self.world.note(f"{self.name} ends: {verdict}")
         self._end_all()
         if self.coordinates and not verdict.startswith("out"):
             self.world.directory.ask(self, Ask(Query.END, verdict=verdict))
@@ -397,7 +402,8 @@ class Agent:
 
     def keep(self, rank: int, at: tuple[int, int]) -> None:
         """As a guardian: a ward's private state has come."""
-        if self.kept.get(rank, (-1, -1)) > at and not self.world.mutations.stale_copies:
+        stale = self.station is not None and not self.station.keeps(rank, at[0])
+        if stale or self.kept.get(rank, (-1, -1)) > at:
             return
         self.kept[rank] = at
         if self.station is not None:

@@ -1,4 +1,4 @@
-"""The directory in virtual time: terms that are claimed once, beats, a verdict. Each call is atomic where it arrives."""
+"""The directory in virtual time: terms that are claimed once, beats, a verdict. Each call is atomic on arrival."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Directory:
         self.side = 0
         self.term, self.address, self.verdict = 0, "", ""
         self.owners: dict[int, str] = {}
+        self.claimed = 0.0  # when the newest term was
         self._counts: dict[int, int] = {}
         self._waiting: dict[Agent, list[Ask]] = {}
 
@@ -66,7 +67,8 @@ class Directory:
         if ask.query is Query.CLAIM:
             if self.term == ask.term - 1:
                 self.term, self.address = ask.term, agent.address
-                self.owners[ask.term] = agent.name
+                self.owners[ask.term], self.claimed = agent.name, self._clock.now
+                agent.world.note(f"{agent.name} coordinates in term {ask.term}")
             return self.owners.get(ask.term) == agent.name and self.term == ask.term
         if ask.query is Query.LAST_BEAT:
             return self._counts.get(ask.term, -1)

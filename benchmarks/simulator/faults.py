@@ -41,7 +41,6 @@ GENTLE = {
     "coordinator": 2,
     "coordinator silent": 1,
     "pause": 1,
-    "cut": 0.5,
 }
 MOMENTS = [
     *[
@@ -74,19 +73,21 @@ class Fault:
     sender: bool = False
 
 
-def plan(draw: random.Random, count: int, gentle: bool, agents: int) -> list[Fault]:
-    """A schedule."""
-    kinds = GENTLE if gentle else KINDS
+def plan(
+    draw: random.Random, count: int, gentle: bool, agents: int, only: tuple[str, ...] = ()
+) -> list[Fault]:
+    """A schedule, of these kinds only if some are named."""
+    kinds = dict.fromkeys(only, 1.0) if only else GENTLE if gentle else KINDS
     chosen = draw.choices(list(kinds), weights=list(kinds.values()), k=count)
     return [_fault(draw, kind, gentle, agents) for kind in chosen]
 
 
 def _fault(draw: random.Random, kind: str, gentle: bool, agents: int) -> Fault:
-    wait = draw.random() * draw.choice([0.005, 0.1, 0.5, 4.0])
+    wait = draw.random() * draw.choice([0.005, 0.02, 0.1, 0.3, 0.3, 4.0])
     if gentle or draw.random() < 0.4:
         return Fault(kind, wait)
     nth = draw.randrange(1, max(3, draw.choice([3, agents, 3 * agents])))
-    return Fault(kind, 8.0, draw.choice(MOMENTS), nth, draw.random() < 0.5)
+    return Fault(kind, 1.0, draw.choice(MOMENTS), nth, draw.random() < 0.5)
 
 
 @dataclass
@@ -141,7 +142,7 @@ class Faults:
         if number != self._next or not self.world.live():
             return
         if self._calm():
-            self.world.clock.after(wait if self.gentle else wait / 8, self._due_when_calm, number)
+            self.world.clock.after(wait, self._due_when_calm, number)
         else:
             self.world.clock.after(0.02, self._when_calm, number, wait)
 
@@ -187,6 +188,7 @@ class Faults:
                 return
             self._anchor = self.draw.choice(seated)
         self.world.note(f"FAULT {fault}")
+        self.world.faults += bool(self.world.live()) and not self.world.directory.verdict
         self._strikes[fault.kind](agent if agent is not self._anchor else None)
         self._arm()
 

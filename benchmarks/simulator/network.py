@@ -49,6 +49,7 @@ class _End:
     peer: _End | None = None
     last: float = 0.0
     mute: bool = False
+    given_up: bool = False
     sent: deque[Between | None] = field(default_factory=deque)  # None: closed
 
 
@@ -117,7 +118,12 @@ class Network:
     def send(self, host: Host, link: int, message: Between | None) -> None:
         """On a connection; nothing happens if it has ended. None closes it."""
         end = self._ends[host].get(link)
-        if end is None or end.mute or end.peer is None:
+        if end is None or end.peer is None:
+            return
+        if end.mute:  # nothing is acknowledged: the kernel gives up (TCP_USER_TIMEOUT)
+            if not end.given_up:
+                end.given_up = True
+                self._clock.after(self._limit, self._fail, end, Closed.SILENT)
             return
         end.last = max(end.last, self._clock.now + self.delay())
         end.sent.append(message)

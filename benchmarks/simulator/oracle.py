@@ -43,6 +43,7 @@ class Oracle:
 
     def __init__(self) -> None:
         self.world = 0
+        self.detection = 2.0
         self.runs: dict[int, Run] = {}
         self.commits = 0
         self._seats: dict[int, tuple[int, int, str]] = {}  # by seat: restarts, generation, agent
@@ -135,6 +136,13 @@ class Oracle:
         """An order was sent."""
         if owner != sender:
             raise Violation(f"{sender} gives orders in term {term}, which is {owner}'s")
+
+    def gave_seat(self, sender: str, term: int, newest: int, since: float) -> None:
+        """A seat was given away. ``since``: how long there has been a newer term, in seconds."""
+        if newest > term and since > self.detection:
+            raise Violation(
+                f"{sender} gives seats away in term {term}, and term {newest} began {since:.1f} s ago"
+            )
 
     def obeyed(self, agent: str, term: int) -> None:
         """An order was obeyed."""

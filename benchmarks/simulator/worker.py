@@ -33,7 +33,7 @@ __all__ = ["Worker"]
 
 
 class Worker:
-    """Attributes: ``weights``: see `oracle`; ``waiting``: for which message the main thread waits; None: it computes."""
+    """Attributes: ``weights``: see `oracle`; ``waiting``: for what the main thread waits; None: it computes."""
 
     def __init__(self, agent: Agent, rank: int, run: Run) -> None:
         self.agent, self.rank, self.run = agent, rank, run
@@ -102,7 +102,7 @@ class Worker:
         if not self.alive:
             return
         if isinstance(message, Freeze):
-            if message.generation > self.frozen or not self._world.mutations.deaf:
+            if not self._world.mutations.deaf or message.generation % 2:
                 self.frozen = max(self.frozen, message.generation)
                 answer = Frozen(message.generation, self.step, self.phase, not self.shadow, True)
                 self._say(answer, True)
@@ -121,7 +121,7 @@ class Worker:
         if not self.alive or attempt != self._attempts:
             return
         if self.frozen > self.generation:
-            if self._world.random.random() < 0.3:
+            if self._world.random.random() < self._world.job.leaves:
                 self._say(Left(self.frozen), True)
             self.waiting = Decision
         elif self.step == self._world.steps:
@@ -147,7 +147,7 @@ class Worker:
             self._receive(self._votes.popleft())
 
     def _receive(self, message: ToWorker) -> None:
-        current = self.frozen == self.generation or self._world.mutations.unfenced
+        current = self.frozen == self.generation
         if isinstance(message, Decision):
             if message.generation >= self.frozen:
                 self._follow(message)

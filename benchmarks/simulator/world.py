@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from checkpointless_elastic.protocol.acts import Restarting
-from checkpointless_elastic.protocol.between import Between, Join, Order
+from checkpointless_elastic.protocol.between import Between, Join, Order, Seated
 from checkpointless_elastic.protocol.events import Action, Opened, Reached
 from checkpointless_elastic.protocol.messages import Message
 from checkpointless_elastic.protocol.rules import Rules
@@ -26,7 +26,11 @@ BOUND_S = 90.0
 
 @dataclass(frozen=True)
 class Job:
-    """What is simulated. ``compute``: seconds of a step, from and to; ``fixed``: one delay for every message."""
+    """What is simulated. ``compute``: seconds of a step, from and to; ``fixed``: one delay for every message.
+
+    ``leave_early``: share of workers that end without waiting for the others; ``leaves``: of those that leave a void
+    attempt early.
+    """
 
     agents: int = 4
     spares: int = 1
@@ -34,16 +38,16 @@ class Job:
     steps: int = 8
     compute: tuple[float, float] = (0.01, 0.06)
     leave_early: float = 0.0
+    leaves: float = 0.3
     fixed: float | None = None
+    fan_out: int = 32
 
 
 @dataclass(frozen=True)
 class Mutations:
     """Rules that the model of an agent or worker breaks on purpose, to see that it is noticed."""
 
-    unfenced: bool = False
     deaf: bool = False
-    stale_copies: bool = False
 
 
 @dataclass
@@ -61,6 +65,7 @@ class World:
     seed: int
     mutations: Mutations = field(default_factory=Mutations)
     tell: Callable[[str], None] | None = None
+    story: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
         job = self.job
@@ -74,6 +79,7 @@ class World:
             max_restarts=100,
             max_faults_per_step=1000,
             loss_timeout=60.0,
+            fan_out=job.fan_out,
         )
         self.limits = {"settle_timeout": 20.0, "join_timeout": 30.0}
         self.network = Network(self.clock, self.random, self.rules.detection, job.fixed)
@@ -82,6 +88,7 @@ class World:
         self.traffic = Traffic()
         self.agents: dict[str, Agent] = {}  # by address
         self.restarts: list[str] = []
+        self.faults = 0  # that struck before the job had ended
         self.last_fault = 0.0
         self.killed_at_end = False  # a worker that had finished died: the job may end with its exit code
         self.on_send: list[Callable[[Agent, Between], None]] = []
@@ -116,7 +123,7 @@ class World:
             self.add_agent()
 
     def crash(self, agent: Agent, silent: bool, back: float | None) -> None:
-        """The process ends at once with its workers, or (silent) its machine; a new one comes ``back`` seconds later."""
+        """The process ends at once with its workers, or (silent) its machine; a new one comes ``back`` s later."""
         self.note(f"{agent.name} crashes" + (" in silence" if silent else ""))
         agent.alive, agent.answers = False, not silent
         for worker in agent.workers.values():
@@ -165,34 +172,43 @@ class World:
     # ---- what is watched
 
     def note(self, sentence: str) -> None:
+        """For the trace and for stories."""
+        self.trace(sentence)
+        if self.story is not None:
+            self.story(sentence)
+
+    def trace(self, sentence: str) -> None:
         """For the trace."""
         if self.tell is not None:
             self.tell(f"{self.clock.now:9.4f} {sentence}")
 
     def sent(self, agent: Agent, message: Between) -> None:
         self.traffic.sent(agent.name, message)
-        if isinstance(message, Order):
+        if isinstance(message, Order) and agent.coordinates:  # others pass orders on
             self.oracle.ordered(self.directory.owners.get(message.term, ""), agent.name, message.term)
+        if isinstance(message, Seated):
+            since = self.clock.now - self.directory.claimed
+            self.oracle.gave_seat(agent.name, message.term, self.directory.term, since)
         for watch in self.on_send:
             watch(agent, message)
 
     def took(self, agent: Agent, message: Between) -> None:
         self.traffic.took(agent.name, message)
         if self.tell is not None:
-            self.note(f"{agent.name} <- {short(message)}")
+            self.trace(f"{agent.name} <- {short(message)}")
 
     def copied(self, agent: Agent, guardian: Agent) -> None:
         self.traffic.copied(agent.name, guardian.name)
 
     def obeys(self, agent: Agent, message: Message) -> None:
         if self.tell is not None:
-            self.note(f"{agent.name} obeys {short(message)}")
+            self.trace(f"{agent.name} obeys {short(message)}")
 
     def performs(self, agent: Agent, action: Action) -> None:
         if isinstance(action, Restarting):
-            self.restarts.append(action.reason)
-        if self.tell is not None and isinstance(action, (Opened, Reached, Restarting)):
-            self.note(f"{agent.name} performs {action}")
+            self.restarts.append(f"step {action.step}: {action.reason}")
+        if isinstance(action, (Opened, Reached, Restarting)):
+            self.note(f"{agent.name}: {told(action)}")
         for watch in self.on_reach:
             watch(agent, action)
 
@@ -204,8 +220,16 @@ class World:
             if not any(agent.alive for agent in self.agents.values()):
                 break
             if self.clock.now > self.last_fault + BOUND_S:
+                if self._over():
+                    break
                 raise Violation(f"the job hangs: {self.where()}")
         self.judge()
+
+    def _over(self) -> bool:
+        """Agents that came after the end wait for others that do not come, if the directory did not hear of it."""
+        return any(agent.verdict == "succeeded" for agent in self.agents.values()) and not any(
+            agent.seat >= 0 for agent in self.live()
+        )
 
     def judge(self) -> None:
         """How has the job ended?"""
@@ -248,3 +272,20 @@ def short(message: Message) -> str:
     if isinstance(message, Join):
         return f"Join {message.agent}" + (f" with {message.standing}" if message.standing else "")
     return str(message)[:300]
+
+
+def told(action: Opened | Reached | Restarting) -> str:
+    """A point of a recovery, as a sentence."""
+    if isinstance(action, Opened):
+        return f"generation {action.generation} is open, ranks {sorted(action.lost)} are lost: {action.cause}"
+    if isinstance(action, Restarting):
+        return (
+            f"the script is run again in generation {action.generation}, rung {action.rung}: {action.reason}"
+        )
+    if action.point == "frozen":
+        return (
+            f"all have answered, they go on at step {action.details['step']} ({action.details['decision']})"
+        )
+    if action.point == "committed":
+        return f"step {action.details['step']} is committed, the first one in generation {action.generation}"
+    return f"generation {action.generation}: {action.point}"

@@ -20,6 +20,7 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.utils import macros  # type: ignore[attr-defined]
 
 from checkpointless_elastic.agent.context import ForkedContext, Launch
@@ -73,6 +74,13 @@ class CheckpointlessAgent(LocalElasticAgent):
             return super()._invoke_run(role)
         group = self._worker_group
         self._prepare(group.spec)
+        try:
+            return self._serve(group)
+        except SignalException as error:
+            self._control.will_end(f"was drained ({error.sigval.name})")
+            raise
+
+    def _serve(self, group: WorkerGroup) -> RunResult:
         workforce = self._present()
         self._watch_for_stuck_workers()
         while self._control.await_seat():

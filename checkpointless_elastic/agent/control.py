@@ -60,6 +60,7 @@ from checkpointless_elastic.protocol.messages import (
     Welcome,
     encode,
 )
+from checkpointless_elastic.protocol.requests import Dismissed
 from checkpointless_elastic.protocol.rules import Rules
 from checkpointless_elastic.protocol.station import Station
 from checkpointless_elastic.state.slot import Slot
@@ -245,6 +246,10 @@ class AgentControl:
         else:
             self._lose(rank, describe(status))
 
+    def will_end(self, cause: str) -> None:
+        """See ControlPlane."""
+        self._membership.leave(cause)
+
     def leave(self) -> None:
         """See ControlPlane."""
         if self._station is not None:
@@ -316,6 +321,8 @@ class AgentControl:
         if isinstance(message, Spare):
             if message.bases:
                 logger.info("[term %d] this agent waits as a spare", message.term)
+        elif isinstance(message, Dismissed):
+            self._dismissed(message)
         elif self._deferred and not isinstance(message, (Done, Halt)):
             self._deferred.append(message)
         elif isinstance(message, Seated):
@@ -339,7 +346,7 @@ class AgentControl:
             self._reseated(station, message)
         elif isinstance(message, RunAgain):
             self._run_again(station, message)
-        elif not isinstance(message, (Seated, Spare, Done, Halt)):
+        elif not isinstance(message, (Seated, Spare, Done, Halt, Dismissed)):
             self._deliver(station, message)
 
     def _deliver(self, station: Station, message: Ordered) -> None:
@@ -405,11 +412,23 @@ class AgentControl:
     def give_way(self, reason: str) -> None:
         """See Office."""
         logger.error("This agent gives up its seat and ends its workers: %s.", reason)
+        self._give_up_seat()
+
+    def _give_up_seat(self) -> None:
         self._station, self._offered, self._wards = None, None, None
         self._deferred = []
         self._membership.leave_seat()
         if self._running:
             self._workers.give_up()
+
+    def _dismissed(self, message: Dismissed) -> None:
+        """The job goes on without this node: its workers end, then it leaves with exit code 0."""
+        if not self._running:
+            self._workers.succeed()
+            return
+        logger.warning("This node %s: its workers end, and it leaves the job.", message.cause)
+        self._give_up_seat()
+        self._deferred.append(message)
 
     def cannot_go_on(self, reason: str) -> None:
         """See Office."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +13,12 @@ if TYPE_CHECKING:
 
     from checkpointless_elastic.config import Config
 
-__all__ = ["Directory", "Leader", "open_directory"]
+__all__ = ["Directory", "Leader", "open_directory", "process_name"]
+
+
+def process_name() -> str:
+    """Of this process, for people: the first part of its agent's name."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,10 @@ class Directory(ABC):
     @abstractmethod
     def verdict(self) -> str:
         """How the job ended; '' while it runs."""
+
+    def host(self) -> str:
+        """`process_name` of the agent in which the store lives; '' if no agent takes the store with it."""
+        return ""
 
     @abstractmethod
     def close(self) -> None:

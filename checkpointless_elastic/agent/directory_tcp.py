@@ -21,7 +21,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
 
 from checkpointless_elastic.agent.bounded import BoundedCaller
-from checkpointless_elastic.agent.directory import Directory, Leader
+from checkpointless_elastic.agent.directory import Directory, Leader, process_name
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.errors import DirectoryError
 
@@ -30,6 +30,7 @@ __all__ = ["TcpDirectory", "open_tcp"]
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_HOST = "host"
 
 PROBE_S = 1.0
 """How often a waiting agent looks whether the store still answers and the directory is still open."""
@@ -67,6 +68,8 @@ class TcpDirectory(Directory):
         self._waiter = BoundedCaller("checkpointless-new-term")
         self._awaited: Future[None] | None = None
         self._wait_store: PrefixStore | None = None
+        if hosts:
+            self._store.set(_HOST, process_name())
 
     @classmethod
     def open(
@@ -155,6 +158,12 @@ class TcpDirectory(Directory):
             return str(store.get("verdict").decode()) if store.check(["verdict"]) else ""
 
         return self._call(verdict, "read the verdict")
+
+    def host(self) -> str:
+        def host(store: PrefixStore) -> str:
+            return str(store.get(_HOST).decode()) if store.check([_HOST]) else ""
+
+        return self._call(host, "read which agent hosts the store")
 
     def close(self) -> None:
         self._store = None

@@ -32,11 +32,12 @@ from checkpointless_elastic.protocol.acts import (
     Word,
     Yield,
 )
-from checkpointless_elastic.protocol.between import Between, Copy, Join, Seated, Standing, decode
+from checkpointless_elastic.protocol.between import Between, Child, Copy, Join, Seated, Standing, decode
 from checkpointless_elastic.protocol.events import Action, Overdue
 from checkpointless_elastic.protocol.holdings import Holdings
 from checkpointless_elastic.protocol.member import Me, Member
 from checkpointless_elastic.protocol.messages import encode_body
+from checkpointless_elastic.protocol.requests import Drain, Inquiry
 from checkpointless_elastic.protocol.rules import Rules
 
 __all__ = ["Membership", "Network", "Office"]
@@ -139,6 +140,10 @@ class Membership:
         """A deadline that was asked for has passed."""
         self._do(self._member.overdue(deadline, time.monotonic()))
 
+    def leave(self, cause: str) -> None:
+        """This process ends: say so."""
+        self._do(self._member.leave(cause, time.monotonic()))
+
     @property
     def coordinates(self) -> bool:
         """Is this the coordinator's agent?"""
@@ -240,7 +245,10 @@ class Membership:
             self._wards.received(message)
             return
         if peer not in self._numbers:
-            if not isinstance(message, Join):
+            if isinstance(message, (Inquiry, Drain)):
+                self._answer_client(peer, message)
+                return
+            if not isinstance(message, (Join, Child)):
                 self._keeper.received(peer, message)
                 return
             self._accepted -= 1
@@ -248,6 +256,13 @@ class Membership:
             self._do(self._member.opened(self._numbers[peer], peer.agent, time.monotonic()))
         if peer in self._numbers:
             self._do(self._member.received(self._numbers[peer], message, time.monotonic()))
+
+    def _answer_client(self, peer: Peer, question: Inquiry | Drain) -> None:
+        answer, acts = self._member.consult(question, time.monotonic())
+        peer.send(encode_body(answer))
+        if isinstance(question, Drain):
+            logger.warning("%s wants the node of %s drained: %s", peer.agent, question.agent, answer)
+        self._do(acts)
 
     def _closed(self, peer: Peer, reason: str) -> None:
         if self._wards is not None and self._wards.owns(peer):

@@ -24,7 +24,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from checkpointless_elastic.agent.credentials import read_tls, read_token
-from checkpointless_elastic.agent.directory import Directory, open_directory
+from checkpointless_elastic.agent.directory import Directory, open_directory, process_name
 from checkpointless_elastic.agent.membership import Network
 from checkpointless_elastic.agent.peers import Identity
 from checkpointless_elastic.config import Config
@@ -89,7 +89,7 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
 
     def network(self) -> Network:
         """What several nodes need. Raises ConfigError when the token or a certificate cannot be read."""
-        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        name = f"{process_name()}-{secrets.token_hex(4)}"
         token = read_token(self.config, os.environ, self._run_id)
         identity = Identity(self._run_id, name, token, read_tls(self.config))
         return Network(identity, self._host, self._directory)

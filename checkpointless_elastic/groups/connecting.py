@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -75,6 +76,12 @@ class Connector:
             raise outcome
         result: _T = outcome
         return result
+
+    def wait(self, limit: float) -> None:
+        """Until no thread is left alone: one that comes back from native code as the process ends would abort it."""
+        deadline = time.monotonic() + limit
+        for _, thread in self._left_alone:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _helper(running: Running, call: Callable[[], Any]) -> None:

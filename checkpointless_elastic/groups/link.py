@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import OpType  # type: ignore[attr-defined]
 
 from checkpointless_elastic.groups.lazy import Lazy
 from checkpointless_elastic.groups.ops import flat
@@ -23,6 +24,8 @@ __all__ = ["Link", "retire"]
 _logger = logging.getLogger(__name__)
 _MANY = 32
 _NO_LIMIT = timedelta(0)
+_BRIEFLY = timedelta(milliseconds=1)
+_POINT_TO_POINT = tuple(map(int, (OpType.SEND, OpType.RECV, OpType.RECVANYSOURCE)))
 
 
 @dataclass(eq=False)
@@ -35,6 +38,7 @@ class Link:
         own: listening addresses of its gloo devices.
         peers: those of the other members.
         places: how far each member that knows it was in its collectives outside of steps when this was connected.
+        limit: of the group, for sends and receives; zero: gloo's own, which is short, since it is that of connecting.
         device: the accelerator of its NCCL backend, None without one. Its index may be missing: a script may choose its
             device after it has made the group.
         void: a member is lost or left: collectives end at once and give filler. Set once, never cleared.
@@ -50,6 +54,7 @@ class Link:
     own: frozenset[Address] = frozenset()
     peers: frozenset[Address] = frozenset()
     places: list[Place] = field(default_factory=list)
+    limit: timedelta = _NO_LIMIT
     device: torch.device | None = None
     void: bool = False
     lazy: Lazy | None = None
@@ -83,7 +88,9 @@ class Link:
         if on_device:
             done: bool = native.wait(timeout) if timeout else native.wait()
             return done
-        return (wait_beside if point_to_point else wait_in_slices)(native, self, timeout)
+        if point_to_point:
+            return wait_beside(native, self, timeout or self.limit)
+        return wait_in_slices(native, self, timeout)
 
     def pin(self) -> None:
         """Keeps the native group from being destroyed as the process ends, until `unpin`.
@@ -126,13 +133,24 @@ def retire(links: list[Link]) -> None:
 
 
 def _let_go(links: list[Link]) -> None:
-    works = [work for link in links for work in list(link.in_flight)]
-    for work in works:
-        try:
-            work.wait()
-        except RuntimeError as error:  # how a work on a shut down connection ends
-            _logger.debug("work of a retired group ended: %s", error)
+    for link, work in [(held, work) for held in links for work in list(held.in_flight)]:
+        _wait_for_the_end(work, link.void and link.device is None)
     for link in links:
         if link.void:
             link.unpin()
         link.native = None
+
+
+def _wait_for_the_end(work: Any, void: bool) -> None:
+    """But not of sends and receives in a void group: gloo may have forgotten them, and their connections are shut.
+
+    A thread that comes back from native code as the interpreter shuts down aborts the process; so it is there briefly.
+    """
+    try:
+        if void and int(work._get_op_type()) in _POINT_TO_POINT:
+            if not work.is_completed():
+                work.wait(_BRIEFLY)
+        else:
+            work.wait()
+    except RuntimeError as error:  # how a work on a shut down connection ends
+        _logger.debug("work of a retired group ended: %s", error)

@@ -67,7 +67,7 @@ def connect(spec: GroupSpec, store: Store, attempt: Attempt) -> Link:
     """
     native = ProcessGroup(store, spec.rank, spec.size)
     native._set_default_backend(_TYPES["nccl" if "nccl" in spec.backends else "gloo"])
-    link = Link(native, attempt.generation)
+    link = Link(native, attempt.generation, limit=spec.timeout)
     for backend in spec.backends:
         devices = [torch.device(device) for device, name in spec.devices if name == backend]
         meeting = _Meeting(spec, PrefixStore(f"{devices[0].type}/", store), link, attempt)

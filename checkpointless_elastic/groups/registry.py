@@ -28,6 +28,7 @@ __all__ = ["Registry"]
 
 _logger = logging.getLogger(__name__)
 _LIMIT = 600.0
+_LAST_LIMIT = 30.0
 _T = TypeVar("_T")
 
 
@@ -205,6 +206,10 @@ class Registry:
             links = _void([link] if failed else [])
         self._end(links)
         retire([link])
+
+    def close(self) -> None:
+        """The script has ended. Blocks, seldom: gloo may still look for a member that was lost as it connected."""
+        self._connector.wait(_LAST_LIMIT)
 
     def _end(self, links: list[Link]) -> None:
         own = frozenset().union(*(link.own for link in links))

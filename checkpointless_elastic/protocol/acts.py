@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from checkpointless_elastic.protocol.between import Between, EndRank, Ordered, ReplaceRank, Seated, Spare
 from checkpointless_elastic.protocol.events import Action
+from checkpointless_elastic.protocol.requests import Dismissed
 
 __all__ = [
     "Act",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 
-Word = Ordered | Seated | Spare | ReplaceRank | EndRank
+Word = Ordered | Seated | Spare | ReplaceRank | EndRank | Dismissed
 """What the coordinator has to say to an agent."""
 
 

@@ -26,6 +26,15 @@ from checkpointless_elastic.protocol.messages import (
     Resume,
     Stage,
 )
+from checkpointless_elastic.protocol.requests import (
+    Declined,
+    Dismissed,
+    Drain,
+    Drained,
+    Inquiry,
+    Leaving,
+    Overview,
+)
 
 VERSION = 1
 
@@ -39,6 +48,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         since: the generation in which this agent got the seat.
         ran: the newest generation in which the job was seen to run.
+        guardian: its address, as far as this agent knows; see Seated.
         step: the next step to be committed, as far as this agent knows.
         pending: its ranks that are replacements and have not joined.
         lost, left: of the recovery that goes on, empty if none does; see Freeze.
@@ -53,6 +63,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     generation: int
     since: int
     ran: int
+    guardian: str
     step: int
     restarts: int
     pending: list[int]
@@ -147,6 +158,50 @@ class NodeEnded(Message, frozen=True):
     bad: dict[int, int]
 
 
+# ---- in the tree of many agents, see `branch` ------------------------------------------------------------------------
+
+
+class Child(Message, frozen=True):
+    """First message to a parent: the sender wants to hang on the receiver, under the coordinator of this term."""
+
+    term: int
+    agent: str
+
+
+class Attached(Message, frozen=True):
+    """To the coordinator: the sender hangs on the agent at this address."""
+
+    parent: str
+
+
+class Detached(Message, frozen=True):
+    """To the coordinator: the connection to the parent at this address has ended."""
+
+    parent: str
+
+
+class Silent(Message, frozen=True):
+    """To the coordinator: this agent hangs on the sender and gives no sign of life."""
+
+    agent: str
+
+
+class Bundle(Message, frozen=True):
+    """Gathered of several agents. ``runs``: first rank, how many, and what each of them has to say."""
+
+    stage: Stage
+    generation: int
+    step: int
+    runs: list[tuple[int, int, bytes]]
+
+
+class AnswerBundle(Message, frozen=True):
+    """Answers of several agents; ``runs``: see Bundle."""
+
+    generation: int
+    runs: list[tuple[int, int, Frozen]]
+
+
 # ---- from the coordinator --------------------------------------------------------------------------------------------
 
 
@@ -182,10 +237,23 @@ class Spare(Message, frozen=True):
 
 
 class Order(Message, frozen=True):
-    """What all agents with a seat do, or pass on to their workers."""
+    """What all agents with a seat do, or pass on to their workers.
+
+    ``number``: counts, in one term, those that go down the tree; 0: this one does not. ``dropped``: agents that have
+    lost their seats since the job last ran, and may not know it; nobody passes orders on to them. A Decision goes
+    without its ``sources``: they are all ranks that are not pending.
+    """
 
     term: int
     message: Ordered
+    number: int = 0
+    dropped: list[str] = []
+
+
+class Attach(Message, frozen=True):
+    """Hang on the agent at this address; empty: on the coordinator."""
+
+    parent: str
 
 
 class Reseated(Message, frozen=True):
@@ -294,6 +362,13 @@ Between = (
     | RankExplained
     | RankSays
     | NodeEnded
+    | Child
+    | Attached
+    | Detached
+    | Silent
+    | Bundle
+    | AnswerBundle
+    | Attach
     | Seated
     | Spare
     | Order
@@ -304,6 +379,13 @@ Between = (
     | Ward
     | Copy
     | Kept
+    | Inquiry
+    | Overview
+    | Drain
+    | Drained
+    | Declined
+    | Leaving
+    | Dismissed
 )
 
 _decoder: msgspec.msgpack.Decoder[Between] = msgspec.msgpack.Decoder(Between)

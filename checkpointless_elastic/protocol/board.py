@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol import layout
-from checkpointless_elastic.protocol.acts import Act, Guard, Heard, Perform, Restarting, Tell
+from checkpointless_elastic.protocol.acts import Guard, Heard, Perform, Restarting
 from checkpointless_elastic.protocol.between import (
     VERSION,
+    AnswerBundle,
     Answers,
+    Attached,
     Between,
+    Bundle,
+    Detached,
     Done,
     EndRank,
     Gathered,
-    Halt,
     Join,
     NodeEnded,
     Order,
-    Ordered,
     RankExited,
     RankExplained,
     RankGone,
@@ -42,7 +43,8 @@ from checkpointless_elastic.protocol.between import (
     Standing,
     Turned,
 )
-from checkpointless_elastic.protocol.coordinator import Coordinator, State
+from checkpointless_elastic.protocol.branch import unbundled
+from checkpointless_elastic.protocol.coordinator import State
 from checkpointless_elastic.protocol.events import (
     Action,
     AllFrozen,
@@ -63,28 +65,24 @@ from checkpointless_elastic.protocol.events import (
     Tally,
     Unfit,
 )
-from checkpointless_elastic.protocol.messages import Left, Mismatch, Protected, Release, Replicas, Restore
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    Left,
+    Mismatch,
+    Protected,
+    Release,
+    Replicas,
+    Restore,
+    Resume,
+)
+from checkpointless_elastic.protocol.roster import Agent, Roster, short
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
+from checkpointless_elastic.protocol.takeover import is_later, left_behind
 
 __all__ = ["Board"]
 
 
-def _age(standing: Standing) -> tuple[int, int]:
-    """Of two agents that claim one seat the later one has it."""
-    return standing.restarts, standing.since
-
-
-@dataclass
-class _Agent:
-    """What the board knows of one: where it listens, how many workers it runs, and its seat (-1: none)."""
-
-    name: str
-    address: str
-    size: int
-    seat: int = -1
-
-
-class Board:
+class Board(Roster):
     """See the module. ``open_store()``: makes a new store for workers and gives its address.
 
     Attributes:
@@ -93,22 +91,14 @@ class Board:
     """
 
     def __init__(self, term: int, me: str, rules: Rules, open_store: Callable[[], str]) -> None:
-        self.acts: list[Act] = []
-        self.bases: list[int] = []
-        self.world = 0
-        self.coordinator: Coordinator | None = None
-        self._term, self._me, self._rules, self._open_store = term, me, rules, open_store
-        self._agents: dict[str, _Agent] = {}
-        self._seats: list[str] = []  # the agent in each, '' when it is vacant
-        self._taken: list[bool] = []  # the next agent in this seat continues what the last one did
+        super().__init__(term, me, rules)
+        self._open_store = open_store
         self._store = ""
-        self._restarts = 0
         self._suspects: list[
             tuple[int, str]
         ] = []  # seats whose agent is gone, and why, until that is confirmed
         self._early: list[tuple[str, Between]] = []  # said while agents come over from the last coordinator
         self._ended: dict[int, dict[int, int]] = {}
-        self._over = False
         self._standings: dict[int, Standing] = {}
         self._awaited: set[int] = set()  # seats whose agents may still come over from the last coordinator
         self._since: dict[str, float] = {}  # when what has a limit began
@@ -139,7 +129,7 @@ class Board:
         elif len(self._agents) >= self._rules.max_nodes:
             self._tell(join.agent, Turned(f"the job has its {self._rules.max_nodes} nodes", False))
         else:
-            self._agents[join.agent] = _Agent(join.agent, join.address, join.size)
+            self._agents[join.agent] = Agent(join.agent, join.address, join.size)
             self._since.setdefault("gathering", now)
             self._welcome(join.agent)
 
@@ -154,13 +144,13 @@ class Board:
     def _rejoin(self, join: Join, standing: Standing) -> None:
         """An agent that has a seat comes over, or back."""
         rival = self._standings.get(standing.seat)
-        if self.coordinator is None and rival is not None and _age(rival) < _age(standing):
+        if self.coordinator is None and rival is not None and is_later(standing, rival):
             self._evict(standing.seat)
         elif standing.seat not in self._awaited:
             self._tell(join.agent, Turned(f"its seat {standing.seat} was given up", True))
             return
         self._awaited.discard(standing.seat)
-        self._agents[join.agent] = _Agent(join.agent, join.address, join.size, standing.seat)
+        self._agents[join.agent] = Agent(join.agent, join.address, join.size, standing.seat)
         self._seats[standing.seat] = join.agent
         self._standings[standing.seat] = standing
         if not self._awaited:
@@ -172,20 +162,6 @@ class Board:
         name, self._seats[seat] = self._seats[seat], ""
         del self._agents[name]
         self._tell(name, Turned(f"its seat {seat} was given up", True))
-
-    def _evict_stale(self) -> None:
-        """Agents that were cut off do not know that their seats were given away: others have gone on without them."""
-        newest = max((standing.restarts for standing in self._standings.values()), default=0)
-        known = [standing for standing in self._standings.values() if standing.restarts == newest]
-        ran = max((standing.ran for standing in known), default=0)
-        lost: dict[int, set[int]] = {}
-        for standing in known:
-            lost.setdefault(standing.generation, set()).update(standing.lost)
-        for standing in known:
-            later = (ranks for generation, ranks in lost.items() if generation > standing.generation)
-            own = self._ranks(standing.seat) - set(standing.pending) - set(standing.gone)
-            if standing.generation < ran or any(own & ranks for ranks in later):
-                self._evict(standing.seat)
 
     def _begin(self) -> None:
         """Enough agents are there: the first ones get seats, the coordinator's own the first."""
@@ -202,35 +178,27 @@ class Board:
         for seat in range(len(names)):
             self._seat(seat, taken=False)
 
-    def _know(self, bases: list[int], world: int) -> None:
-        self.bases, self.world = bases, world
-        self._seats, self._taken = [""] * len(bases), [False] * len(bases)
-
-    def _new_coordinator(self, generation: int) -> Coordinator:
-        rules = self._rules
-        ranks = frozenset(range(self.world))
-        coordinator = Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
-        coordinator.store = self._store
-        return coordinator
-
     def _go_on(self) -> None:
         """All that will come over from the last coordinator have: open a generation with what is lost."""
-        self._evict_stale()
+        for seat in left_behind(self._standings, self._ranks):
+            self._evict(seat)
         standings = list(self._standings.values())
         missing = [seat for seat, name in enumerate(self._seats) if not name]
         self._awaited.clear()
         self._store = self._open_store()
         self._restarts = max((standing.restarts for standing in standings), default=0)
         self.coordinator = self._new_coordinator(max((s.generation for s in standings), default=0))
-        self.coordinator.take_over(standings)
+        self.coordinator.take_over(standings, self._store)
         if any(standing.released for standing in standings):
             self._release(standings, missing)
         elif len({standing.restarts for standing in standings}) > 1:
             self._run_again(Restart(4, "the coordinator was lost while the script was being started again"))
         else:
-            self._lose([(seat, "was lost with the coordinator") for seat in missing])
+            lost = "was lost with the coordinator"
+            self._lose([(seat, self._causes.get(seat, lost)) for seat in missing])
             if not missing:
                 self._decide(Reopened("the coordinator is another one"))
+        self._tell_guardians(standings)
         self._fill()
         early, self._early = self._early, []
         for name, message in early:
@@ -254,12 +222,23 @@ class Board:
         agent = self._agents.pop(name, None)
         if agent is not None and agent.seat >= 0:
             self._seats[agent.seat] = ""
-            self._suspects.append((agent.seat, why))
+            if self._tree.parents.pop(agent.seat, None) is not None:
+                self._dropped.append(name)
+            self._dissolve(agent.seat)
+            self._suspect({agent.seat}, why)
+
+    def _suspect(self, seats: set[int], why: str) -> None:
+        for seat in sorted(seats):
+            self._suspects.append((seat, why))
             self.acts.append(Guard())
 
     def confirmed(self, count: int, now: float) -> None:
         """The directory has confirmed the term after the first ``count`` losses were reported."""
         suspects, self._suspects = self._suspects[:count], self._suspects[count:]
+        for seat, _ in suspects:
+            self._dismiss(seat)
+        # others have come over since
+        suspects = [(seat, why) for seat, why in suspects if not self._seats[seat]]
         if self._over:
             return
         if self.coordinator is None:  # the last coordinator's agents are still coming over
@@ -275,7 +254,7 @@ class Board:
     def _given_up(self, seats: set[int]) -> None:
         for seat in seats:
             self._standings.pop(seat, None)
-        self._awaited -= seats
+            self._awaited.discard(seat)
         if not self._awaited:
             self._go_on()
 
@@ -300,8 +279,10 @@ class Board:
             if spare is not None:
                 self._seats[seat], spare.seat = spare.name, seat
                 filled[seat] = spare.address
-        if filled:
-            self._order(Reseated(filled), but=set(filled))
+        for seat, address in filled.items():
+            ward = (seat - 1) % len(self._seats)
+            if self._seats[ward] and ward not in filled:
+                self._tell(self._seats[ward], Order(self._term, Reseated({seat: address})))
         for seat in filled:
             self._seat(seat, self._taken[seat])
             self._taken[seat] = False
@@ -328,7 +309,7 @@ class Board:
         if taken and self.coordinator.state is not State.RUNNING:
             self._tell(self._seats[seat], Order(self._term, self.coordinator.freeze()))
             if self.coordinator.decision is not None:
-                self._tell(self._seats[seat], Order(self._term, self.coordinator.decision))
+                self._tell(self._seats[seat], Order(self._term, short(self.coordinator.decision)))
 
     def _vacant(self) -> list[int]:
         suspected = {seat for seat, _ in self._suspects}
@@ -340,7 +321,8 @@ class Board:
         """Look at what has a limit."""
         rules = self._rules
         if self._awaited and now - self._since["taking over"] > 2 * rules.detection:
-            self._go_on()
+            self._since["taking over"] = now
+            self._suspect(self._awaited, "was lost with the coordinator")
         vacant = self._vacant()
         if self.coordinator is None:
             if not self.bases and now - self._since.get("gathering", now) > rules.timeout:
@@ -365,6 +347,8 @@ class Board:
         agent = self._agents.get(name)
         if agent is None or agent.seat < 0 or self._over:
             return
+        if isinstance(message, (Bundle, AnswerBundle)):
+            message = unbundled(message)
         if self.coordinator is None:
             self._early.append((name, message))
             return
@@ -384,6 +368,10 @@ class Board:
             self._said(message)
         elif isinstance(message, NodeEnded) and message.restarts == self._restarts:
             self._node_ended(message)
+        elif isinstance(message, Attached):
+            self._attached(agent, message.parent)
+        elif isinstance(message, Detached):
+            self._detached(agent, message.parent)
 
     def _said(self, message: RankSays) -> None:
         assert self.coordinator is not None
@@ -425,6 +413,11 @@ class Board:
         if isinstance(action, Broadcast):
             only = self.coordinator.pending if isinstance(action.message, Restore) else None
             self._order(action.message, only=only)  # type: ignore[arg-type]
+            first = isinstance(action.message, Commit) and action.message.step < 2
+            if isinstance(action.message, Resume):
+                self._dropped.clear()
+            if self._tree.needed and (first or isinstance(action.message, Resume)):
+                self._attach()
         elif isinstance(action, Replace):
             self._tell_rank(action.rank, ReplaceRank(action.rank, self._store))
         elif isinstance(action, End):
@@ -454,36 +447,3 @@ class Board:
         self._ended = {}
         self._taken = [False] * len(self._seats)
         self._order(RunAgain(self.coordinator.generation, self._restarts, reason, self._store))
-
-    def _halt(self, reason: str, ranks: list[int]) -> None:
-        if self._over:
-            return
-        self._over = True
-        self.acts.append(Perform(Stop(reason, tuple(ranks))))
-        for name in self._agents:
-            self._tell(name, Order(self._term, Halt(reason, ranks)))
-
-    # ---- telling
-
-    def _order(self, message: Ordered, only: set[int] | None = None, but: set[int] | None = None) -> None:
-        """To all agents with a seat; only to those with one of these ranks, or not to those in these seats."""
-        order = Order(self._term, message)
-        if isinstance(message, Done):
-            for name in self._agents:
-                self._tell(name, order)
-            return
-        for seat, name in enumerate(self._seats):
-            wanted = only is None or not only.isdisjoint(self._ranks(seat))
-            if name and wanted and not (but and seat in but):
-                self._tell(name, order)
-
-    def _tell_rank(self, rank: int, message: Between) -> None:
-        seat = next(seat for seat in reversed(range(len(self.bases))) if self.bases[seat] <= rank)
-        if self._seats[seat]:
-            self._tell(self._seats[seat], message)
-
-    def _tell(self, name: str, message: Between) -> None:
-        self.acts.append(Tell(name, message))
-
-    def _ranks(self, seat: int) -> frozenset[int]:
-        return frozenset(range(self.bases[seat], [*self.bases[1:], self.world][seat]))

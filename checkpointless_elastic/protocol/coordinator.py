@@ -9,8 +9,7 @@ yet; ``lost`` ranks are those lost since the job last ran (their groups are void
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 
 from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol.between import Standing
@@ -50,17 +49,9 @@ from checkpointless_elastic.protocol.messages import (
     Stage,
 )
 from checkpointless_elastic.protocol.mirrors import last_due
+from checkpointless_elastic.protocol.states import State
 
-
-class State(str, enum.Enum):
-    """States of the coordinator."""
-
-    RUNNING = "running"  # steps are committed
-    FREEZING = "freezing"  # a generation is open, survivors say where they stand
-    SETTLING = "settling"  # survivors publish, replacements start
-    RESTORING = "restoring"  # replacements copy the state and go to the survivors' step
-    REBUILDING = "rebuilding"  # all ranks rebuild affected groups
-    ENDED = "ended"  # released, to be run again, or stopped
+__all__ = ["TABLE", "Coordinator", "State"]
 
 
 class Coordinator:
@@ -84,14 +75,13 @@ class Coordinator:
         self.released = False
         self.step = 0
         self.store = ""
+        self._store_lost = False  # since the job last ran
         self.whole = set(ranks)
         self.pending: set[int] = set()
         self.lost: set[int] = set()
         self.left: set[int] = set()
         self.exited: set[int] = set()
-        self.decision: Decision | None = (
-            None  # in force while a recovery goes on, for workers that connect late
-        )
+        self.decision: Decision | None = None  # in force in a recovery, for workers that connect late
         self.resumed = False  # a recovery has ended and its first step is not yet committed
         self._max_faults = max_faults_per_step
         self._faults_since_commit = 0
@@ -103,10 +93,16 @@ class Coordinator:
         self._back_to: int | None = None  # the step to which all ranks go back
         self._ended: set[int] = set()  # survivors that were ended for it and are not yet gone
         self._frozen: dict[int, Frozen] = {}
+        self._untold: set[int] = set()  # ranks that left, of which the last Freeze did not say so
+        self._unanswered: set[int] = set()  # ranks that have not answered it
         self._reports: dict[Stage, dict[int, bytes]] = {}
 
-    def take_over(self, standings: Iterable[Standing]) -> None:
-        """Know what the last coordinator knew, as far as agents can tell. NodeLost or Reopened comes next."""
+    def take_over(self, standings: Iterable[Standing], store: str) -> None:
+        """Know what the last coordinator knew, as far as agents can tell. NodeLost or Reopened comes next.
+
+        ``store``: where workers meet from now on, since the last one was lost with the last coordinator.
+        """
+        self.store, self._store_lost = store, True
         for standing in standings:
             self.step = max(self.step, standing.step)
             self.pending |= set(standing.pending)
@@ -119,9 +115,8 @@ class Coordinator:
         self.whole -= self.pending
         self._ran_in = self.generation - 1 if self.lost else self.generation
         if self.step and self.holdings.held:
-            self._unprotected &= (
-                self.holdings.held.keys()
-            )  # the others had made a Run, or this step was not reached
+            # those that said nothing had made a Run too, or this step was not reached
+            self._unprotected &= self.holdings.held.keys()
             self.holdings.find_twins()
 
     def protect(self, rank: int) -> None:
@@ -146,19 +141,23 @@ class Coordinator:
         if event.generation != self.generation:
             return []  # from before a freeze: the rank's answer to Freeze says the same better
         reports = self._reports.setdefault(event.stage, {})
+        if event.stage is Stage.READY and event.step < self.step:
+            return []  # said twice, when an agent moved in the tree
         if event.stage is Stage.READY and event.step != self.step:
             raise ProtocolError(
                 f"Ranks {sorted(event.reports)} are ready for step {event.step}, not {self.step}."
             )
         reports.update(event.reports)
+        if len(reports) < len(self._expected(event.stage)):  # most tallies are not the last one
+            return []
         return COMPLETED[event.stage](self) if self._expected(event.stage) <= reports.keys() else []
 
-    def _expected(self, stage: Stage) -> set[int]:
+    def _expected(self, stage: Stage) -> Set[int]:
         if stage is Stage.PUBLISHED:
             return self.whole
         if stage in (Stage.ARRIVED, Stage.RESTORED):
             return self.pending
-        return set(self.ranks) - (self.exited if stage is Stage.FINISHED else set())
+        return self.ranks - self.exited if stage is Stage.FINISHED else self.ranks
 
     def _commit(self) -> list[Action]:
         if self.state is not State.RUNNING:
@@ -247,10 +246,8 @@ class Coordinator:
         self._faults_since_commit += 1
         if self._faults_since_commit <= self._max_faults:
             return None
-        reason = (
-            f"{self._faults_since_commit} faults at step {self.step} without a committed step between them"
-        )
-        return Stop(reason, ranks)
+        faults = f"{self._faults_since_commit} faults at step {self.step}"
+        return Stop(f"{faults} without a committed step between them", ranks)
 
     def _end(self, action: Action) -> list[Action]:
         self.state = State.ENDED
@@ -263,6 +260,7 @@ class Coordinator:
         self.decision = None
         self._frozen = {}
         self._reports = {}
+        self._untold, self._unanswered = set(), set()
         return [
             Opened(self.generation, frozenset(self.lost), cause),
             Broadcast(self.freeze()),
@@ -271,21 +269,34 @@ class Coordinator:
 
     def freeze(self) -> Freeze:
         """The Freeze in force, for agents that come late."""
-        return Freeze(self.generation, sorted(self.lost), sorted(self.left))
+        return Freeze(self.generation, sorted(self.lost), sorted(self.left), self._store_lost)
 
     def _left_early(self, event: LeftEarly) -> list[Action]:
         if event.generation <= self._ran_in or event.rank in self.left or event.rank not in self.whole:
             return []  # of a recovery that has ended, or of a worker that is gone
         self.left.add(event.rank)
+        self._untold.add(event.rank)
+        return self._tell_left()
+
+    def _tell_left(self) -> list[Action]:
+        """One Freeze is under way at a time: many ranks leave at once, and all hear of them together."""
+        if self._unanswered or not self._untold:
+            return []
+        self._untold, self._unanswered = set(), set(self.whole)
         return [Broadcast(self.freeze())]
+
+    def _answered(self, event: AllFrozen) -> list[Action]:
+        """Answers to a Freeze that was sent again."""
+        if event.generation != self.generation:
+            return []
+        self._unanswered -= event.reports.keys()
+        return self._tell_left()
 
     def _all_frozen(self, event: AllFrozen) -> list[Action]:
         if event.generation != self.generation:
             return []
         self._frozen.update(event.reports)
-        if not self.whole <= self._frozen.keys():
-            return []
-        return self._decide()
+        return self._answered(event) + (self._decide() if self.whole <= self._frozen.keys() else [])
 
     def _decide(self) -> list[Action]:
         if self._back_to is not None:
@@ -331,20 +342,24 @@ class Coordinator:
         ]
 
     def _published(self) -> list[Action]:
-        return (
-            [Reached(self.generation, "published"), *self._settled()] if self.state is State.SETTLING else []
-        )
+        here: list[Action] = [Reached(self.generation, "published")] if self.state is State.SETTLING else []
+        return here + self._settled()
 
     def _arrived(self) -> list[Action]:
-        return [Reached(self.generation, "arrived"), *self._settled()] if self.state is State.SETTLING else []
+        here: list[Action] = [Reached(self.generation, "arrived")] if self.state is State.SETTLING else []
+        return here + self._settled()
 
     def _settled(self) -> list[Action]:
+        if self.state is not State.SETTLING:
+            return []
         published = self._reports.get(Stage.PUBLISHED, {})
         if not (
             self.whole <= published.keys() and self.pending <= self._reports.get(Stage.ARRIVED, {}).keys()
         ):
             return []
         self.state = State.RESTORING
+        if not self.pending:  # nobody was lost: the coordinator was, or a connection
+            return self._restored()
         return [
             Broadcast(Restore(self.generation, {rank: published[rank] for rank in sorted(self.whole)})),
             Deadline(self.generation, self.state.value, "join_timeout"),
@@ -368,6 +383,7 @@ class Coordinator:
         details: dict[str, object] = {"reports": dict(self._reports[Stage.REBUILT])}
         self.state = State.RUNNING
         self.lost, self.left, self.resumed, self.decision = set(), set(), True, None
+        self._store_lost = False
         self._ran_in = self.generation
         self._reports = {}
         return [Reached(self.generation, "resumed", details), Broadcast(Resume(self.generation))]
@@ -393,7 +409,7 @@ class Coordinator:
             here = self._reports.get(Stage.PUBLISHED, {}).keys() | self._reports.get(Stage.ARRIVED, {}).keys()
             return set(self.ranks) - here
         stage = Stage.RESTORED if self.state is State.RESTORING else Stage.REBUILT
-        return self._expected(stage) - self._reports.get(stage, {}).keys()
+        return set(self._expected(stage)) - self._reports.get(stage, {}).keys()
 
     def _nothing(self, event: Event) -> list[Action]:
         return []
@@ -424,10 +440,9 @@ def _table() -> dict[tuple[State, type[Event]], _Handler]:
         rows[state, ExitedEarly] = Coordinator._nothing if ended else Coordinator._exited_early
         rows[state, Unfit] = Coordinator._nothing if ended else Coordinator._unfit
         rows[state, Overdue] = Coordinator._overdue if state in _RECOVERING else Coordinator._nothing
-        rows[state, AllFrozen] = Coordinator._all_frozen if state is State.FREEZING else Coordinator._nothing
-        waits = (
-            state in _RECOVERING and state is not State.REBUILDING
-        )  # nobody waits for a peer any more there
+        waits = state in _RECOVERING and state is not State.REBUILDING  # nobody waits for a peer there
+        answered = Coordinator._answered if waits else Coordinator._nothing
+        rows[state, AllFrozen] = Coordinator._all_frozen if state is State.FREEZING else answered
         rows[state, LeftEarly] = Coordinator._left_early if waits else Coordinator._nothing
     return rows
 

@@ -55,6 +55,8 @@ class Node:
         """A ward's state was copied. The tally of the step, when this was the last that was missing."""
         if rank not in self._wards:
             return None
+        if (generation, step) < self._copied.get(rank, (generation, step)):  # of an agent that lost that seat
+            return None
         self._copied[rank] = (generation, step)
         return self._tally(Stage.READY) if Stage.READY in self._reports else None
 

@@ -24,6 +24,7 @@ class Rules:
         max_nodes: how many agents may take part, spares among them.
         timeout: limit for the first `active_nodes` agents to come.
         loss_timeout: how long a lost node's seat may be vacant.
+        fan_out: with more seats than this, agents hang in a tree, each with at most this many children.
         store_patience: how long a directory that is needed may not answer.
     """
 
@@ -37,6 +38,7 @@ class Rules:
     timeout: float = 900.0
     heartbeat: float = 0.5
     heartbeat_misses: int = 4
+    fan_out: int = 32
     store_patience: float = 10.0
 
     @property

@@ -15,6 +15,7 @@ from checkpointless_elastic.protocol.between import (
     RankExited,
     RankGone,
     RankSays,
+    Reseated,
     RunAgain,
     Seated,
     Standing,
@@ -45,6 +46,7 @@ class Station:
     Attributes:
         seat: what the coordinator said.
         ranks: of this seat.
+        guardian: its address; empty while that seat is vacant.
         generation: of the membership in force.
         step: the next step to be committed, as far as is known here.
         decision: in force while a recovery goes on, for workers that connect late.
@@ -59,6 +61,7 @@ class Station:
         self.seat = seat
         last = [*seat.bases[1:], seat.world][seat.seat]
         self.ranks = frozenset(range(seat.bases[seat.seat], last))
+        self.guardian = seat.guardian
         self.generation = seat.generation
         self.step = 0
         self.decision: Decision | None = None
@@ -73,6 +76,7 @@ class Station:
         self._left: set[int] = set()
         self._protected: set[int] = set()
         self._held: dict[int, Replicas] = {}
+        self._gone_wards: dict[int, int] = {}  # ranks of the seat before: the generation of their newest loss
         self._node = Node(self.ranks, seat.generation, self._wards())
         if seat.taken:
             self._node.opened(seat.generation, self.ranks)
@@ -109,6 +113,10 @@ class Station:
             self._held[rank] = message
         return RankSays(rank, message) if isinstance(message, (Protected, Replicas, Left, Mismatch)) else None
 
+    def keeps(self, rank: int, generation: int) -> bool:
+        """Is a copy of this generation still a ward's? An agent that lost that seat may not know it."""
+        return generation >= self._gone_wards.get(rank, 0)
+
     def copied(self, rank: int, generation: int, step: int) -> Between | None:
         """The private state that a ward had when it was ready for this step is kept here."""
         return _gathered(self._node.copied(rank, generation, step))
@@ -139,6 +147,7 @@ class Station:
             self.generation,
             self.seat.generation,
             self._ran,
+            self.guardian,
             self.step,
             self.seat.restarts,
             sorted(self.pending),
@@ -155,6 +164,8 @@ class Station:
 
     def obey(self, message: Ordered) -> None:
         """Take note of an order."""
+        if isinstance(message, (Commit, Freeze, Decision, Resume)) and message.generation < self.generation:
+            return  # on its way through the tree it was overtaken by the next generation
         if isinstance(message, Commit):
             self.step = max(self.step, message.step + 1)
         elif isinstance(message, Freeze):
@@ -163,10 +174,13 @@ class Station:
             self.decision, self.step = message, max(self.step, message.step)
             self.pending = set(message.pending) & self.ranks
             self._node.decided(message)
-            self.store = message.store
+            self.store = message.store or self.store
         elif isinstance(message, Resume):
             self.decision, self.pending, self._ran = None, set(), message.generation
             self._lost, self._left = set(), set()
+        elif isinstance(message, Reseated):
+            after = (self.seat.seat + 1) % len(self.seat.bases)
+            self.guardian = message.addresses.get(after, self.guardian)
         elif isinstance(message, Release):
             self.released = True
         elif isinstance(message, RunAgain):
@@ -177,7 +191,10 @@ class Station:
             self.decision = None
             self.generation = freeze.generation
             self._node.opened(freeze.generation, frozenset(freeze.lost))
+        known = self._lost
         self._lost, self._left = set(freeze.lost), set(freeze.left)
+        for rank in (self._lost - known) & self._wards():
+            self._gone_wards[rank] = freeze.generation
 
     def replaced(self, rank: int, store: str) -> None:
         """The next incarnation of a rank is being started, to meet the others in ``store``.

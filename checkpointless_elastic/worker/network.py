@@ -93,6 +93,7 @@ class _Peers:
     def _wait(self) -> None:
         work, _ = self._under_way[0]
         self._link.wait(work, point_to_point=True)
+        self._link.in_flight.discard(work)  # a second wait would be for a second message
         self._under_way.popleft()
 
     def finish(self) -> None:

@@ -364,6 +364,7 @@ class Session:
         if good and self.recovery is not None:
             self._finish()
             self.registry.all_finished()
+            self.registry.close()
         elif not good:
             self._fail(error)
         self.channel.close()

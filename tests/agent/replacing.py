@@ -64,6 +64,9 @@ class ReplacingControl:
         elif not self._running:
             self._workers.succeed()
 
+    def will_end(self, cause: str) -> None:
+        """There are no other agents."""
+
     def leave(self) -> None:
         pass
 

@@ -109,7 +109,7 @@ def test_a_script_that_fails_once_succeeds_after_the_restart_and_gloo_works_agai
     )
     finished = torchrun.run("--max-restarts", "1", "--log-dir", "logs", "train.py")
     assert finished.code == 0, finished.err
-    assert "All workers are restarted (1 of 1): " in finished.err
+    assert "All workers are restarted (restart 1): " in finished.err
     assert {p.name: p.read_text() for p in torchrun.folder.glob("ran.*")} == {
         f"ran.{rank}.{count}": "2.0" for rank in range(2) for count in range(2)
     }
@@ -123,7 +123,7 @@ def test_without_a_restart_left_the_job_fails_and_says_so(torchrun: Launcher) ->
     torchrun.script("import sys; open('ran', 'a').write('x'); sys.exit(4)")
     finished = torchrun.run("--max-restarts", "2", "train.py", ranks=1)
     assert finished.code == 1
-    assert "No restart is left (--max-restarts is 2) and one is needed: " in finished.err
+    assert "no restart is left (--max-restarts is 2) and one is needed: " in finished.err
     assert (torchrun.folder / "ran").read_text() == "xxx"
 
 

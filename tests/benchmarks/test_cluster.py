@@ -99,6 +99,7 @@ class Alone(Cluster):
 
 
 @pytest.mark.skipif(bool(REASON), reason=REASON)
+@pytest.mark.slow
 def test_a_node_whose_agent_is_killed_or_whose_power_is_lost_comes_back_with_a_fresh_agent(
     tmp_path: Path,
 ) -> None:

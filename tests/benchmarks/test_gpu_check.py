@@ -28,6 +28,7 @@ def test_without_a_gpu_it_ends_with_one_sentence() -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_on_the_cpu_transfers_and_the_abort_go_the_same_way(tmp_path: Path) -> None:
     parts = "abort,process_to_process"
     done = ended("--device", "cpu", "--quick", "--ranks", "2", "--only", parts, "--out", str(tmp_path))
@@ -40,6 +41,7 @@ def test_on_the_cpu_transfers_and_the_abort_go_the_same_way(tmp_path: Path) -> N
     assert "## process_to_process: ok" in (tmp_path / "gpu_check_cpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_named_with_its_error_and_the_others_go_on(tmp_path: Path) -> None:
     """One rank cannot lose another, and hsdp takes no odd number."""
     parts = ("--only", "abort,broadcast,recovery_hsdp")

@@ -275,6 +275,7 @@ def small(folder: Path, nodes: int = 1, steps: int = 8) -> Plan:
     return Plan(TORCHRUN, script, folder, 6, steps, nodes=nodes, environment=environment)
 
 
+@pytest.mark.slow
 def test_plain_torchrun_on_three_hosts_ends_as_on_one_machine(tmp_path: Path) -> None:
     with start(small(tmp_path / "one")) as job, start(small(tmp_path / "three", 3)) as cluster:
         assert isinstance(job, Job)
@@ -287,6 +288,7 @@ def test_plain_torchrun_on_three_hosts_ends_as_on_one_machine(tmp_path: Path) ->
     assert all(len([rank for rank, node in where.items() if node == number]) <= 2 for number in range(3))
 
 
+@pytest.mark.slow
 def test_plain_torchrun_ends_well_over_a_bad_cable(tmp_path: Path) -> None:
     with Cluster(small(tmp_path / "bad", 3, steps=4)) as cluster:
         cluster.hosts[1].delay(5, jitter=1, loss_percent=1)

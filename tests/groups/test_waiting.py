@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from checkpointless_elastic.groups import waiting
+from checkpointless_elastic.groups import native, waiting
 from tests.groups.listener import begin, lose
 from tests.groups.processes import LIMIT, Job, Worker
 
@@ -41,6 +43,27 @@ def test_a_receive_may_wait_longer_than_a_look() -> None:
             assert job.heard(0) == str(number)
             job.tell("on", 0)
         assert job.results() == [(0.0, 3.0), (5.0, 3.0), (0.0, 3.0)]
+
+
+def wait_longer_than_connections_take(worker: Worker) -> Any:
+    """The time limit of gloo itself is the one for connections: a receive has the group's."""
+    native._FULL_MESH = timedelta(seconds=2)
+    worker.registry.install()
+    dist.init_process_group("gloo", store=worker.store, rank=worker.rank, world_size=worker.size)
+    received = torch.zeros(1)
+    if worker.rank == 0:
+        dist.recv(received, 1)
+    if worker.rank == 1:
+        deadline = time.monotonic() + 3.0
+        while time.monotonic() < deadline:
+            os.sched_yield()
+        dist.send(torch.ones(1), 0)
+    return received.item()
+
+
+def test_a_receive_may_wait_longer_than_a_connection() -> None:
+    with Job(wait_longer_than_connections_take, 2) as job:
+        assert job.results() == [1.0, 0.0]
 
 
 def lose_while_receiving(worker: Worker) -> Any:

@@ -17,9 +17,10 @@ from torch.distributed import TCPStore, run  # type: ignore[attr-defined]
 from checkpointless_elastic.agent import agent, control
 from checkpointless_elastic.agent.context import Child
 from checkpointless_elastic.agent.workforce import LocalWorkforce
-from checkpointless_elastic.protocol.events import Broadcast
+from checkpointless_elastic.protocol.between import Ordered
 from checkpointless_elastic.protocol.messages import Decision, Freeze, Hello, Message, Welcome
 from checkpointless_elastic.protocol.places import Nodes
+from checkpointless_elastic.protocol.station import Station
 
 NODES = Nodes(tuple(map(int, os.environ["NODES"].split(","))))
 DIES, MOVES = (os.environ.get(name, "") for name in ("NODE_DIES", "MOVES"))
@@ -29,7 +30,9 @@ _known: dict[str, Any] = {name: getattr(control, name) for name in ("slot_path",
 
 def folder(run_dir: str, rank: int) -> str:
     """The directory of a rank's node."""
-    return os.path.join(run_dir, f"node-{NODES.of(rank)}")
+    path = os.path.join(run_dir, f"node-{NODES.of(rank)}")
+    os.makedirs(path, exist_ok=True)
+    return path
 
 
 def there(name: str) -> Any:
@@ -55,16 +58,11 @@ class Pretending(control.AgentControl):
         """The store in force, once it has moved."""
         return f"localhost:{self.store.port}" if self._moved else ""
 
-    def _begin(self) -> None:
-        for rank in self._workers.ranks:
-            os.makedirs(folder(self._workers.run_dir, rank), exist_ok=True)
-        super()._begin()
-
-    def _lose(self, rank: int, cause: str, seen: float) -> None:
+    def _lose(self, rank: int, cause: str) -> None:
         if DIES and NODES.of(rank) > 0 and rank not in self._dying:
             self._end_node(rank)
         self._dying.discard(rank)
-        super()._lose(rank, cause, seen)
+        super()._lose(rank, cause)
 
     def _end_node(self, rank: int) -> None:
         self._dying = {other for other in self._workers.ranks if NODES.of(other) == NODES.of(rank)}
@@ -83,14 +81,12 @@ class Pretending(control.AgentControl):
             return msgspec.structs.replace(answer, bases=NODES.bases, store=self.address)
         return answer
 
-    def _broadcast(self, action: Broadcast) -> None:
-        message = action.message
+    def _deliver(self, station: Station, message: Ordered) -> None:
         if isinstance(message, Decision):
             message = msgspec.structs.replace(message, store=self.address)
-            self._coordinator.decision = message
         if isinstance(message, Freeze) and MOVES == "told":
             message = msgspec.structs.replace(message, store_lost=self._moved)
-        super()._broadcast(Broadcast(message))
+        super()._deliver(station, message)
 
 
 def environment(workforce: LocalWorkforce, child: Child) -> Mapping[str, str]:
@@ -99,7 +95,6 @@ def environment(workforce: LocalWorkforce, child: Child) -> Mapping[str, str]:
     assert isinstance(made, Pretending)
     given = dict(_environment(workforce, child))
     given["CHECKPOINTLESS_RUN_DIR"] = folder(workforce.run_dir, workforce.base + child.local_rank)
-    os.makedirs(given["CHECKPOINTLESS_RUN_DIR"], exist_ok=True)
     return {**given, "MASTER_ADDR": "localhost", "MASTER_PORT": str(made.first_port)}
 
 
@@ -108,5 +103,7 @@ if __name__ == "__main__":
         setattr(control, name, there(name))
     _environment = LocalWorkforce.environment
     LocalWorkforce.environment = environment  # type: ignore[method-assign]
-    agent.make_control = lambda config, spec: Pretending(config)
+    agent.make_control = lambda handler, spec: Pretending(  # type: ignore[assignment]
+        handler.config, handler.rules(spec.max_restarts), handler.open_store
+    )
     run.main()

@@ -39,17 +39,25 @@ def test_all_ranks_of_a_lost_node_get_their_state_over_the_network(oracle: Ended
     check(train(tmp_path, faults, NODE_DIES="1"), oracle, 2, 3)
 
 
+@pytest.mark.slow
 def test_ranks_lost_on_two_nodes_get_their_state_from_the_nearest(oracle: Ended, tmp_path: Path) -> None:
     faults = "1:3:forward:kill,2:3:forward:kill,0:8:backward:kill,3:8:stepped:kill"
     check(train(tmp_path, faults), oracle, 0, 1, 2, 3)
 
 
+@pytest.mark.slow
 def test_several_lost_nodes_are_served_at_once(oracle: Ended, tmp_path: Path) -> None:
     faults = "1:3:forward:kill,2:3:forward:kill,3:3:forward:kill"
     check(train(tmp_path, faults, nodes="0,1,2"), oracle, 1, 2, 3)
 
 
-@pytest.mark.parametrize("dies", ["0:send", "2:receive", "3:receive", "1:send,2:send"])
+@pytest.mark.parametrize(
+    "dies",
+    [
+        "0:send",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("2:receive", "3:receive", "1:send,2:send")),
+    ],
+)
 def test_a_rank_lost_in_the_middle_of_a_transfer_holds_up_nobody(
     dies: str, oracle: Ended, tmp_path: Path
 ) -> None:
@@ -61,7 +69,7 @@ def test_a_rank_lost_in_the_middle_of_a_transfer_holds_up_nobody(
     }
 
 
-@pytest.mark.parametrize("how", ["told", "untold"])
+@pytest.mark.parametrize("how", ["told", pytest.param("untold", marks=pytest.mark.slow)])
 def test_workers_meet_in_another_store_when_theirs_is_lost(how: str, oracle: Ended, tmp_path: Path) -> None:
     faults = "2:3:forward:kill,1:8:stepped:kill,3:15:outside:kill"
     check(train(tmp_path, faults, NODE_DIES="1", MOVES=how), oracle, 1, 2, 3)

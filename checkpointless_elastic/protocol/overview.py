@@ -1,0 +1,122 @@
+"""What a client is told of the job, and whether a node may be drained: pure functions of what the board knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from checkpointless_elastic.protocol.coordinator import Coordinator, State
+from checkpointless_elastic.protocol.requests import Declined, Drain, Overview, Place
+
+__all__ = ["DRAINED", "View", "obstacle", "overview"]
+
+DRAINED = "was drained"
+
+
+@dataclass(frozen=True)
+class View:
+    """What the board knows.
+
+    Attributes:
+        me: the coordinator's agent.
+        agents: all that take part, those with a seat and spares.
+        vacant: seats without an agent, also those whose loss is not confirmed yet.
+        coordinator: None before the job has begun, or while it is taken over.
+        over: the job has ended.
+    """
+
+    term: int
+    me: str
+    agents: list[Place]
+    bases: list[int]
+    world: int
+    vacant: list[int]
+    restarts: int
+    coordinator: Coordinator | None
+    over: bool
+
+    def ranks(self, seat: int) -> frozenset[int]:
+        """Of this seat."""
+        return frozenset(range(self.bases[seat], [*self.bases[1:], self.world][seat]))
+
+
+def overview(view: View) -> Overview:
+    """The job as it is now."""
+    coordinator = view.coordinator
+    return Overview(
+        view.term,
+        view.me,
+        _state(view),
+        coordinator.generation if coordinator is not None else 0,
+        coordinator.step if coordinator is not None else 0,
+        view.restarts,
+        view.bases,
+        view.world,
+        sorted(view.agents, key=lambda place: (place.seat < 0, place.seat, place.agent)),
+        sorted(coordinator.pending) if coordinator is not None else [],
+        exposed(coordinator) if coordinator is not None else "",
+    )
+
+
+def _state(view: View) -> str:
+    if view.over:
+        return State.ENDED.value
+    if view.coordinator is not None:
+        return view.coordinator.state.value
+    return "taking over" if view.bases else "gathering"
+
+
+def exposed(coordinator: Coordinator) -> str:
+    """Why a loss would run the script again from its top, as part of a sentence; empty: it would not."""
+    if coordinator.protected:
+        return ""
+    if coordinator.holdings.distrust:
+        return coordinator.holdings.distrust
+    return "no step is committed yet" if coordinator.step == 0 else "the script of some rank has made no Run"
+
+
+def obstacle(view: View, drain: Drain) -> Declined | None:
+    """Why this node cannot be drained now; None if it can."""
+    place = next((place for place in view.agents if place.agent == drain.agent), None)
+    coordinator = view.coordinator
+    if view.over or (coordinator is not None and coordinator.state is State.ENDED):
+        return _never("the job has ended, or all its ranks have finished")
+    if place is None or place.seat != drain.seat:
+        return _never(f"agent {drain.agent} has left, or its seat is another one by now; look at the status")
+    if drain.keep and place.seat < 0:
+        return _never(f"agent {drain.agent} is a spare, and --keep would leave it one")
+    if place.seat < 0 and place.agent != view.me:
+        return None
+    if coordinator is None:
+        return _later("the job has not begun, or has no coordinator yet that knows all its nodes")
+    if coordinator.state is not State.RUNNING or view.vacant:
+        return _later("a recovery goes on, or a seat is vacant")
+    if reason := exposed(coordinator):
+        return Declined(f"all ranks would run the script again from its top: {reason}", coordinator.step == 0)
+    return _irreplaceable(view, place, coordinator) if place.seat >= 0 else None
+
+
+def _irreplaceable(view: View, place: Place, coordinator: Coordinator) -> Declined | None:
+    if not any(other.seat < 0 and other.size == place.size for other in view.agents if other != place):
+        return _never(
+            f"no spare waits that runs {place.size} workers; start torchrun on one more node with the options of the "
+            f"others (--nnodes MIN:MAX must allow it), and drain again"
+        )
+    holdings = coordinator.holdings
+    if holdings.held.keys() != coordinator.ranks:
+        return _later("not all ranks have said what state they hold, which they do after the first step")
+    own = view.ranks(place.seat)
+    alone = [rank for rank in sorted(own) if not holdings.twins(rank) & coordinator.whole - own]
+    if alone:
+        return _never(
+            f"rank {alone[0]} holds state that no rank on another node holds; train with a replica of each shard on "
+            f"another node"
+        )
+    return None
+
+
+def _never(reason: str) -> Declined:
+    return Declined(reason, False)
+
+
+def _later(reason: str) -> Declined:
+    return Declined(reason, True)

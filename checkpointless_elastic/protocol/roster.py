@@ -1,0 +1,232 @@
+"""Who takes part, in which seat, and how agents are told: the part of `board` that knows the tree of many agents."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from checkpointless_elastic.protocol.acts import Act, Perform, Tell
+from checkpointless_elastic.protocol.between import (
+    Attach,
+    Between,
+    Done,
+    Halt,
+    Order,
+    Ordered,
+    Reseated,
+    Standing,
+    Turned,
+)
+from checkpointless_elastic.protocol.coordinator import Coordinator
+from checkpointless_elastic.protocol.events import Event, Reopened, Stop
+from checkpointless_elastic.protocol.messages import Commit, Decision, Freeze, Rebuild, Resume
+from checkpointless_elastic.protocol.overview import DRAINED, View, obstacle, overview
+from checkpointless_elastic.protocol.requests import (
+    Declined,
+    Dismissed,
+    Drain,
+    Drained,
+    Inquiry,
+    Overview,
+    Place,
+)
+from checkpointless_elastic.protocol.rules import Rules
+from checkpointless_elastic.protocol.tree import Tree
+
+__all__ = ["Agent", "Roster", "short"]
+
+_Told = TypeVar("_Told", bound=Ordered)
+
+
+def short(message: _Told) -> _Told:
+    """See Order."""
+    return msgspec.structs.replace(message, sources=[]) if isinstance(message, Decision) else message
+
+
+@dataclass
+class Agent:
+    """What the board knows of one: where it listens, how many workers it runs, and its seat (-1: none)."""
+
+    name: str
+    address: str
+    size: int
+    seat: int = -1
+
+
+class Roster(ABC):
+    """Base of `board.Board`, which has the attributes' meaning."""
+
+    def __init__(self, term: int, me: str, rules: Rules) -> None:
+        self.acts: list[Act] = []
+        self.bases: list[int] = []
+        self.world = 0
+        self.coordinator: Coordinator | None = None
+        self._term, self._me, self._rules = term, me, rules
+        self._agents: dict[str, Agent] = {}
+        self._seats: list[str] = []  # the agent in each, '' when it is vacant
+        self._tree = Tree(0, rules.fan_out)
+        self._numbered = 0  # orders that went down the tree
+        self._taken: list[bool] = []  # the next agent in this seat continues what the last one did
+        self._restarts = 0
+        self._over = False
+        self._drained: dict[
+            int, tuple[str, bool]
+        ] = {}  # by seat: who had it, and whether it stays as a spare
+        self._causes: dict[int, str] = {}  # why the last coordinator's seat is vacant, if it said so
+        self._dropped: list[str] = []  # agents that lost their seats since the job last ran
+
+    def _know(self, bases: list[int], world: int) -> None:
+        self.bases, self.world = bases, world
+        self._tree = Tree(len(bases), self._rules.fan_out)
+        self._seats, self._taken = [""] * len(bases), [False] * len(bases)
+
+    def _new_coordinator(self, generation: int) -> Coordinator:
+        rules = self._rules
+        ranks = frozenset(range(self.world))
+        return Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
+
+    @abstractmethod
+    def left(self, name: str, why: str) -> None:
+        """An agent has lost its seat, or is gone."""
+
+    @abstractmethod
+    def _decide(self, event: Event) -> None:
+        """Tell the coordinator, and do what it wants."""
+
+    # ---- the tree
+
+    def is_attached(self, name: str) -> bool:
+        """Does this agent hang on another one?"""
+        agent = self._agents.get(name)
+        return agent is not None and agent.seat in self._tree.parents
+
+    def hangs_on(self, name: str, parent: str) -> bool:
+        """Does this agent hang on that one?"""
+        agent, other = self._agents.get(name), self._agents.get(parent)
+        return agent is not None and other is not None and self._tree.parents.get(agent.seat) == other.seat
+
+    def _attach(self) -> None:
+        """The job runs: make the tree whole. A broken tree costs a generation, which an unprotected job has not."""
+        assert self.coordinator is not None
+        if not self.coordinator.protected:
+            return
+        for seat, parent in self._tree.missing():
+            name, other = self._seats[seat], self._seats[parent]
+            if name and other and self._me not in (name, other):
+                self._tell(name, Attach(self._agents[other].address))
+
+    def _attached(self, agent: Agent, address: str) -> None:
+        parent = next((a.seat for a in self._agents.values() if a.address == address and a.seat >= 0), -1)
+        if parent < 0 or not self._tree.attached(agent.seat, parent):
+            self._tell(agent.name, Attach(""))
+
+    def _detached(self, agent: Agent, address: str) -> None:
+        parent = self._tree.parents.get(agent.seat, -1)
+        if parent >= 0 and self._agents[self._seats[parent]].address == address:
+            self._dissolve(parent)
+            self._decide(Reopened("a connection between agents has ended"))
+
+    def _dissolve(self, seat: int) -> None:
+        for child in self._tree.dissolve(seat):
+            if self._seats[child]:
+                self._tell(self._seats[child], Attach(""))
+
+    # ---- telling
+
+    def _order(self, message: Ordered, only: set[int] | None = None) -> None:
+        """To all agents with a seat; only to those with one of these ranks."""
+        if isinstance(message, (Commit, Freeze, Decision, Rebuild, Resume)):
+            self._numbered += 1
+            order = Order(self._term, short(message), self._numbered, list(self._dropped))
+            for seat, name in enumerate(self._seats):
+                if name and seat not in self._tree.parents:
+                    self._tell(name, order)
+            return
+        order = Order(self._term, message)
+        if isinstance(message, Done):
+            for name in self._agents:
+                self._tell(name, order)
+            return
+        for seat, name in enumerate(self._seats):
+            wanted = only is None or not only.isdisjoint(self._ranks(seat))
+            if name and wanted:
+                self._tell(name, order)
+
+    def _tell_rank(self, rank: int, message: Between) -> None:
+        seat = next(seat for seat in reversed(range(len(self.bases))) if self.bases[seat] <= rank)
+        if self._seats[seat]:
+            self._tell(self._seats[seat], message)
+
+    def _tell(self, name: str, message: Between) -> None:
+        self.acts.append(Tell(name, message))
+
+    def _ranks(self, seat: int) -> frozenset[int]:
+        return frozenset(range(self.bases[seat], [*self.bases[1:], self.world][seat]))
+
+    def _tell_guardians(self, standings: list[Standing]) -> None:
+        """The last coordinator may not have told all who has the seat after theirs."""
+        for standing in standings:
+            seat = (standing.seat + 1) % len(self._seats)
+            name = self._seats[seat]
+            if name and self._seats[standing.seat] and self._agents[name].address != standing.guardian:
+                reseated = Order(self._term, Reseated({seat: self._agents[name].address}))
+                self._tell(self._seats[standing.seat], reseated)
+
+    def _halt(self, reason: str, ranks: list[int]) -> None:
+        if self._over:
+            return
+        self._over = True
+        self.acts.append(Perform(Stop(reason, tuple(ranks))))
+        for name in self._agents:
+            self._tell(name, Order(self._term, Halt(reason, ranks)))
+
+    # ---- clients ask, agents leave
+
+    def consult(self, question: Inquiry | Drain) -> Overview | Drained | Declined:
+        """The answer to a client, who is no agent."""
+        places = [Place(agent.seat, agent.name, agent.address, agent.size) for agent in self._agents.values()]
+        vacant = [seat for seat, name in enumerate(self._seats) if not name]
+        view = View(
+            self._term,
+            self._me,
+            places,
+            self.bases,
+            self.world,
+            vacant,
+            self._restarts,
+            self.coordinator,
+            self._over,
+        )
+        if isinstance(question, Inquiry):
+            return overview(view)
+        declined = obstacle(view, question)
+        if declined is None:
+            self._drain(question)
+        return declined or Drained()
+
+    def _drain(self, drain: Drain) -> None:
+        """Its seat is given up as that of a lost agent; it is told when that is confirmed."""
+        if drain.seat < 0 or (drain.agent == self._me and not drain.keep):
+            if drain.agent != self._me:  # else the next coordinator gives its seat away
+                del self._agents[drain.agent]
+            self._tell(drain.agent, Dismissed(DRAINED))
+        else:
+            self._drained[drain.seat] = drain.agent, drain.keep
+            self.left(drain.agent, DRAINED)
+
+    def _dismiss(self, seat: int) -> None:
+        name, stays = self._drained.pop(seat, ("", False))
+        if name:
+            self._tell(name, Turned(f"its seat {seat} {DRAINED}", True) if stays else Dismissed(DRAINED))
+
+    def explain(self, seat: int, cause: str) -> None:
+        """The last coordinator has said why its seat will be vacant. Before `take_over`."""
+        self._causes[seat] = cause
+
+    @property
+    def agents(self) -> list[str]:
+        """Names of all that take part."""
+        return list(self._agents)
