@@ -32,6 +32,7 @@ from plane.store_only import open_store, store_process
 from checkpointless_elastic.agent.directory_tcp import TcpDirectory
 
 PER_PROCESS = 128  # agents in one process, at most, unless --processes says otherwise
+START_S = 600.0  # for all agents of a process to be connected
 SETTLE_S = 0.2  # for threads that begin to wait in the store
 
 
@@ -52,9 +53,9 @@ def children(bodies: Sequence[tuple[object, ...]]) -> Iterator[list[Child]]:
             stack.callback(child.end)
             found.append(child)
             if index == 0:
-                child.answer()  # the coordinator's comes first
+                child.answer(START_S)  # the coordinator's comes first
         for child in found[1:]:
-            child.answer()
+            child.answer(START_S)
         yield found
 
 

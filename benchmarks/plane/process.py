@@ -78,14 +78,14 @@ class Child:
     def tell(self, order: str, argument: object = None) -> None:
         self._pipe.send((order, argument))
 
-    def answer(self) -> Any:
+    def answer(self, seconds: float = LIMIT_S) -> Any:
         """The next thing that it says. Raises RuntimeError when it has ended, or says nothing in time."""
         try:
-            if self._pipe.poll(LIMIT_S):
+            if self._pipe.poll(seconds):
                 return self._pipe.recv()
         except EOFError:
             raise RuntimeError("A process with agents has ended; what it wrote is above.") from None
-        raise RuntimeError(f"A process with agents has said nothing for {LIMIT_S:g} s.")
+        raise RuntimeError(f"A process with agents has said nothing for {seconds:g} s.")
 
     def ask(self, order: str, argument: object = None) -> Any:
         self.tell(order, argument)
