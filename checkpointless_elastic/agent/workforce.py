@@ -68,7 +68,7 @@ class LocalWorkforce:
         self._context: ForkedContext | None = None
         self._leaving: VerdictKind | None = None  # the verdict once all workers have ended
         self._reason = ""
-        self._bad: list[int] = []  # ranks that had failed when the job did: others are stopped then
+        self._bad: list[int] = []  # ranks that had failed when the job did; others are stopped then
 
     # ---- for the agent ------------------------------
 
@@ -110,9 +110,11 @@ class LocalWorkforce:
         context = self._context
         if context is None:
             return {0: self._stopped()}
-        failed = [rank for rank in self._bad if rank not in ranks]
-        if not ranks and not failed:
+        if not ranks and not self._bad:
             return {self.base: self._stopped()}
+        failed = [
+            rank for rank in self.ranks if context.children[rank - self.base].status and rank not in ranks
+        ]
         found = {rank: context.failure(context.children[rank - self.base]) for rank in (*ranks, *failed)}
         if ranks:
             found[ranks[0]].timestamp = min(failure.timestamp for failure in found.values())
