@@ -11,7 +11,9 @@ control plane alone. With few processors that is mostly the work of all agents, 
                    coordinator's, what torchrun's rendezvous does, here without its pauses between two looks
 
 messages_per_agent and coordinator_messages are those sent and taken in one step, heartbeats apart; *_recovery: in one
-recovery, up to its end. The median of the ordinary agents, and messages_most of the busiest one.
+recovery, up to its end. The median of the ordinary agents, and messages_most of the busiest one. coordinator_cpu_ms and
+store_only_cpu_ms are the processor time of the coordinator's process, and of the one with the store: what does not get
+less when each agent has a machine of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +36,7 @@ from plane.store_only import open_store, store_process
 from checkpointless_elastic.agent.directory_tcp import TcpDirectory
 
 PER_PROCESS = 128  # agents in one process, at most, unless --processes says otherwise
+START_S = 600.0  # for all agents of a process to be connected
 SETTLE_S = 0.2  # for threads that begin to wait in the store
 
 
@@ -52,9 +57,9 @@ def children(bodies: Sequence[tuple[object, ...]]) -> Iterator[list[Child]]:
             stack.callback(child.end)
             found.append(child)
             if index == 0:
-                child.answer()  # the coordinator's comes first
+                child.answer(START_S)  # the coordinator's comes first
         for child in found[1:]:
-            child.answer()
+            child.answer(START_S)
         yield found
 
 
@@ -67,11 +72,32 @@ def answers(all_of_them: Sequence[Child]) -> list[tuple[float, float, dict[str, 
     return [child.answer() for child in all_of_them]
 
 
-def counts(all_of_them: Sequence[Child]) -> tuple[int, list[int]]:
-    """Messages of the coordinator, and of each other agent, since the last time."""
+@dataclass
+class Cost:
+    """Messages of the coordinator and of each other agent; milliseconds of processor time of the coordinator."""
+
+    chair: int
+    others: list[int]
+    busy_ms: float
+
+    def __add__(self, more: Cost) -> Cost:
+        others = [a + b for a, b in zip(self.others, more.others, strict=True)]
+        return Cost(self.chair + more.chair, others, self.busy_ms + more.busy_ms)
+
+    def row(self, of: str, repeats: int) -> dict[str, float]:
+        return {
+            f"messages_per_agent{of}": median(self.others) / repeats,
+            f"messages_most{of}": max(self.others) / repeats,
+            f"coordinator_messages{of}": self.chair / repeats,
+            f"coordinator_cpu_ms{of}": self.busy_ms / repeats,
+        }
+
+
+def costs(all_of_them: Sequence[Child]) -> Cost:
+    """Since the last time."""
     tell(all_of_them, "count")
-    (chair, *more), *others = (child.answer() for child in all_of_them)
-    return chair, [*more, *(count for counts in others for count in counts)]
+    ((chair,), busy_ms), *others = (child.answer() for child in all_of_them)
+    return Cost(chair, [count for counts, _ in others for count in counts], busy_ms)
 
 
 # ---- with the package's protocol
@@ -105,34 +131,23 @@ def measure(agents: int, options: argparse.Namespace) -> dict[str, float]:
             tell(found, "seated")
             answers(found)
             commit(found)  # a job is protected from its first step on
-            counts(found)
+            costs(found)
             commits = [commit(found) for _ in range(options.repeats)]
-            step = counts(found)
+            step, recovery = costs(found), Cost(0, [0] * (agents - 1), 0.0)
             recoveries = []
-            recovery: tuple[int, list[int]] = (0, [0] * (agents - 1))
             for victim in range(options.repeats):
                 recoveries.append(recover(found, victim))
-                chair, others = counts(found)
-                recovery = recovery[0] + chair, [a + b for a, b in zip(recovery[1], others, strict=True)]
+                recovery += costs(found)
                 commit(found)
-                counts(found)
+                costs(found)
     finally:
         directory.close()
     return {
         "recovery_ms": median(frozen for frozen, _ in recoveries),
         "resumed_ms": median(resumed for _, resumed in recoveries),
         "commit_ms": median(commits),
-        **messages("", step, options.repeats),
-        **messages("_recovery", recovery, options.repeats),
-    }
-
-
-def messages(of: str, counted: tuple[int, list[int]], repeats: int) -> dict[str, float]:
-    chair, others = counted
-    return {
-        f"messages_per_agent{of}": median(others) / repeats,
-        f"messages_most{of}": max(others) / repeats,
-        f"coordinator_messages{of}": chair / repeats,
+        **step.row("", options.repeats),
+        **recovery.row("_recovery", options.repeats),
     }
 
 
@@ -147,10 +162,12 @@ def measure_store(agents: int, options: argparse.Namespace) -> dict[str, float]:
         begins += count
     with children(bodies) as found:
         commits, recoveries = [], []
+        busy = [time.process_time()]  # of this process, in which the store is
         for number in range(options.repeats + 1):  # the first one is left out
             tell(found, "commit", number)
             times = answers(found)
             commits.append(1e3 * (max(last for _, last, _ in times) - min(first for first, _, _ in times)))
+        busy.append(time.process_time())
         for number in range(options.repeats + 1):
             tell(found, "recover", number)
             answers(found)
@@ -158,9 +175,13 @@ def measure_store(agents: int, options: argparse.Namespace) -> dict[str, float]:
             lost = time.monotonic()
             store.set(f"lost/{number}", "1")
             recoveries.append(1e3 * (float(str(answers(found)[0][2])) - lost))
+        busy.append(time.process_time())
+    commit_ms, recovery_ms = (1e3 * (b - a) / (options.repeats + 1) for a, b in pairwise(busy))
     return {
         "store_only_recovery_ms": median(recoveries[1:]),
         "store_only_commit_ms": median(commits[1:]),
+        "store_only_cpu_ms": commit_ms,
+        "store_only_cpu_ms_recovery": recovery_ms,
     }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from simulator.costs import Costs, measure
 from simulator.schedule import Result, Sizes, play
 
-SIZES = (16, 64, 256, 1024, 4096, 10000)
+SIZES = (16, 64, 256, 1024, 10000)
 MOST_SHOWN = 20
 
 

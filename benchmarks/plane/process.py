@@ -78,14 +78,14 @@ class Child:
     def tell(self, order: str, argument: object = None) -> None:
         self._pipe.send((order, argument))
 
-    def answer(self) -> Any:
+    def answer(self, seconds: float = LIMIT_S) -> Any:
         """The next thing that it says. Raises RuntimeError when it has ended, or says nothing in time."""
         try:
-            if self._pipe.poll(LIMIT_S):
+            if self._pipe.poll(seconds):
                 return self._pipe.recv()
         except EOFError:
             raise RuntimeError("A process with agents has ended; what it wrote is above.") from None
-        raise RuntimeError(f"A process with agents has said nothing for {LIMIT_S:g} s.")
+        raise RuntimeError(f"A process with agents has said nothing for {seconds:g} s.")
 
     def ask(self, order: str, argument: object = None) -> Any:
         self.tell(order, argument)
@@ -110,6 +110,7 @@ class _Process:
             "127.0.0.1", settings.port, JOB, 30.0, timeout=LIMIT_S, is_host=False
         )
         self._agents: list[Agent] = []
+        self._busy = 0.0  # this process's processor time when messages were counted last
         self._began = 0.0  # when the first agent of this process was ready
         self._awaited: Callable[[Agent], float] | None = None
 
@@ -165,4 +166,5 @@ class _Process:
         counts = [agent.membership.messages for agent in self._agents]
         for agent in self._agents:
             agent.membership.messages = 0
-        self._pipe.send(counts)
+        before, self._busy = self._busy, time.process_time()
+        self._pipe.send((counts, 1e3 * (self._busy - before)))

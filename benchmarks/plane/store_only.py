@@ -9,12 +9,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from plane.process import LIMIT_S, raise_limits
+
+CONNECT_AT_ONCE = 32
 
 __all__ = ["open_store", "store_process"]
 
@@ -28,7 +31,9 @@ def open_store(port: int = 0, host: bool = False) -> TCPStore:
 def store_process(first: int, count: int, total: int, port: int, pipe: Connection) -> None:
     """Body of a process with agents ``first`` to ``first + count``; agent 0 coordinates all ``total``."""
     raise_limits()
-    agents = [_Agent(first + number, open_store(port)) for number in range(count)]
+    with ThreadPoolExecutor(CONNECT_AT_ONCE) as pool:  # a connection looks a name up, which may take seconds
+        stores = list(pool.map(lambda number: open_store(port), range(count)))
+    agents = [_Agent(first + number, store) for number, store in enumerate(stores)]
     coordinator = _Coordinator(total, open_store(port)) if first == 0 else None
     pipe.send("connected")
     while True:

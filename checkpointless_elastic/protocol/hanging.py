@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from checkpointless_elastic.protocol.between import (
     Standing,
 )
 from checkpointless_elastic.protocol.branch import Branch
+from checkpointless_elastic.protocol.layout import ranks
 from checkpointless_elastic.protocol.messages import Decision, Freeze, Stage
 from checkpointless_elastic.protocol.requests import Leaving
 from checkpointless_elastic.protocol.rules import Rules
@@ -42,8 +44,12 @@ def whole(order: Ordered, world: int) -> Ordered:
     """See Order."""
     if not isinstance(order, Decision) or order.sources:
         return order
-    pending = set(order.pending)
-    return msgspec.structs.replace(order, sources=[rank for rank in range(world) if rank not in pending])
+    return msgspec.structs.replace(order, sources=_all_but(tuple(order.pending), world))
+
+
+@functools.lru_cache(maxsize=2)
+def _all_but(ranks: tuple[int, ...], world: int) -> list[int]:
+    return sorted(set(range(world)) - set(ranks))
 
 
 class Hanging(Seeker):
@@ -128,8 +134,7 @@ class Hanging(Seeker):
         standing = self._standing()
         if standing is None or not isinstance(order, (Freeze, Decision)):
             return None
-        ends = [*self._bases[1:], self._world]
-        own = range(self._bases[standing.seat], ends[standing.seat])
+        own = ranks(standing.seat, self._bases, self._world)
         new = set(order.lost if isinstance(order, Freeze) else order.pending)
         if not new.issuperset(own):
             return None

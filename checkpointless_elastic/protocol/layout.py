@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
-__all__ = ["bases", "runs"]
+__all__ = ["bases", "ranks", "runs"]
+
+
+def ranks(seat: int, bases: Sequence[int], world: int) -> range:
+    """Of one seat."""
+    return range(bases[seat], bases[seat + 1] if seat + 1 < len(bases) else world)
 
 
 def runs(bases: list[int], world: int) -> list[tuple[int, int]]:

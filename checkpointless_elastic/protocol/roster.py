@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
+from checkpointless_elastic.protocol import layout
 from checkpointless_elastic.protocol.acts import Act, Perform, Tell
 from checkpointless_elastic.protocol.between import (
     Attach,
@@ -164,7 +165,7 @@ class Roster(ABC):
         self.acts.append(Tell(name, message))
 
     def _ranks(self, seat: int) -> frozenset[int]:
-        return frozenset(range(self.bases[seat], [*self.bases[1:], self.world][seat]))
+        return frozenset(layout.ranks(seat, self.bases, self.world))
 
     def _tell_guardians(self, standings: list[Standing]) -> None:
         """The last coordinator may not have told all who has the seat after theirs."""

@@ -21,6 +21,7 @@ from checkpointless_elastic.protocol.between import (
     Standing,
 )
 from checkpointless_elastic.protocol.events import Tally
+from checkpointless_elastic.protocol.layout import ranks
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
@@ -59,8 +60,7 @@ class Station:
 
     def __init__(self, seat: Seated) -> None:
         self.seat = seat
-        last = [*seat.bases[1:], seat.world][seat.seat]
-        self.ranks = frozenset(range(seat.bases[seat.seat], last))
+        self.ranks = frozenset(ranks(seat.seat, seat.bases, seat.world))
         self.guardian = seat.guardian
         self.generation = seat.generation
         self.step = 0
@@ -87,7 +87,7 @@ class Station:
         before = (self.seat.seat - 1) % seats
         if before == self.seat.seat:
             return frozenset()
-        return frozenset(range(self.seat.bases[before], [*self.seat.bases[1:], self.seat.world][before]))
+        return frozenset(ranks(before, self.seat.bases, self.seat.world))
 
     @property
     def recovering(self) -> bool:
