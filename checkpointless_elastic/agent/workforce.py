@@ -68,7 +68,7 @@ class LocalWorkforce:
         self._context: ForkedContext | None = None
         self._leaving: VerdictKind | None = None  # the verdict once all workers have ended
         self._reason = ""
-        self._bad: list[int] = []  # ranks that had failed when the job did: others are stopped then
+        self._bad: list[int] = []  # ranks that had failed when the job did; others are stopped then
 
     # ---- for the agent ------------------------------
 
