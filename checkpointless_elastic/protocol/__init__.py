@@ -9,7 +9,7 @@ and phase, and cannot commit in the old generation from then on. When all have a
 the affected groups, ``Resume``. Another loss at any moment opens another generation and starts over.
 
 Several nodes: each agent is a ``member``, who follows a coordinator or is it (``board``); its seat is a ``station``.
-With many of them orders and answers go through a tree (``branch``). What agents say to each other stands in ``between``.
+With many of them orders and answers go through a tree (``branch``). What agents say to each other is in ``between``.
 
 Import order: messages <- between <- node, coordinator <- station, roster <- board <- seeker <- hanging <- member. This
 package imports the standard library and msgspec only.
