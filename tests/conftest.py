@@ -18,6 +18,7 @@ import pytest
 
 MARK = "CHECKPOINTLESS_TEST_JOB"
 TIMEOUT_S = 120.0
+PAUSE_S = 0.01
 RUN_DIR_ROOTS = (Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp")))
 
 
@@ -34,7 +35,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = 30.0) 
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
-        os.sched_yield()
+        time.sleep(PAUSE_S)  # what is waited for needs the processor
 
 
 @dataclass

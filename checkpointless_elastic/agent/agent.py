@@ -77,7 +77,7 @@ class CheckpointlessAgent(LocalElasticAgent):
         try:
             return self._serve(group)
         except SignalException as error:
-            self._control.leaves(f"was drained ({error.sigval.name})")
+            self._control.will_end(f"was drained ({error.sigval.name})")
             raise
 
     def _serve(self, group: WorkerGroup) -> RunResult:
@@ -101,16 +101,16 @@ class CheckpointlessAgent(LocalElasticAgent):
         self._servers = ForkServers(self._loop, self._run_dir)
         self._servers.start()  # loads torch while the rest gets ready
         self._control = make_control(handler, spec)
-        self._workforce = LocalWorkforce(
-            self._loop, self._servers, self._control, self._run_dir, self._patience()
-        )
-        self._control.attach(self._loop, self._workforce, spec.local_world_size)
+        workforce = LocalWorkforce(self._loop, self._servers, self._control, self._run_dir, self._patience())
+        self._control.attach(self._loop, workforce, spec.local_world_size)
+        self._workforce = workforce
 
     def _finish(self, group: WorkerGroup, verdict: Verdict) -> RunResult:
         workforce = self._present()
         if verdict.kind is VerdictKind.SUCCEEDED:
             group.state = WorkerState.SUCCEEDED
-            return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(workforce.ranks))
+            ranks = [worker.global_rank for worker in group.workers]
+            return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
         self._stop_workers(group)
         group.state = WorkerState.FAILED
         return RunResult(state=WorkerState.FAILED, failures=workforce.failures(verdict.ranks))
@@ -240,7 +240,12 @@ class CheckpointlessAgent(LocalElasticAgent):
         super()._shutdown()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *args: Any, **kwargs: Any) -> None:
-        """The end of the run: stop the workers, then the control plane and the fork servers. Blocks."""
+        """The end of the run: stop the workers, then the control plane and the fork servers. Blocks.
+
+        An agent that ends before the job does leaves it first: others take over at once, not when its workers are gone.
+        """
+        if self._workforce is not None and not self._workforce.ended:
+            self._control.leave()
         super()._shutdown(death_sig, *args, **kwargs)
         if self._workforce is None:
             return

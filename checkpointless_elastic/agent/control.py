@@ -17,21 +17,19 @@ import msgspec
 from checkpointless_elastic.agent.lifelines import Lifelines
 from checkpointless_elastic.agent.links import Links
 from checkpointless_elastic.agent.membership import Membership, Network
-from checkpointless_elastic.agent.recoveries import Recoveries
+from checkpointless_elastic.agent.recoveries import Recoveries, describe
 from checkpointless_elastic.agent.runtime import EventLoop, Workforce, empty_run_dir
 from checkpointless_elastic.agent.wards import Wards
 from checkpointless_elastic.config import Config
-from checkpointless_elastic.protocol.acts import Restarting, Word
+from checkpointless_elastic.protocol.acts import Word
 from checkpointless_elastic.protocol.between import (
     Between,
     Copy,
     Done,
     EndRank,
-    Gathered,
     Halt,
     Ordered,
     RankExplained,
-    RankGone,
     RankSays,
     RankStarted,
     ReplaceRank,
@@ -41,7 +39,7 @@ from checkpointless_elastic.protocol.between import (
     Spare,
     Standing,
 )
-from checkpointless_elastic.protocol.events import Action, Deadline, Opened, Overdue, Reached, Stop
+from checkpointless_elastic.protocol.events import Action, Deadline, Overdue
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Failed,
@@ -71,18 +69,6 @@ logger = logging.getLogger(__name__)
 
 EXIT_LIMIT_S = 10.0
 """How long the end of a job waits for the exit of the worker that is to blame."""
-
-
-def describe(status: int) -> str:
-    """An exit status as the end of a sentence that starts with a rank."""
-    import signal
-
-    if status >= 0:
-        return f"exited with code {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"
 
 
 class AgentControl:
@@ -246,9 +232,15 @@ class AgentControl:
         else:
             self._lose(rank, describe(status))
 
-    def leaves(self, cause: str) -> None:
+    def will_end(self, cause: str) -> None:
         """See ControlPlane."""
         self._membership.leave(cause)
+
+    def leave(self) -> None:
+        """See ControlPlane."""
+        if self._station is not None:
+            self._station.stopped = True
+        self._membership.close("")
 
     def stopped(self) -> None:
         self._recoveries.close()
@@ -389,6 +381,8 @@ class AgentControl:
 
     def _halt(self, message: Halt) -> None:
         """The job has failed. The exit code of a worker that is to blame is named in the summary."""
+        if message.reason:
+            logger.error("The job stops: %s.", message.reason.rstrip("."))
         station = self._station
         own = sorted(station.ranks) if station is not None else []
         bad = [rank for rank, status in station.gone.items() if status] if station is not None else []
@@ -432,58 +426,19 @@ class AgentControl:
 
     def perform(self, action: Action) -> None:
         """See Office."""
-        now = time.monotonic()
         if isinstance(action, Deadline):
             seconds = getattr(self._settings, action.limit).total_seconds()
             overdue = Overdue(action.generation, action.state)
             self._loop.call_later(seconds, lambda: self._membership.overdue(overdue))
-        elif isinstance(action, Opened):
-            self._recoveries.opened(action.generation, action.lost, action.cause, now)
-        elif isinstance(action, Reached):
-            self._recoveries.reached(action.point, action.details, now)
-        elif isinstance(action, Restarting):
-            self._recoveries.restarting(action.rung, action.reason, action.generation, action.step, now)
-        elif isinstance(action, Stop):
-            self._recoveries.close()
-            if action.reason:
-                logger.error("The job stops: %s.", action.reason.rstrip("."))
+        else:
+            self._recoveries.perform(action, time.monotonic())
 
     def heard(self, message: Between) -> None:
         """See Office."""
-        now = time.monotonic()
-        if isinstance(message, RankGone):
-            self._recoveries.noticed(message.rank, message.cause, now)
-        elif isinstance(message, RankStarted):
-            self._pids[message.rank] = message.pid
-            if self._membership.is_pending(message.rank):
-                self._recoveries.mark("forked", now)
-        elif isinstance(message, RankExplained):
-            self._recoveries.explain(message.rank, message.cause)
-        elif isinstance(message, Gathered) and message.stage is Stage.RESTORED:
-            for payload in filter(None, message.reports.values()):
-                self._recoveries.restored(payload)
-        elif isinstance(message, RankSays) and isinstance(message.said, Replicas):
-            self._warn()
-
-    def _warn(self) -> None:
-        """All ranks have said what they hold: can all be recovered?"""
-        holdings = self._membership.holdings()
-        if holdings is None or holdings.held.keys() != holdings.ranks:
-            return
-        exposed = holdings.exposed()
-        if holdings.distrust:
-            logger.warning(
-                "A lost rank cannot be recovered live: %s. Leave it out of Run, make it equal, or name the ranks that "
-                "share it with run.declare_replicas.",
-                holdings.distrust,
-            )
-        elif exposed and not self._rules.mirror_every:
-            logger.warning(
-                "%d of %d ranks hold state that no other rank holds (%s): the loss of one of them cannot be recovered "
-                "live, that of %d at once of the others can. Train with more than one replica of each shard (a mesh "
-                "with a replicate dimension), or set mirror_every.",
-                len(exposed),
-                len(holdings.ranks),
-                ", ".join(map(str, exposed)),
-                holdings.survivable(),
-            )
+        if isinstance(message, RankSays) and isinstance(message.said, Replicas):
+            holdings = self._membership.holdings()
+            warning = holdings.warning(bool(self._rules.mirror_every)) if holdings is not None else ""
+            if warning:
+                logger.warning("%s", warning)
+        else:
+            self._recoveries.heard(message, self._membership.is_pending, time.monotonic())

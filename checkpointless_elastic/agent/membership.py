@@ -122,6 +122,7 @@ class Membership:
             self._clerk = _Clerk(loop, me, network.directory, self._answered)
         self._member = Member(me, rules, office.standing, office.open_store)
         self._chairs = False
+        self._closed_for_good = False
 
     # ---- for the agent
 
@@ -165,12 +166,16 @@ class Membership:
         self._keeper.forget(generation)
 
     def close(self, verdict: str) -> None:
-        """The job has ended for this agent. Blocks: the coordinator's word must reach the others first."""
-        if self._peers is None:
+        """This agent takes no part any more. ``verdict``: of the job, empty if it goes on without this agent.
+
+        Blocks: the coordinator's last word must reach the others first.
+        """
+        if self._peers is None or self._closed_for_good:
             return
         if self.coordinates and verdict:
             self._clerk.ask(Ask(Query.END, verdict=verdict))
             self._loop.run(lambda: not any(number < 0 for number in self._links), LINGER_S)
+        self._closed_for_good = True
         self._peers.close()
         self._clerk.close()
 
@@ -178,12 +183,14 @@ class Membership:
 
     def _do(self, acts: list[Act]) -> None:
         """Perform in order; what an act brings about is performed after those that are under way."""
+        if self._closed_for_good:
+            return
         self._queue.extend(acts)
         if self._performing:
             return
         self._performing = True
         try:
-            while self._queue:
+            while self._queue and not self._closed_for_good:
                 self._perform(self._queue.popleft())
         finally:
             self._performing = False
@@ -289,6 +296,8 @@ class Membership:
         self._do(acts)
 
     def _tick(self) -> None:
+        if self._closed_for_good:
+            return
         self._loop.call_later(self._rules.heartbeat, self._tick)
         self._do(self._member.tick(time.monotonic()))
 

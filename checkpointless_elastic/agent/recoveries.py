@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,21 @@ from typing import Any
 import msgspec
 
 from checkpointless_elastic.observe.timeline import Recovery, write
+from checkpointless_elastic.protocol.acts import Restarting
+from checkpointless_elastic.protocol.between import Between, Gathered, RankExplained, RankGone, RankStarted
+from checkpointless_elastic.protocol.events import Action, Opened, Reached, Stop
+from checkpointless_elastic.protocol.messages import Stage
 from checkpointless_elastic.worker.wire import RebuiltReport, RestoredReport
+
+
+def describe(status: int) -> str:
+    """An exit status as the end of a sentence that starts with a rank."""
+    if status >= 0:
+        return f"exited with code {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
 
 
 class Recoveries:
@@ -25,6 +40,31 @@ class Recoveries:
         self._current: Recovery | None = None
         self._seen: float | None = None
         self._noted: dict[int, str] = {}
+
+    def perform(self, action: Action, now: float) -> None:
+        """The coordinator has come to a point."""
+        if isinstance(action, Opened):
+            self.opened(action.generation, action.lost, action.cause, now)
+        elif isinstance(action, Reached):
+            self.reached(action.point, action.details, now)
+        elif isinstance(action, Restarting):
+            self.restarting(action.rung, action.reason, action.generation, action.step, now)
+        elif isinstance(action, Stop):
+            self.close()
+
+    def heard(self, message: Between, pending: Callable[[int], bool], now: float) -> None:
+        """An agent has said something. ``pending(rank)``: is it a replacement that has not joined?"""
+        if isinstance(message, RankGone):
+            self.noticed(message.rank, message.cause, now)
+        elif isinstance(message, RankStarted):
+            self._pids[message.rank] = message.pid
+            if pending(message.rank):
+                self.mark("forked", now)
+        elif isinstance(message, RankExplained):
+            self.explain(message.rank, message.cause)
+        elif isinstance(message, Gathered) and message.stage is Stage.RESTORED:
+            for payload in filter(None, message.reports.values()):
+                self.restored(payload)
 
     def noticed(self, rank: int, cause: str, seen: float) -> None:
         """A loss was seen; the decision follows."""

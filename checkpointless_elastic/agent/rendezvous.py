@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 BACKEND = "checkpointless"
 ETCD_BACKEND = "checkpointless-etcd"
+_TORCHRUNS_TIMEOUT_S = 900
 _ETCD_PATIENCE_S = 15.0  # longer than an election inside etcd, and a call that meets it
 
 
@@ -50,7 +51,7 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
     """
 
     def __init__(self, params: RendezvousParameters) -> None:
-        self.config = Config.parse(params.config, os.environ)
+        self.config = Config.parse(_given(params.config), os.environ)
         self.max_nodes = params.max_nodes
         self.has_agent = False
         self._params = params
@@ -161,6 +162,12 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
         """Close the store."""
         self._store = None
         return True
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of --rdzv-conf. Without `timeout` torchrun adds one, as a number: the variable must count then."""
+    added = options.get("timeout") == _TORCHRUNS_TIMEOUT_S
+    return {name: value for name, value in options.items() if not (added and name == "timeout")}
 
 
 def _endpoint(params: RendezvousParameters) -> tuple[str, int]:

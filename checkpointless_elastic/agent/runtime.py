@@ -224,8 +224,11 @@ class ControlPlane(Protocol):
     def exited(self, rank: int, incarnation: int, status: int) -> None:
         """Always after `lost`: exit code, or the negative number of the signal that ended the worker."""
 
-    def leaves(self, cause: str) -> None:
+    def will_end(self, cause: str) -> None:
         """This process ends by a signal: tell the other agents. ``cause`` completes "node 3 ..."."""
+
+    def leave(self) -> None:
+        """This agent was asked to end, or has failed: the job goes on without it. Its workers are stopped next."""
 
     def stopped(self) -> None:
         """All workers are gone and none will follow: close what is open."""

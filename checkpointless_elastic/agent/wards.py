@@ -28,21 +28,29 @@ class Keeper:
     def __init__(self, copied: Callable[[int, int, int], None]) -> None:
         self._copied = copied
         self._kept: dict[int, Copy] = {}
+        self._from: dict[int, Peer] = {}  # by rank, the agent that has its seat
 
     def received(self, peer: Peer, message: Between) -> None:
-        """A message of an agent whose guardian this one is."""
-        if isinstance(message, Ward) and message.wants:
-            kept = [self._kept[rank] for rank in message.ranks if rank in self._kept]
-            peer.send(encode_body(Kept(kept)))
-        elif isinstance(message, Copy):
-            known = self._kept.get(message.rank)
-            have = {**known.parts, **message.parts} if known is not None else message.parts
-            log = message.log if message.log is not None or known is None else known.log
-            parts = {number: have[number] for number in message.numbers}
-            self._kept[message.rank] = Copy(
-                message.rank, message.generation, message.step, message.blob, message.numbers, parts, log
-            )
-            self._copied(message.rank, message.generation, message.step)
+        """A message of an agent whose guardian this one is, or was: one that lost its seat may not know it yet."""
+        if isinstance(message, Ward):
+            self._from.update(dict.fromkeys(message.ranks, peer))
+            if message.wants:
+                kept = [self._kept[rank] for rank in message.ranks if rank in self._kept]
+                peer.send(encode_body(Kept(kept)))
+        elif isinstance(message, Copy) and self._from.get(message.rank) is peer:
+            self._keep(message)
+
+    def _keep(self, message: Copy) -> None:
+        known = self._kept.get(message.rank)
+        have = {**known.parts, **message.parts} if known is not None else message.parts
+        if not have.keys() >= set(message.numbers):
+            return  # what it builds on was forgotten, with the seat of this agent
+        log = message.log if message.log is not None or known is None else known.log
+        parts = {number: have[number] for number in message.numbers}
+        self._kept[message.rank] = Copy(
+            message.rank, message.generation, message.step, message.blob, message.numbers, parts, log
+        )
+        self._copied(message.rank, message.generation, message.step)
 
     def forget(self, generation: int) -> None:
         """What is from before this generation does not count any more."""

@@ -68,6 +68,7 @@ class LocalWorkforce:
         self._context: ForkedContext | None = None
         self._leaving: VerdictKind | None = None  # the verdict once all workers have ended
         self._reason = ""
+        self._bad: list[int] = []  # ranks that had failed when the job did: others are stopped then
 
     # ---- for the agent ------------------------------
 
@@ -83,6 +84,7 @@ class LocalWorkforce:
         assert verdict is not None
         if not self.ended:
             self.verdict, self._leaving = None, None
+            self.ranks = []  # those of this set do not count any more, however they ended
         return verdict
 
     def next_incarnations(self) -> dict[int, int]:
@@ -108,9 +110,7 @@ class LocalWorkforce:
         context = self._context
         if context is None:
             return {0: self._stopped()}
-        failed = [
-            rank for rank in self.ranks if context.children[rank - self.base].status and rank not in ranks
-        ]
+        failed = [rank for rank in self._bad if rank not in ranks]
         if not ranks and not failed:
             return {self.base: self._stopped()}
         found = {rank: context.failure(context.children[rank - self.base]) for rank in (*ranks, *failed)}
@@ -198,6 +198,8 @@ class LocalWorkforce:
         """See Workforce."""
         if not self._decided():
             self.verdict = Verdict(VerdictKind.FAILED, tuple(ranks))
+            children = self._context.children if self._context is not None else {}
+            self._bad = [rank for rank in self.ranks if children[rank - self.base].status]
 
     def learn(self, modules: list[str]) -> None:
         """See Workforce."""

@@ -25,7 +25,7 @@ def find(seen: Overview, node: str) -> Place:
 
     Raises CommandError when it means none, or several.
     """
-    if node.isdecimal():
+    if node.isascii() and node.isdecimal():
         return _at(seen, int(node))
     exact = [place for place in seen.agents if place.agent == node]
     found = exact or [

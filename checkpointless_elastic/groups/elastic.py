@@ -179,6 +179,8 @@ class ElasticProcessGroup(ProcessGroup):
 
     def shutdown(self) -> None:
         """Ends the native group; the group is not rebuilt any more."""
+        if self.engine.ending:
+            return
         self.engine.groups.pop(self.spec.name, None)
         if self.link.native is not None:
             self.native.shutdown()

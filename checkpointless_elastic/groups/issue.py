@@ -51,6 +51,7 @@ class Engine:
         calls: committed calls, with which each group stamps its uses.
         wake: connects a lazy group; when it returns the group is connected or void.
         ledger: this rank's collectives outside of steps.
+        ending: all groups are being destroyed: they stay until all ranks have finished.
     """
 
     def __init__(self, host: Host, *, shadow: bool) -> None:
@@ -64,6 +65,7 @@ class Engine:
         self.calls = 0
         self.wake: Callable[[ElasticProcessGroup], None] = _nobody
         self.ledger = Ledger()
+        self.ending = False
         self._log = OutputLog(host)
         self._replayed: dict[str, int] = {}
 

@@ -25,6 +25,7 @@ __all__ = ["Lazy", "Sleepers"]
 
 _logger = logging.getLogger(__name__)
 _PREFIX = "checkpointless/wanted/"
+_END = "end"
 _NO_LIMIT = timedelta(days=365)
 PATIENCE_S = 5.0
 """How long the news of a lost node may take after its store has closed the connection."""
@@ -93,6 +94,21 @@ class Sleepers:
         if lazy.error is not None:
             raise lazy.error
 
+    def end(self) -> None:
+        """No rank uses a group any more: the threads of all ranks end, by one last entry. Does not block."""
+        if self._store is not None and self._thread is not None and self._thread.is_alive():
+            threading.Thread(
+                target=self._say_end, args=(self._store,), name="checkpointless-wake", daemon=True
+            ).start()
+
+    def _say_end(self, store: Store) -> None:
+        try:
+            wanted, place = PrefixStore(_PREFIX, self._free(store)), self._next
+            while wanted.compare_set(str(place), "", _END).decode() != _END:
+                place += 1
+        except RuntimeError as error:
+            _logger.debug("the sequence of lazy groups cannot be ended: %s", error)
+
     def _ask(self, group: str, lazy: Lazy, store: Store) -> None:
         """On a thread of its own, since a store whose host is gone may never answer."""
         try:
@@ -114,6 +130,8 @@ class Sleepers:
                 if store is not self._store:
                     return
                 key = wanted.get(place).decode()
+                if key == _END:
+                    return
                 self._next += 1
                 found = self._groups.pop(key, None)
                 if found is not None:

@@ -57,6 +57,7 @@ def install(registry: Registry) -> None:
     _exchange("_store_based_barrier", functools.partial(_barrier, registry, c10d._store_based_barrier))
     _exchange("broadcast_object_list", functools.partial(_objects, registry, c10d.broadcast_object_list))
     _exchange("batch_isend_irecv", functools.partial(_batch, c10d.batch_isend_irecv))
+    _exchange("destroy_process_group", functools.partial(_destroy, registry, c10d.destroy_process_group))
 
 
 def uninstall() -> None:
@@ -170,6 +171,16 @@ def _objects(registry: Registry, original: Callable[..., None], *args: Any, **kw
         given.pop("group_src", None)
         given["src"] = dist.get_global_rank(group, (own + 1) % size)
     original(**given)
+
+
+def _destroy(registry: Registry, original: Callable[..., None], group: Any = None) -> None:
+    """`destroy_process_group`: a rank that has come to its end may be needed by one that is lost before."""
+    whole = group is None or group == dist.group.WORLD
+    registry.engine.ending = whole and registry.engine.calls > 0
+    try:
+        original(group)
+    finally:
+        registry.engine.ending = False
 
 
 def _barrier(registry: Registry, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

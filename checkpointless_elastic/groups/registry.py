@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import distributed_c10d as c10d
 
 from checkpointless_elastic.errors import CheckpointlessError, RankLostError
 from checkpointless_elastic.groups import connecting
@@ -21,7 +22,7 @@ from checkpointless_elastic.groups.link import Link, retire
 from checkpointless_elastic.groups.native import Attempt
 from checkpointless_elastic.groups.sockets import shut_down
 from checkpointless_elastic.groups.spec import GroupSignature, GroupSpec, RebuildReport, Superseded
-from checkpointless_elastic.groups.waiting import give_up_soon
+from checkpointless_elastic.groups.waiting import end_idle, give_up_soon
 
 __all__ = ["Registry"]
 
@@ -369,6 +370,14 @@ class Registry:
         Called by the next collective in any case; a session calls it before it goes on without one.
         """
         self.engine.settle()
+
+    def all_finished(self) -> None:
+        """All ranks have finished their scripts: destroyed groups end, and threads that wait for a next use."""
+        self._sleepers.end()
+        end_idle()
+        for group in [*self.engine.groups.values()]:
+            if group not in c10d._world.pg_map and group.link.native is not None:
+                group.shutdown()
 
     def committed(self, calls: int) -> None:
         """So many replayable calls of the job are committed, or were skipped by a replacement: see `owed`."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["AbortableFuture", "give_up_soon", "wait_beside", "wait_in_slices"]
+__all__ = ["AbortableFuture", "end_idle", "give_up_soon", "wait_beside", "wait_in_slices"]
 
 _SLICE = timedelta(milliseconds=50)
 _LOOK_UP_S = 0.05
@@ -49,21 +49,22 @@ class _Waiter:
     """A thread that waits for one send or receive at a time, and is kept for the next.
 
     Attributes:
-        works: what it is to wait for, with the caller's time limit (zero: none).
+        works: what it is to wait for, with the caller's time limit (zero: none); None ends it.
         ended: set when the present one has ended.
         error: how it ended, None if well.
         left_alone: its caller does not wait any more: it ends after this one.
     """
 
-    works: queue.SimpleQueue[tuple[Any, timedelta]] = field(default_factory=queue.SimpleQueue)
+    works: queue.SimpleQueue[tuple[Any, timedelta] | None] = field(default_factory=queue.SimpleQueue)
     ended: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
     left_alone: bool = False
 
     def run(self) -> None:
         """Body of the thread."""
-        while not self.left_alone:
-            native, timeout = self.works.get()
+        while not self.left_alone and (work := self.works.get()) is not None:
+            native, timeout = work
+            del work
             try:
                 native.wait(timeout) if timeout else native.wait()
             except BaseException as error:  # raised by the caller
@@ -89,6 +90,12 @@ def wait_beside(native: Any, link: Any, timeout: timedelta) -> bool:
     if waiter.error is not None:
         raise waiter.error
     return True
+
+
+def end_idle() -> None:
+    """End the threads that wait for nothing."""
+    while _idle:
+        _idle.pop().works.put(None)
 
 
 def _new_waiter() -> _Waiter:
@@ -150,7 +157,7 @@ def give_up_soon(futures: list[AbortableFuture]) -> None:
     """Complete what has not ended by itself after a moment, on a thread of its own."""
     if futures:
         timer = threading.Timer(GRACE_S, _give_up, (futures,))
-        timer.daemon = True
+        timer.daemon, timer.name = True, "checkpointless-give-up"
         timer.start()
 
 

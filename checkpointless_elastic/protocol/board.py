@@ -264,6 +264,7 @@ class Board(Roster):
         for seat, why in seats:
             if self._restarts == restarts:
                 self._taken[seat] = True
+                self.acts += [Heard(RankGone(rank, why, "", -1)) for rank in sorted(self._ranks(seat))]
                 self._decide(NodeLost(seat, self._ranks(seat), why))
 
     def _fill(self) -> None:
@@ -390,7 +391,8 @@ class Board(Roster):
         if self._over:
             return
         if message.bad:
-            self._halt("", sorted(message.bad))
+            how = ", ".join(f"rank {rank} with code {code}" for rank, code in sorted(message.bad.items()))
+            self._halt(f"all ranks had finished, but these ended badly: {how}", sorted(message.bad))
         elif len(self._ended) == len(self._seats):
             self._over = True
             self._order(Done())

@@ -56,6 +56,25 @@ class Holdings:
         """How many ranks may be lost at once, whichever of those are not `exposed` they are; 0 as far as is known."""
         return min((len(twins) - 1 for twins in self._twins.values() if len(twins) > 1), default=0)
 
+    def warning(self, mirrored: bool) -> str:
+        """Once all have said what they hold: why not every loss can be answered live, and what to do; else ''."""
+        if self.held.keys() != self.ranks:
+            return ""
+        if self.distrust:
+            return (
+                f"A lost rank cannot be recovered live: {self.distrust}. Leave it out of Run, make it equal, or name "
+                "the ranks that share it with run.declare_replicas."
+            )
+        exposed = self.exposed()
+        if not exposed or mirrored:
+            return ""
+        return (
+            f"{len(exposed)} of {len(self.ranks)} ranks hold state that no other rank holds "
+            f"({', '.join(map(str, exposed))}): the loss of one of them cannot be recovered live, that of "
+            f"{self.survivable()} at once of the others can. Train with more than one replica of each shard (a mesh "
+            "with a replicate dimension), or set mirror_every."
+        )
+
     def _claims(self, rank: int) -> list[frozenset[int]]:
         return [frozenset(claim) or self.ranks for claim in self.held[rank].claims]
 

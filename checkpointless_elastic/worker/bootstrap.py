@@ -92,7 +92,10 @@ def run(mode: str, argv: list[str], unbuffered: bool) -> int:
     session = _connect()
     error, code = _outcome(mode, argv)
     if session is not None:
+        from checkpointless_elastic.worker.ending import leave_if_stuck
+
         session.script_ended(error)
+        leave_if_stuck(code)
     return code
 
 

@@ -363,6 +363,7 @@ class Session:
         good = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
         if good and self.recovery is not None:
             self._finish()
+            self.registry.all_finished()
             self.registry.close()
         elif not good:
             self._fail(error)

@@ -64,8 +64,11 @@ class ReplacingControl:
         elif not self._running:
             self._workers.succeed()
 
-    def leaves(self, cause: str) -> None:
+    def will_end(self, cause: str) -> None:
         """There are no other agents."""
+
+    def leave(self) -> None:
+        pass
 
     def stopped(self) -> None:
         with open("stopped", "a") as file:

@@ -61,7 +61,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ended]:
 
 @pytest.fixture
 def check(calm: Callable[[int], Ended]) -> Callable[..., None]:
-    """Checks that a job has ended well: as the calm one bit for bit, with these ranks lost, each time with this rung."""
+    """Checks that a job has ended as the calm one bit for bit, with these ranks lost, each time by this rung."""
 
     def compare(ended: Ended, *lost: int, rung: int = 1) -> None:
         assert ended.code == 0, ended.text

@@ -60,6 +60,10 @@ class Faults:
             os.close(os.open(OUT / f"died-{fault.replace(':', '-')}", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return
+        if os.environ.get("LOSES") == "node":
+            agent = os.environ["CHECKPOINTLESS_RUN_DIR"].split("checkpointless-")[1].split("-")[0]
+            os.kill(int(agent), signal.SIGKILL)
+            signal.pause()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
