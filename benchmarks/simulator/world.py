@@ -240,7 +240,8 @@ class World:
             self.directory.verdict
         }
         verdicts = {verdict for verdict in verdicts if verdict and not verdict.startswith("out")}
-        if verdicts == {"failed: "} and self.killed_at_end:
+        badly = all(verdict.startswith("failed: all ranks had finished") for verdict in verdicts)
+        if verdicts and badly and self.killed_at_end:
             return
         if verdicts != {"succeeded"}:
             raise Violation(f"the job ended with {verdicts}")

@@ -39,7 +39,14 @@ class Holdings:
 
     def find_twins(self) -> None:
         """A rank that nobody can ask any more is a twin of those that say they are twins of it."""
-        self._twins = {rank: self.ranks.intersection(*self._claims(rank)) for rank in self.held}
+        shared: dict[
+            tuple[frozenset[int], ...], frozenset[int]
+        ] = {}  # most ranks claim the same: one set for all
+        for rank in self.held:
+            claims = tuple(self._claims(rank))
+            if claims not in shared:
+                shared[claims] = self.ranks.intersection(*claims)
+            self._twins[rank] = shared[claims]
         for rank in self.ranks - self.held.keys():
             known = {other for other in self.held if rank in self._twins[other]}
             self._twins[rank] = frozenset(known | {rank})

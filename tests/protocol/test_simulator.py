@@ -13,6 +13,7 @@ from simulator.world import Mutations, World
 
 from checkpointless_elastic.protocol.between import Standing
 from checkpointless_elastic.protocol.board import Board
+from checkpointless_elastic.protocol.branch import Branch
 from checkpointless_elastic.protocol.coordinator import Coordinator, State
 from checkpointless_elastic.protocol.member import Closed, Member
 from checkpointless_elastic.protocol.node import Node
@@ -96,6 +97,12 @@ RULES: dict[str, tuple[type, str, Callable[..., Any], tuple[str, ...]]] = {
         ("silent", "pause"),
     ),
     "a new coordinator does not release again": (Board, "_release", _not_again, ("coordinator",)),
+    "a parent waits for children that are gone": (
+        Branch,
+        "dropped",
+        lambda branch, child: branch.children.pop(child),
+        ("cut", "crash", "pause"),
+    ),
     "a replacement may come without its private state": (
         Station,
         "copied",
