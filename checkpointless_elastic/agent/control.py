@@ -169,6 +169,10 @@ class AgentControl:
             reason = "its private state was lost with its node and its guardian's"
             self._membership.report(RankSays(missing[0], Mismatch(reason)))
 
+    def keeps(self, rank: int, generation: int) -> bool:
+        """See Office."""
+        return self._station is None or self._station.keeps(rank, generation)
+
     def copied(self, rank: int, generation: int, step: int) -> None:
         """See Office."""
         if self._station is not None:
@@ -355,11 +359,9 @@ class AgentControl:
 
     def _reseated(self, station: Station, message: Reseated) -> None:
         """The guardian of this seat may be another agent now."""
-        guardian = (station.seat.seat + 1) % len(station.seat.bases)
-        if guardian in message.addresses:
-            station.seat = msgspec.structs.replace(station.seat, guardian=message.addresses[guardian])
-            if self._wards is not None:
-                self._wards.move(station.seat.guardian)
+        station.obey(message)
+        if self._wards is not None and (station.seat.seat + 1) % len(station.seat.bases) in message.addresses:
+            self._wards.move(station.guardian)
 
     def _run_again(self, station: Station, message: RunAgain) -> None:
         """All workers end, then this agent takes its seat again."""
@@ -369,6 +371,7 @@ class AgentControl:
         again = msgspec.structs.replace(
             station.seat,
             store=message.store,
+            guardian=station.guardian,
             generation=message.generation,
             restarts=message.restarts,
             taken=False,

@@ -81,6 +81,9 @@ class Office(Protocol):
     def open_store(self) -> str:
         """See `protocol.board`."""
 
+    def keeps(self, rank: int, generation: int) -> bool:
+        """May a copy of this generation be kept of another node's rank?"""
+
     def copied(self, rank: int, generation: int, step: int) -> None:
         """A rank of another node has its private state here."""
 
@@ -105,7 +108,7 @@ class Membership:
         self._links: dict[int, Peer] = {}
         self._numbers: dict[Peer, int] = {}
         self._accepted = 0  # number of the newest accepted link: they are negative
-        self._keeper = Keeper(office.copied)
+        self._keeper = Keeper(office.keeps, office.copied)
         self._wards: Wards | None = None
         me = Me("alone", "", size)
         if network is not None:
@@ -154,7 +157,7 @@ class Membership:
     ) -> Wards | None:
         """This agent has a seat now: keep its private state with the guardian. None with one seat."""
         if self._peers is not None and len(seat.bases) > 1:
-            self._wards = Wards(self._peers, self._office.run_dir, seat, ranks, fetched)
+            self._wards = Wards(self._loop, self._peers, self._office.run_dir, seat, ranks, fetched)
             self._keeper.recall()
         return self._wards
 

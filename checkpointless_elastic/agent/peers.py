@@ -110,6 +110,8 @@ class Peer:
         """The TCP connection stands: prove who we are, and let the other side do so."""
         peers = self._peers
         self._dial = None
+        # A connection without heartbeats of its own is lost when what was sent stays unanswered for as long.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * peers.limit))
         self._channel = peers.channels.new(self._role)
         self._handshake = Handshake(peers.identity, self._role)
         self._stream = Stream(peers.loop, connection, self._receive, self._lost)

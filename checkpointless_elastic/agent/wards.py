@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from checkpointless_elastic.agent.peers import Peer, Peers
+from checkpointless_elastic.agent.runtime import EventLoop, Timer
 from checkpointless_elastic.protocol.between import Between, Copy, Kept, Seated, Ward
 from checkpointless_elastic.protocol.messages import Report, encode_body
 from checkpointless_elastic.state.slot import Slot
@@ -21,12 +22,15 @@ __all__ = ["Keeper", "Wards"]
 
 logger = logging.getLogger(__name__)
 
+AGAIN_S = 0.5
+"""Until the next try to reach a guardian."""
+
 
 class Keeper:
     """The guardian's side: what is kept of another's ranks. ``copied(rank, generation, step)`` tells of a copy."""
 
-    def __init__(self, copied: Callable[[int, int, int], None]) -> None:
-        self._copied = copied
+    def __init__(self, keeps: Callable[[int, int], bool], copied: Callable[[int, int, int], None]) -> None:
+        self._keeps, self._copied = keeps, copied
         self._kept: dict[int, Copy] = {}
         self._from: dict[int, Peer] = {}  # by rank, the agent that has its seat
 
@@ -38,7 +42,8 @@ class Keeper:
                 kept = [self._kept[rank] for rank in message.ranks if rank in self._kept]
                 peer.send(encode_body(Kept(kept)))
         elif isinstance(message, Copy) and self._from.get(message.rank) is peer:
-            self._keep(message)
+            if self._keeps(message.rank, message.generation):
+                self._keep(message)
 
     def _keep(self, message: Copy) -> None:
         known = self._kept.get(message.rank)
@@ -78,16 +83,19 @@ class Wards:
 
     def __init__(
         self,
+        loop: EventLoop,
         peers: Peers,
         run_dir: str,
         seat: Seated,
         ranks: frozenset[int],
         fetched: Callable[[list[Copy]], None],
     ) -> None:
-        self._peers, self._run_dir = peers, run_dir
+        self._loop, self._peers, self._run_dir = loop, peers, run_dir
         self._seat, self._ranks = seat, ranks
         self._fetched: Callable[[list[Copy]], None] | None = fetched if seat.taken else None
         self._peer: Peer | None = None
+        self._address = ""
+        self._again: Timer | None = None
         self._sent: dict[int, _Sent] = {}
         self._ready: dict[int, tuple[int, int]] = {}  # generation and step that each rank was last ready for
         self.move(seat.guardian)
@@ -95,6 +103,7 @@ class Wards:
     def move(self, address: str) -> None:
         """The guardian's seat has a new agent."""
         self.close()
+        self._address = address
         if address:  # else that seat is vacant now
             self._peer = self._peers.connect(address)
 
@@ -117,9 +126,10 @@ class Wards:
             fetched(message.copies)
 
     def closed(self, reason: str) -> None:
-        """The guardian is gone, for now; the coordinator names its successor."""
+        """The guardian is gone, and the coordinator names its successor; or only the connection is."""
         logger.info("The guardian of seat %d cannot be reached (%s).", self._seat.seat, reason)
         self._peer = None
+        self._again = self._loop.call_later(AGAIN_S, lambda: self.move(self._address))
 
     def ready(self, rank: int, report: Report) -> None:
         """A rank is ready: copy what its replacement would need, before anybody is told."""
@@ -144,6 +154,9 @@ class Wards:
 
     def close(self) -> None:
         """The seat is given up, or has another guardian."""
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         if self._peer is not None:
             self._peer.close("the guardian is another one")
             self._peer = None
