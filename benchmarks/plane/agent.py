@@ -106,6 +106,10 @@ class Agent:
 
     # ---- Office
 
+    def keeps(self, rank: int, generation: int) -> bool:
+        """See Office; there are no copies here."""
+        return True
+
     def obey(self, message: Word) -> None:
         """See Office."""
         if isinstance(message, Spare):
