@@ -135,11 +135,11 @@ def test_an_unknown_setting_is_an_error_that_lists_the_known_ones(torchrun: Laun
     assert "settle_timeout" in finished.err.split("known settings are")[1]
 
 
-def test_several_nodes_are_refused_in_one_sentence(torchrun: Launcher) -> None:
+def test_several_nodes_without_an_endpoint_are_refused_in_one_sentence(torchrun: Launcher) -> None:
     torchrun.script("raise SystemExit('must not run')")
     finished = torchrun.run("--nnodes", "2", "train.py", ranks=1)
     assert finished.code == 1
-    assert "Several nodes are not supported by this version of checkpointless_elastic" in finished.err
+    assert "Several nodes need an endpoint that all of them can reach: give --rdzv-endpoint HOST:PORT." in finished.err
 
 
 def test_one_to_one_nodes_are_one_node(torchrun: Launcher) -> None:
