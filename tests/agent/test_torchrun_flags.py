@@ -139,7 +139,10 @@ def test_several_nodes_without_an_endpoint_are_refused_in_one_sentence(torchrun:
     torchrun.script("raise SystemExit('must not run')")
     finished = torchrun.run("--nnodes", "2", "train.py", ranks=1)
     assert finished.code == 1
-    assert "Several nodes need an endpoint that all of them can reach: give --rdzv-endpoint HOST:PORT." in finished.err
+    assert (
+        "Several nodes need an endpoint that all of them can reach: give --rdzv-endpoint HOST:PORT."
+        in finished.err
+    )
 
 
 def test_one_to_one_nodes_are_one_node(torchrun: Launcher) -> None:

@@ -75,6 +75,7 @@ def test_a_drained_node_leaves_with_code_0_and_no_bit_differs(job: Nodes, oracle
     assert len({pid for pid, _ in job.steps(hosting)}) == 1  # the survivor kept its process
 
 
+@pytest.mark.slow
 def test_a_coordinator_is_drained_and_stays_then_a_node_is_terminated(job: Nodes, oracle: Nodes) -> None:
     seen = job.status()
     done = job.command("drain", "--keep", "0", "--json")
@@ -115,6 +116,7 @@ def test_what_cannot_be_done_is_refused_with_a_sentence(job: Nodes) -> None:
     assert "No agent coordinates a job of this --rdzv-id" in other.err
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_is_drained_hands_over(tmp_path: Path, oracle: Nodes) -> None:
     if not has_etcd():
         skip_without_etcd()

@@ -86,6 +86,7 @@ def test_a_node_and_its_guardian_lost_at_once_lead_to_a_restart(
     assert "its private state was lost with its node and its guardian's" in ended.text
 
 
+@slow
 def test_a_node_that_comes_later_takes_a_seat_for_which_there_was_no_spare(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_node_that_comes_later_takes_a_seat_for_which_there_was_no_spare(
     check(it.finish(), 1)
 
 
+@slow
 @pytest.mark.parametrize(
     ("setting", "seconds"),
     [("ON_LOSS=fail", 0), pytest.param("ON_LOSS_TIMEOUT=1", 1, marks=slow)],
