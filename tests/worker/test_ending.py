@@ -6,8 +6,6 @@ import subprocess
 import sys
 import textwrap
 
-import pytest
-
 STUCK = """
     import atexit, sys, threading, time
     from datetime import timedelta
@@ -39,14 +37,14 @@ STUCK = """
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("leaves", 7), ("shuts down", -6)])
-def test_a_thread_that_is_stuck_in_a_store_does_not_abort_the_process(how: str, code: int) -> None:
+def test_a_thread_that_is_stuck_in_a_store_does_not_abort_the_process() -> None:
+    """Without `leave_if_stuck` most such processes end with -6, not all: that cannot be asserted."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(STUCK), how],
+        [sys.executable, "-c", textwrap.dedent(STUCK), "leaves"],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert done.returncode == code, done.stderr  # -6: torch and Python still do what the module says
+    assert done.returncode == 7, done.stderr
     assert done.stdout == "exit functions are called\n"
