@@ -23,7 +23,7 @@ RUN_DIR_ROOTS = (Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones run when they are asked for: the others together stay under 10 minutes."""
+    """The slow ones run when they are asked for."""
     if os.environ.get("CHECKPOINTLESS_SLOW_TESTS") != "1":
         for item in items:
             if item.get_closest_marker("slow") is not None:

@@ -34,6 +34,7 @@ from checkpointless_elastic.agent.runtime import (
 )
 from checkpointless_elastic.agent.servers import ForkServers
 from checkpointless_elastic.agent.workforce import LocalWorkforce, Verdict, VerdictKind
+from checkpointless_elastic.protocol.layout import ranks
 
 __all__ = ["CheckpointlessAgent", "make_control"]
 
@@ -109,8 +110,8 @@ class CheckpointlessAgent(LocalElasticAgent):
         workforce = self._present()
         if verdict.kind is VerdictKind.SUCCEEDED:
             group.state = WorkerState.SUCCEEDED
-            ranks = [worker.global_rank for worker in group.workers]
-            return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
+            finished = [worker.global_rank for worker in group.workers]
+            return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(finished))
         self._stop_workers(group)
         group.state = WorkerState.FAILED
         return RunResult(state=WorkerState.FAILED, failures=workforce.failures(verdict.ranks))
@@ -137,10 +138,9 @@ class CheckpointlessAgent(LocalElasticAgent):
             return
         seat, spec = self._control.seat, worker_group.spec
         host, _, port = seat.store.rpartition(":")
-        last = [*seat.bases[1:], seat.world][seat.seat]
         worker_group.workers = [
-            Worker(rank - seat.bases[seat.seat], rank, rank, seat.world, seat.world)
-            for rank in range(seat.bases[seat.seat], last)
+            Worker(local_rank, rank, rank, seat.world, seat.world)
+            for local_rank, rank in enumerate(ranks(seat.seat, seat.bases, seat.world))
         ]
         group: Any = worker_group  # torch declares these as None
         group.group_rank, group.group_world_size = seat.seat, len(seat.bases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from checkpointless_elastic.command.client import CommandError
+from checkpointless_elastic.protocol.layout import ranks
 from checkpointless_elastic.protocol.requests import Overview, Place
 
 __all__ = ["document", "find", "ranks_of", "table", "words"]
@@ -10,7 +11,7 @@ __all__ = ["document", "find", "ranks_of", "table", "words"]
 
 def ranks_of(seen: Overview, seat: int) -> list[int]:
     """Ranks of this seat."""
-    return list(range(seen.bases[seat], [*seen.bases[1:], seen.world][seat]))
+    return list(ranks(seat, seen.bases, seen.world))
 
 
 def words(ranks: list[int]) -> str:

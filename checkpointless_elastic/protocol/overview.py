@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from checkpointless_elastic.protocol.coordinator import Coordinator, State
+from checkpointless_elastic.protocol.layout import ranks
 from checkpointless_elastic.protocol.requests import Declined, Drain, Overview, Place
 
 __all__ = ["DRAINED", "View", "obstacle", "overview"]
@@ -36,7 +37,7 @@ class View:
 
     def ranks(self, seat: int) -> frozenset[int]:
         """Of this seat."""
-        return frozenset(range(self.bases[seat], [*self.bases[1:], self.world][seat]))
+        return frozenset(ranks(seat, self.bases, self.world))
 
 
 def overview(view: View) -> Overview:
