@@ -46,6 +46,10 @@ class Config:
         etcd_password_file: file with the password of `etcd_user`.
         etcd_ca: file with the certificates that etcd's must descend from; given, connections use TLS.
         etcd_cert, etcd_key: files with the certificate and key that the agent shows to etcd.
+        hang_factor: a step is late after so many times what steps take at most, and `hang_slack`; 0: no hang is looked
+            for.
+        hang_slack: see `hang_factor`; doubled each time that a late worker was ended, since it may only have been slow.
+        hang_timeout: limit for what no limit is learned for: first calls, compilation, and between calls.
         events: file for the JSON lines of recoveries; empty: ``recoveries.jsonl`` in the log directory.
     """
 
@@ -94,6 +98,16 @@ class Config:
     etcd_ca: str = _setting("", "file with the CA of etcd's certificates; given, connections use TLS")  # type: ignore[assignment]
     etcd_cert: str = _setting("", "file with the certificate that the agent shows to etcd")  # type: ignore[assignment]
     etcd_key: str = _setting("", "file with the key of etcd_cert")  # type: ignore[assignment]
+    hang_factor: float = _setting(
+        3.0,
+        "a step is late after so many times what steps take at most, and hang_slack; 0: hangs are not looked for",
+    )  # type: ignore[assignment]
+    hang_slack: timedelta = _setting(  # type: ignore[assignment]
+        timedelta(seconds=0.7), "added to that; doubled each time that a late worker was ended"
+    )
+    hang_timeout: timedelta = _setting(  # type: ignore[assignment]
+        timedelta(seconds=1800), "limit for what no limit is learned for: first calls, and between calls"
+    )
     events: str = _setting(
         "", "file for the JSON lines of recoveries; empty: recoveries.jsonl in the log directory"
     )  # type: ignore[assignment]
@@ -108,6 +122,8 @@ class Config:
             raise ConfigError(f"heartbeat_misses must be at least 2, not {self.heartbeat_misses}.")
         if self.on_loss not in ("wait", "fail"):
             raise ConfigError(f"on_loss must be wait or fail, not {self.on_loss!r}.")
+        if not 0 <= self.hang_factor < 1e6:
+            raise ConfigError(f"hang_factor must be 0 or a positive number, not {self.hang_factor}.")
         if self.active_nodes < 0:
             raise ConfigError(f"active_nodes must be 0 or a number of nodes, not {self.active_nodes}.")
         if self.mirror_every < 0:

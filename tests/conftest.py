@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+os.environ.setdefault("CHECKPOINTLESS_HANG_SLACK", "60")  # many tests hold a worker up on purpose
 MARK = "CHECKPOINTLESS_TEST_JOB"
 TIMEOUT_S = 120.0
 PAUSE_S = 0.01

@@ -14,12 +14,14 @@ from collections.abc import Callable
 
 import msgspec
 
+from checkpointless_elastic.agent.chair import Chair
+from checkpointless_elastic.agent.hangs import Hangs
 from checkpointless_elastic.agent.lifelines import Lifelines
 from checkpointless_elastic.agent.links import Links
 from checkpointless_elastic.agent.membership import Membership, Network
 from checkpointless_elastic.agent.recoveries import Recoveries, describe
 from checkpointless_elastic.agent.runtime import EventLoop, Workforce, empty_run_dir
-from checkpointless_elastic.agent.wards import Wards
+from checkpointless_elastic.agent.wards import Wards, put_back
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.acts import Word
 from checkpointless_elastic.protocol.between import (
@@ -39,9 +41,11 @@ from checkpointless_elastic.protocol.between import (
     Spare,
     Standing,
 )
-from checkpointless_elastic.protocol.events import Action, Deadline, Overdue
+from checkpointless_elastic.protocol.events import Action
 from checkpointless_elastic.protocol.messages import (
     Commit,
+    Explain,
+    Explained,
     Failed,
     Freeze,
     FromWorker,
@@ -51,7 +55,6 @@ from checkpointless_elastic.protocol.messages import (
     Mismatch,
     Refused,
     Release,
-    Replicas,
     Report,
     Restore,
     Stage,
@@ -112,9 +115,11 @@ class AgentControl:
         self.run_dir = workers.run_dir
         self._links = Links(os.path.join(workers.run_dir, "agent.sock"), loop, self._accept, self._take)
         self._lifelines = Lifelines(loop, self.lost)
+        self._hangs = Hangs(loop, self._settings, self._pids, self._ask, self._report)
         self._recoveries = Recoveries(self._settings.events, workers.log_dir, self._pids)
         network = self._network() if self._network is not None else None
         self._membership = Membership(loop, self._rules, size, self, network)
+        self._chair = Chair(loop, self._settings, self._rules, self._recoveries, self._membership)
         self._membership.begin()
 
     def await_seat(self) -> bool:
@@ -152,6 +157,7 @@ class AgentControl:
         empty_run_dir(self.run_dir)
         for rank in self._station.ranks:
             Slot.create(slot_path(self.run_dir, rank)).close()
+        self._hangs.begin(self.run_dir, self._station)
         self._offered = seat
 
     def _fetched(self, seat: Seated, station: Station, copies: list[Copy]) -> None:
@@ -159,11 +165,7 @@ class AgentControl:
         if self._station is not station:
             return
         self._offer(seat)
-        for copy in copies:
-            with Slot.open(slot_path(self.run_dir, copy.rank)) as slot:
-                slot.write(copy.blob, copy.parts)
-                for entry in copy.log or []:
-                    slot.append(entry)
+        put_back(self.run_dir, copies)
         missing = sorted(station.ranks - {copy.rank for copy in copies})
         if missing:
             reason = "its private state was lost with its node and its guardian's"
@@ -211,7 +213,7 @@ class AgentControl:
     def _lose(self, rank: int, cause: str) -> None:
         assert self._station is not None
         error = self._failed.pop(rank, "")
-        cause = f"failed: {error}" if error else cause
+        cause = self._hangs.why(rank) or (f"failed: {error}" if error else cause)
         self._known_lost.add((rank, self._incarnations[rank]))
         mirrored = newest(self.run_dir, rank) if self._rules.mirror_every else -1
         self._report(self._station.lost(rank, cause, error, mirrored))
@@ -287,6 +289,8 @@ class AgentControl:
         if isinstance(message, Failed):
             self._failed[rank] = message.error
             self._loop.call_later(0.0, functools.partial(self._leaves, rank, self._incarnations[rank]))
+        elif isinstance(message, Explained):
+            self._hangs.answered(rank, message)
         elif isinstance(message, Learned):
             if not self._learned:
                 self._learned = True
@@ -295,6 +299,9 @@ class AgentControl:
             if self._wards is not None and isinstance(message, Report) and message.stage is Stage.READY:
                 self._wards.ready(rank, message)
             self._report(station.said(rank, message))
+
+    def _ask(self, rank: int) -> None:
+        self._links.send(rank, "control", encode(Explain()))
 
     def _leaves(self, rank: int, incarnation: int) -> None:
         """A script has failed. Its process closes its connections now and ends later: peers must not wait for that."""
@@ -331,6 +338,8 @@ class AgentControl:
         if isinstance(message, ReplaceRank):
             self._replace(station, message)
         elif isinstance(message, EndRank):
+            if message.reason:
+                self._hangs.blame(message.rank, message.reason)
             self._workers.kill(message.rank)
         elif isinstance(message, Reseated):
             self._reseated(station, message)
@@ -429,19 +438,8 @@ class AgentControl:
 
     def perform(self, action: Action) -> None:
         """See Office."""
-        if isinstance(action, Deadline):
-            seconds = getattr(self._settings, action.limit).total_seconds()
-            overdue = Overdue(action.generation, action.state)
-            self._loop.call_later(seconds, lambda: self._membership.overdue(overdue))
-        else:
-            self._recoveries.perform(action, time.monotonic())
+        self._chair.perform(action)
 
     def heard(self, message: Between) -> None:
         """See Office."""
-        if isinstance(message, RankSays) and isinstance(message.said, Replicas):
-            holdings = self._membership.holdings()
-            warning = holdings.warning(bool(self._rules.mirror_every)) if holdings is not None else ""
-            if warning:
-                logger.warning("%s", warning)
-        else:
-            self._recoveries.heard(message, self._membership.is_pending, time.monotonic())
+        self._chair.heard(message)

@@ -12,7 +12,7 @@ import msgspec
 from checkpointless_elastic.observe.timeline import Recovery, write
 from checkpointless_elastic.protocol.acts import Restarting
 from checkpointless_elastic.protocol.between import Between, Gathered, RankExplained, RankGone, RankStarted
-from checkpointless_elastic.protocol.events import Action, Opened, Reached, Stop
+from checkpointless_elastic.protocol.events import Action, End, Opened, Reached, Stop
 from checkpointless_elastic.protocol.messages import Stage
 from checkpointless_elastic.worker.wire import RebuiltReport, RestoredReport
 
@@ -40,6 +40,7 @@ class Recoveries:
         self._current: Recovery | None = None
         self._seen: float | None = None
         self._noted: dict[int, str] = {}
+        self._stuck = 0.0
 
     def perform(self, action: Action, now: float) -> None:
         """The coordinator has come to a point."""
@@ -47,6 +48,8 @@ class Recoveries:
             self.opened(action.generation, action.lost, action.cause, now)
         elif isinstance(action, Reached):
             self.reached(action.point, action.details, now)
+        elif isinstance(action, End):
+            self._stuck = max(self._stuck, action.stuck)
         elif isinstance(action, Restarting):
             self.restarting(action.rung, action.reason, action.generation, action.step, now)
         elif isinstance(action, Stop):
@@ -148,6 +151,7 @@ class Recoveries:
         recovery, self._current, self._seen, self._noted = self._current, None, None, {}
         if recovery is None:
             return
+        recovery.stuck_s, self._stuck = self._stuck, 0.0
         directory = self._log_dir()
         path = self._events or (f"{directory}/recoveries.jsonl" if directory else "")
         write(recovery.record(self._pids), path)

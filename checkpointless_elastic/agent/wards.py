@@ -18,12 +18,21 @@ from checkpointless_elastic.protocol.messages import Report, encode_body
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.private import slot_path
 
-__all__ = ["Keeper", "Wards"]
+__all__ = ["Keeper", "Wards", "put_back"]
 
 logger = logging.getLogger(__name__)
 
 AGAIN_S = 0.5
 """Until the next try to reach a guardian."""
+
+
+def put_back(run_dir: str, copies: list[Copy]) -> None:
+    """Write what a guardian has kept into the slots of its ranks."""
+    for copy in copies:
+        with Slot.open(slot_path(run_dir, copy.rank)) as slot:
+            slot.write(copy.blob, copy.parts)
+            for entry in copy.log or []:
+                slot.append(entry)
 
 
 class Keeper:

@@ -45,6 +45,12 @@ class LoopHost(Protocol):
     def before_first_use(self) -> None:
         """A loop is about to be entered. A replacement blocks here until its state is there."""
 
+    def fetch_begins(self, frame: Frame) -> None:
+        """The next item of this loop is about to be fetched."""
+
+    def fetch_ended(self) -> None:
+        """It was, or there is none."""
+
     def iteration_started(self) -> None:
         """An item was fetched and noted, and is about to be yielded (again, in a replacement)."""
 
@@ -157,10 +163,13 @@ def _live(frame: Frame, source: Source[T], host: LoopHost, give: Callable[[int, 
         resume = host.resume
         outside = len(frame.outside) if resume is None else resume.outside_done(frame)
         before = rng.capture(), source.state(), outside
+        host.fetch_begins(frame)
         try:
             item = [source.fetch()]
         except StopIteration:
             return
+        finally:
+            host.fetch_ended()
         if host.resume is not None:
             host.resume.going_on(frame)
         host.cursor.start(frame, *before)

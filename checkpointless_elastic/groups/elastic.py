@@ -52,6 +52,7 @@ class ElasticProcessGroup(ProcessGroup):
         self.engine = engine
         self.link = link
         self.stamp = NEVER
+        self._counted = engine.place(spec.name)
         self._store = store
         self._batch: list[ElasticWork] | None = None
         self._splits = 0
@@ -79,6 +80,7 @@ class ElasticProcessGroup(ProcessGroup):
 
     def setGroupName(self, name: str) -> None:
         self.spec = replace(self.spec, name=name)
+        self._counted = self.engine.place(name)
 
     def setGroupDesc(self, desc: str) -> None:
         self.spec = replace(self.spec, description=desc)
@@ -239,6 +241,7 @@ def _collective(method: str, op: Op) -> Callable[..., ElasticWork | None]:
     def issue(self: ElasticProcessGroup, *args: Any, **kwargs: Any) -> ElasticWork | None:
         link, engine = self.link, self.engine
         self.stamp = engine.calls
+        engine.counts[self._counted] += 1
         situation = engine.host.situation()
         if link.void or engine.attention or (situation is not _ATTEMPT and situation is not _COMMITTED):
             return engine.issue(self, op, method, args, kwargs)

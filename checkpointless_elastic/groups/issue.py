@@ -52,6 +52,7 @@ class Engine:
         wake: connects a lazy group; when it returns the group is connected or void.
         ledger: this rank's collectives outside of steps.
         ending: all groups are being destroyed: they stay until all ranks have finished.
+        counts: of collectives issued; that of a group is at ``place(name)``. Read by the agent, see `worker.pulse`.
     """
 
     def __init__(self, host: Host, *, shadow: bool) -> None:
@@ -66,6 +67,8 @@ class Engine:
         self.wake: Callable[[ElasticProcessGroup], None] = _nobody
         self.ledger = Ledger()
         self.ending = False
+        self.counts: list[int] | memoryview[int] = [0]
+        self.place: Callable[[str], int] = lambda name: 0
         self._log = OutputLog(host)
         self._replayed: dict[str, int] = {}
 

@@ -26,6 +26,7 @@ ORDER = ("detect", "repeated", "freeze", "fork", "setup", "transfer", "forward",
 class Recovery:
     """One recovery while it goes on. Marks are times on a monotonic clock.
 
+    ``stuck_s``: for how long a rank that was ended for it had been stuck, before all else; 0 if none was.
     ``transfer_s``: of the slowest replacement; ``copying_s``: the part of it in which bytes were copied and verified.
     """
 
@@ -43,6 +44,7 @@ class Recovery:
     transfer_s: float = 0.0
     copying_s: float = 0.0
     bytes_moved: int = 0
+    stuck_s: float = 0.0
     groups_rebuilt: int = 0
     groups_kept: int = 0
     groups_lazy: int = 0
@@ -89,6 +91,7 @@ class Recovery:
             "decision": self.decision,
             "phases": self.phases(),
             "total_seconds": total,
+            "stuck_seconds": self.stuck_s,
             "bytes_moved": self.bytes_moved,
             "bandwidth": self.bytes_moved / self.transfer_s if self.transfer_s else 0.0,
             "transfer_seconds": self.copying_s,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.hangs import Where
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
@@ -150,6 +151,14 @@ class RankSays(Message, frozen=True):
     said: Said
 
 
+class Halted(Message, frozen=True):
+    """Some ranks of this agent are past their limits; where all of them are that can be looked at."""
+
+    generation: int
+    step: int
+    ranks: dict[int, Where]
+
+
 class NodeEnded(Message, frozen=True):
     """All workers of this agent have ended after the job was released, or one badly. ``bad``: exit codes but 0."""
 
@@ -270,9 +279,10 @@ class ReplaceRank(Message, frozen=True):
 
 
 class EndRank(Message, frozen=True):
-    """End this worker; its loss comes as any other."""
+    """End this worker; its loss comes as any other. ``reason`` completes "rank 3 ..."; empty: it is not to blame."""
 
     rank: int
+    reason: str = ""
 
 
 class RunAgain(Message, frozen=True):
@@ -361,6 +371,7 @@ Between = (
     | RankExited
     | RankExplained
     | RankSays
+    | Halted
     | NodeEnded
     | Child
     | Attached

@@ -19,7 +19,6 @@ from checkpointless_elastic.protocol.acts import Guard, Heard, Perform, Restarti
 from checkpointless_elastic.protocol.between import (
     VERSION,
     AnswerBundle,
-    Answers,
     Attached,
     Between,
     Bundle,
@@ -47,14 +46,10 @@ from checkpointless_elastic.protocol.branch import unbundled
 from checkpointless_elastic.protocol.coordinator import State
 from checkpointless_elastic.protocol.events import (
     Action,
-    AllFrozen,
     Broadcast,
     Deadline,
     End,
     Event,
-    ExitedEarly,
-    LeftEarly,
-    Lost,
     NodeLost,
     Overdue,
     Reopened,
@@ -62,13 +57,10 @@ from checkpointless_elastic.protocol.events import (
     Restart,
     Stop,
     Succeed,
-    Tally,
-    Unfit,
 )
+from checkpointless_elastic.protocol.hearing import event_of
 from checkpointless_elastic.protocol.messages import (
     Commit,
-    Left,
-    Mismatch,
     Protected,
     Release,
     Replicas,
@@ -354,14 +346,10 @@ class Board(Roster):
             return
         if isinstance(message, (RankStarted, RankExplained, RankGone, Gathered)):
             self.acts.append(Heard(message))
-        if isinstance(message, Gathered):
-            self._decide(Tally(message.stage, message.generation, message.step, message.reports))
-        elif isinstance(message, Answers):
-            self._decide(AllFrozen(message.generation, message.reports))
-        elif isinstance(message, RankGone):
-            self._decide(Lost(message.rank, message.cause, message.error, message.mirrored))
-        elif isinstance(message, RankExited):
-            self._decide(ExitedEarly(message.rank))
+        event = event_of(message)
+        if event is not None:
+            self._decide(event)
+        if isinstance(message, RankExited):
             if message.finished is not None:
                 self.received(name, message.finished)
         elif isinstance(message, RankSays):
@@ -381,10 +369,6 @@ class Board(Roster):
         elif isinstance(said, Replicas):
             self.coordinator.holdings.compare(message.rank, said)
             self.acts.append(Heard(message))
-        elif isinstance(said, Left):
-            self._decide(LeftEarly(message.rank, said.generation))
-        elif isinstance(said, Mismatch):
-            self._decide(Unfit(message.rank, said.reason))
 
     def _node_ended(self, message: NodeEnded) -> None:
         self._ended[message.seat] = message.bad
@@ -421,7 +405,8 @@ class Board(Roster):
         elif isinstance(action, Replace):
             self._tell_rank(action.rank, ReplaceRank(action.rank, self._store))
         elif isinstance(action, End):
-            self._tell_rank(action.rank, EndRank(action.rank))
+            self._tell_rank(action.rank, EndRank(action.rank, action.reason))
+            self.acts.append(Perform(action))
         elif isinstance(action, Restart):
             self._run_again(action)
         elif isinstance(action, Stop):

@@ -21,6 +21,7 @@ from checkpointless_elastic.protocol.events import (
     End,
     Event,
     ExitedEarly,
+    Late,
     LeftEarly,
     Lost,
     NodeLost,
@@ -35,6 +36,7 @@ from checkpointless_elastic.protocol.events import (
     Tally,
     Unfit,
 )
+from checkpointless_elastic.protocol.halt import Halt
 from checkpointless_elastic.protocol.holdings import Holdings
 from checkpointless_elastic.protocol.messages import (
     Commit,
@@ -96,6 +98,7 @@ class Coordinator:
         self._untold: set[int] = set()  # ranks that left, of which the last Freeze did not say so
         self._unanswered: set[int] = set()  # ranks that have not answered it
         self._reports: dict[Stage, dict[int, bytes]] = {}
+        self._halt = Halt()
 
     def take_over(self, standings: Iterable[Standing], store: str) -> None:
         """Know what the last coordinator knew, as far as agents can tell. NodeLost or Reopened comes next.
@@ -388,6 +391,12 @@ class Coordinator:
         self._reports = {}
         return [Reached(self.generation, "resumed", details), Broadcast(Resume(self.generation))]
 
+    def _late(self, event: Late) -> list[Action]:
+        if (event.generation, event.step) != (self.generation, self.step) or not self.protected:
+            return []
+        found = self._halt.heard(event, frozenset(self.whole), self.state is State.RUNNING)
+        return [End(rank, reason, seconds) for rank, (reason, seconds) in sorted(found.items())]
+
     def _unfit(self, event: Unfit) -> list[Action]:
         if event.rank in self._ended:
             return []
@@ -438,6 +447,7 @@ def _table() -> dict[tuple[State, type[Event]], _Handler]:
         rows[state, NodeLost] = Coordinator._nothing if ended else Coordinator._node_lost
         rows[state, Reopened] = Coordinator._nothing if ended else Coordinator._reopened
         rows[state, ExitedEarly] = Coordinator._nothing if ended else Coordinator._exited_early
+        rows[state, Late] = Coordinator._nothing if ended else Coordinator._late
         rows[state, Unfit] = Coordinator._nothing if ended else Coordinator._unfit
         rows[state, Overdue] = Coordinator._overdue if state in _RECOVERING else Coordinator._nothing
         waits = state in _RECOVERING and state is not State.REBUILDING  # nobody waits for a peer there

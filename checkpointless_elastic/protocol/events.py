@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from checkpointless_elastic.protocol.hangs import Where
 from checkpointless_elastic.protocol.messages import Frozen, Message, Stage
 
 
@@ -82,6 +83,15 @@ class Unfit(Event):
 
 
 @dataclass(frozen=True)
+class Late(Event):
+    """Ranks of one agent, of which some are past their limits, and what they are doing."""
+
+    generation: int
+    step: int
+    ranks: dict[int, Where]
+
+
+@dataclass(frozen=True)
 class Overdue(Event):
     """A deadline that the coordinator asked for has passed."""
 
@@ -109,9 +119,15 @@ class Replace(Action):
 
 @dataclass(frozen=True)
 class End(Action):
-    """End this worker, whose loss then comes as any other: all ranks go back to their mirrors."""
+    """End this worker, whose loss then comes as any other.
+
+    ``reason`` completes "rank 3 ..."; empty: it is not to blame, all ranks go back to their mirrors. ``stuck``: seconds
+    for which it was.
+    """
 
     rank: int
+    reason: str = ""
+    stuck: float = 0.0
 
 
 @dataclass(frozen=True)

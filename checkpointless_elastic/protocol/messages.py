@@ -106,6 +106,17 @@ class Replicas(Message, frozen=True):
     pieces: dict[str, tuple[int, int]]
 
 
+class Explained(Message, frozen=True):
+    """Answer to Explain: where the main thread is.
+
+    ``at``: the innermost line of the script; ``waits``: for a collective; ``compiles``: torch.compile does.
+    """
+
+    at: str
+    waits: bool
+    compiles: bool
+
+
 class Learned(Message, frozen=True):
     """Third-party modules that the script imported: worth loading in the fork server."""
 
@@ -154,6 +165,10 @@ class Freeze(Message, frozen=True):
     store_lost: bool = False
 
 
+class Explain(Message, frozen=True):
+    """The job has come to a halt: say where the main thread is."""
+
+
 class Decision(Message, frozen=True):
     """All ranks go on at ``step``. A rank that is ready for ``step - 1`` applies it first.
 
@@ -193,8 +208,8 @@ class Release(Message, frozen=True):
     generation: int
 
 
-FromWorker = Hello | Protected | Report | Frozen | Left | Failed | Mismatch | Learned | Replicas
-ToWorker = Welcome | Refused | Commit | Freeze | Decision | Restore | Rebuild | Resume | Release
+FromWorker = Hello | Protected | Report | Frozen | Left | Failed | Mismatch | Explained | Learned | Replicas
+ToWorker = Welcome | Refused | Commit | Freeze | Explain | Decision | Restore | Rebuild | Resume | Release
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

@@ -94,6 +94,14 @@ class Station:
         """Does a recovery go on?"""
         return bool(self._lost or self._left) or self.decision is not None
 
+    @property
+    def running(self) -> frozenset[int]:
+        """Its ranks that have joined a protected job and are not known to be gone."""
+        if self.stopped or self.released:
+            return frozenset()
+        here = self.ranks - self.pending - self._absent - self.gone.keys()
+        return frozenset(rank for rank in here if self.is_protected(rank))
+
     def is_protected(self, rank: int) -> bool:
         """Can the loss of this rank be answered by rung 1, as far as is known here?"""
         return rank in self._protected and (self.step > 0 or self.seat.taken)

@@ -21,6 +21,7 @@ from checkpointless_elastic.data.resume import Join, Resume, Skip
 from checkpointless_elastic.errors import CheckpointlessError, ScriptMismatchError, StateMismatchError
 from checkpointless_elastic.groups import spec as groups
 from checkpointless_elastic.groups.spec import GroupSignature
+from checkpointless_elastic.protocol.hangs import Activity
 from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore, Stage
 from checkpointless_elastic.protocol.messages import Resume as ResumeNow
 from checkpointless_elastic.state import pipelines
@@ -86,10 +87,12 @@ class Recovery:
         """Take part until the job runs again."""
         session = self._session
         while True:
+            session.pulse.idle(Activity.RECOVERY, session.stretch)
             try:
                 self._follow()
                 pipelines.start_over()
                 if session.resumed(self._exchanged):
+                    session.pulse.end(session.stretch, learn=False)
                     return
                 session.left_early()  # others may have begun the next attempt
             except (Superseded, groups.Superseded):

@@ -13,6 +13,7 @@ from checkpointless_elastic.data import loops
 from checkpointless_elastic.errors import ConfigError, StateMismatchError
 from checkpointless_elastic.groups import ddp
 from checkpointless_elastic.groups.spec import GroupSignature
+from checkpointless_elastic.protocol.hangs import Activity
 from checkpointless_elastic.state.digest import digest
 from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.modules import ModuleHolder
@@ -197,10 +198,13 @@ class Run:
             functools.partial(self._applied, host),
         )
         host.in_call, host.committed, host.late, host.void_memory = True, False, False, set()
+        host.pulse.begin(Activity.CALL, name, host.stretch)
+        as_usual = False
         try:
             with call:
                 value = function(*args, **kwargs)
                 call.gate()
+            as_usual = self.attempt == 1 and not host.is_frozen()
         except gate.VoidAttempt:
             return self._undo(host, start)
         except AgentGone:
@@ -214,14 +218,17 @@ class Run:
             return self._undo(host, start)
         finally:
             host.in_call = False
+            host.pulse.end(host.stretch, learn=as_usual)
         return self._returned(host, recovery, name, call, value)
 
     def _commit(self, host: session.Session, recovery: Recovery) -> None:
         self._snapshot.gate()
         recovery.mirror.wait()
         recovery.save_ready()
+        host.pulse.turn(Activity.GATE)
         if not host.vote():
             raise gate.VoidAttempt
+        host.pulse.turn(Activity.CALL)
         host.committed = True
         host.registry.committed(host.step)
 

@@ -21,13 +21,15 @@ import msgspec
 import torch
 
 from checkpointless_elastic.agent.preload import third_party
-from checkpointless_elastic.data.cursor import Cursor
+from checkpointless_elastic.data.cursor import Cursor, Frame
 from checkpointless_elastic.errors import RankLostError, ScriptMismatchError
 from checkpointless_elastic.groups.host import LoggedCollective, Situation
 from checkpointless_elastic.groups.registry import Registry
+from checkpointless_elastic.protocol.hangs import Activity
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
+    Explain,
     Failed,
     Freeze,
     Frozen,
@@ -51,6 +53,8 @@ from checkpointless_elastic.worker import lifeline
 from checkpointless_elastic.worker.channel import Channel
 from checkpointless_elastic.worker.exchange import expect
 from checkpointless_elastic.worker.private import lifeline_path, slot_path
+from checkpointless_elastic.worker.pulse import Pulse, pulse_path
+from checkpointless_elastic.worker.whereabouts import explain
 
 if TYPE_CHECKING:
     from checkpointless_elastic.data.resume import Resume
@@ -110,6 +114,7 @@ class Session:
         late: a collective was asked for after the gate of the present call.
         void_memory: addresses of what collectives after its gate left as NaN.
         nodes: which ranks are on which node.
+        pulse: tells the agent what the main thread does.
         cursor, resume: see data.loops.LoopHost.
     """
 
@@ -137,6 +142,8 @@ class Session:
         self.nodes = Nodes(channel.welcome.bases)
         self.freeze_seen = threading.Event()
         self.registry = Registry(self, shadow=self.shadow)
+        self.pulse = Pulse(pulse_path(run_dir, rank))
+        self.registry.engine.counts, self.registry.engine.place = self.pulse.counts, self.pulse.place
         self._log = _read_log(self.slot) if self.shadow else {}
         self._logged = 0
         self._stashed: Decision | None = None
@@ -150,8 +157,12 @@ class Session:
 
     def take(self, message: ToWorker) -> None:
         """A control message has come."""
-        if not isinstance(message, Freeze):
-            return
+        if isinstance(message, Explain):
+            self.channel.control.send(explain())
+        elif isinstance(message, Freeze):
+            self._freeze(message)
+
+    def _freeze(self, message: Freeze) -> None:
         with self.lock:
             self.frozen = max(self.frozen, message.generation)
             self._news.notify_all()
@@ -328,6 +339,20 @@ class Session:
 
     # ---- data.loops.LoopHost
 
+    @property
+    def stretch(self) -> int:
+        """See `protocol.hangs.Where`."""
+        return 2 * self.step + self.in_call
+
+    def fetch_begins(self, frame: Frame) -> None:
+        """A loop asks for its next item."""
+        first = "first" if frame.position < 0 else "next"
+        self.pulse.begin(Activity.DATA, f"{first} item of {frame.kind} {frame.path}", self.stretch)
+
+    def fetch_ended(self) -> None:
+        """It has it, or there is none."""
+        self.pulse.end(self.stretch)
+
     def before_first_use(self) -> None:
         """A loop is entered. A replacement blocks until its state is there."""
         if self.recovery is not None:
@@ -380,6 +405,7 @@ class Session:
             if self.is_frozen():
                 self.settle()
             self.registry.settle()
+            self.pulse.idle(Activity.GATE, self.stretch)
             self.report(Stage.FINISHED, self.generation)
             try:
                 self.next_message(Release, self.generation)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
+import functools
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from typing import Any
 
@@ -63,12 +66,49 @@ def hold(name: str) -> None:
         time.sleep(0.01)
 
 
+def freeze() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def freeze_soon() -> None:
+    threading.Timer(0.1, freeze).start()
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def hold_the_interpreter() -> None:
+    ctypes.PyDLL(None).sleep(1000)
+
+
+def deadlock() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+HANGS = {
+    "freeze": freeze,
+    "freezesoon": freeze_soon,
+    "pause": functools.partial(time.sleep, 0.3),
+    "slow": functools.partial(time.sleep, 2.0),
+    "spin": spin,
+    "block": hold_the_interpreter,
+    "deadlock": deadlock,
+}
+
+
 def fail(kind: str, name: str) -> None:
     if kind[:4] in ("node", "term", "stop"):
         strike_node(kind[:4], kind[4:])
         return
     if kind.startswith("hold"):
         hold(kind[4:])
+        return
+    if kind in HANGS:
+        HANGS[kind]()
         return
     if kind == "linger":
         atexit.register(linger)
@@ -86,13 +126,14 @@ def moment(name: str, step: int) -> None:
         if (int(rank), int(at), where) != (int(os.environ["RANK"]), step, name):
             continue
         marker = f"{OUT}/{rank}-{at}-{where}"
-        again = 3 if kind == "always" else int(kind[4:] or 1) if kind.startswith("kill") else 1
+        again = {"always": 3, "slow": 8}.get(kind) or (int(kind[4:] or 1) if kind.startswith("kill") else 1)
         for number in range(again):
             try:
                 os.close(os.open(f"{marker}-{number}", os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 continue
             fail("raise" if kind == "always" else kind, "always" if kind == "always" else name)
+            break
 
 
 if "CHECKPOINTLESS_RUN_DIR" in os.environ:
@@ -123,7 +164,15 @@ scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
 run = ce.Run(model=model, optimizer=optimizer, scheduler=scheduler)
 torch.manual_seed(100 + rank)
 inputs, labels = torch.randn(2048, 32, generator=torch.Generator().manual_seed(5)), torch.arange(2048) % 8
-data = TensorDataset(inputs, labels)
+
+
+class Data(TensorDataset):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        moment("fetch", run.step)
+        return super().__getitem__(index)
+
+
+data = Data(inputs, labels)
 sampler: Any = DistributedSampler(data, shuffle=True)
 loader = DataLoader(data, batch_size=8, sampler=sampler)
 os.environ["REPLACEMENT"] = str(ce.is_replacement())

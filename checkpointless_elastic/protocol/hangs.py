@@ -1,0 +1,100 @@
+"""Who keeps the job from going on: from what agents see of their workers, the ranks that all others wait for.
+
+A step has a limit that a rank learns from its own steps, see `worker.pulse`. Agents say where their ranks are once one
+of them is past its limit. A rank that waits at the gate or in a collective is past its limit too, but not to blame.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+
+from checkpointless_elastic.protocol.messages import Message
+
+__all__ = ["Activity", "Where", "culprits"]
+
+
+class Activity(enum.IntEnum):
+    """What a rank's script is doing."""
+
+    SETUP = 0  # no step is committed yet, or the script has ended: nothing is expected of it
+    OUTSIDE = 1  # between replayable calls
+    DATA = 2  # the loop waits for its next item
+    CALL = 3
+    GATE = 4  # ready: it waits for the others
+    RECOVERY = 5  # as GATE
+
+
+WORKING = (Activity.OUTSIDE, Activity.DATA, Activity.CALL)
+
+
+class Where(Message, frozen=True):
+    """Where one rank is.
+
+    Attributes:
+        activity: an `Activity`.
+        late: it is past its limit.
+        stretch: twice the number of committed calls, and one more inside of a call.
+        issued: by group, a number that stands for it: collectives issued in this stretch.
+        seconds: for which it has done what it does.
+        stopped: its process was stopped by a signal.
+        answers: its listener thread has answered.
+        waits: its main thread waits for a collective; False if that cannot be seen.
+        at: the innermost place of the main thread in the script, as far as is known.
+        limit: seconds after which it is late.
+    """
+
+    activity: int
+    late: bool
+    stretch: int
+    issued: dict[int, int]
+    seconds: float
+    stopped: bool = False
+    answers: bool = True
+    waits: bool = False
+    at: str = ""
+    limit: float = 0.0
+
+
+def culprits(ranks: Mapping[int, Where], running: bool) -> dict[int, str]:
+    """The ranks that the job waits for, with a sentence that completes "rank 3 ..."; none if it may go on by itself.
+
+    ``running``: no recovery goes on. In one, collectives end at once and nobody waits in them.
+    """
+    late = {rank: where for rank, where in ranks.items() if where.late}
+    stopped = [rank for rank, where in late.items() if where.stopped]
+    if stopped:
+        return {rank: _sentence(late[rank], "its process is stopped by a signal") for rank in stopped}
+    silent = [rank for rank, where in late.items() if not where.answers and where.activity in WORKING]
+    if silent:
+        return {rank: _sentence(late[rank], "none of its threads gets to run") for rank in silent}
+    working = {rank: where for rank, where in late.items() if where.activity in WORKING}
+    if not running:
+        return {rank: _sentence(where, "the others recover") for rank, where in working.items()}
+    free = {
+        rank: where
+        for rank, where in working.items()
+        if not any(_behind(other, where) for other in ranks.values())
+    }
+    if len(free) < len(ranks):
+        return {rank: _sentence(where, "the others wait for it") for rank, where in free.items()}
+    busy = {rank: where for rank, where in free.items() if not where.waits}
+    if busy and len(busy) < len(free):
+        return {rank: _sentence(where, "the others wait for it") for rank, where in busy.items()}
+    first = min(free)
+    return {first: _sentence(free[first], "all ranks wait in the same collective, and no one is to blame")}
+
+
+def _behind(other: Where, where: Where) -> bool:
+    """Does ``where`` wait for ``other``, as far as the collectives that they have issued say?"""
+    if other.stretch != where.stretch:
+        return other.stretch < where.stretch
+    return any(other.issued.get(group, count) < count for group, count in where.issued.items())
+
+
+def _sentence(where: Where, why: str) -> str:
+    doing = {Activity.DATA: "waiting for data", Activity.OUTSIDE: "between calls"}.get(
+        Activity(where.activity), "in a call"
+    )
+    at = f", {where.at}" if where.at else ""
+    return f"was stuck for {where.seconds:.1f} s (its limit is {where.limit:.1f} s) {doing}{at}: {why}"

@@ -1,0 +1,173 @@
+"""A worker's pulse: what it is doing since when, in memory that its agent reads.
+
+Writing costs a few stores to memory and no message, and it can be read of a process that is stopped. Each word is
+written in one piece; a reader may meet words of two moments, and takes nothing as certain that it saw only once.
+
+A limit is learned for each kind of thing that takes time, the calls of one function, or the items of one loop: how long
+it takes at most, forgotten slowly. What was learned outlives the worker, its replacement goes on with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import time
+from dataclasses import dataclass
+
+from checkpointless_elastic.protocol.hangs import Activity
+
+__all__ = ["Monitor", "Pulse", "Reading", "pulse_path"]
+
+_ACTIVITY, _SINCE, _EXPECTED, _STRETCH, _USED = range(5)
+_GROUPS = 63
+_KINDS = 32
+_NAMES = 8  # then the number of each group, then their counts, the last of which is of all that have no place
+_COUNTS = _NAMES + _GROUPS
+_LEARNED = _COUNTS + _GROUPS + 1  # then number, samples and nanoseconds of each kind
+_SIZE = 8 * (_LEARNED + 3 * _KINDS)
+ENOUGH = 3
+"""Times that something must have been done before a limit is known for it; the first time does not count."""
+_KEEP = 0.97
+"""Of what something took at most, after each time: a tenth is left after 75 times."""
+_NOTHING = memoryview(bytes(8 * (_GROUPS + 1))).cast("q")
+
+
+def pulse_path(run_dir: str, rank: int) -> str:
+    """Where a rank's pulse is."""
+    return os.path.join(run_dir, f"pulse-{rank}")
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _open(path: str) -> memoryview:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(descriptor, _SIZE)
+        return memoryview(mmap.mmap(descriptor, _SIZE)).cast("q")
+    finally:
+        os.close(descriptor)
+
+
+class Pulse:
+    """The worker's side. Used by the main thread; collectives are counted by whoever issues them.
+
+    Attributes:
+        counts: of collectives, by `place`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._words = words = _open(path)
+        words[_ACTIVITY] = Activity.SETUP
+        words[_USED] = 0
+        self.counts = words[_COUNTS : _COUNTS + _GROUPS + 1]
+        self.counts[:] = _NOTHING
+        self._places: dict[str, int] = {}
+        self._kinds = {words[at]: at for at in range(_LEARNED, _LEARNED + 3 * _KINDS, 3) if words[at]}
+        self._named: dict[str, int] = {}
+        self._kind = 0
+        self._began = 0
+        self._usual = 0
+
+    def place(self, group: str) -> int:
+        """Where the collectives of this group are counted."""
+        if group not in self._places:
+            place = min(len(self._places), _GROUPS)
+            self._places[group] = place
+            if place < _GROUPS:
+                self._words[_NAMES + place] = _number(group)
+                self._words[_USED] = place + 1
+        return self._places[group]
+
+    def begin(self, activity: Activity, kind: str, stretch: int) -> None:
+        """Something begins that will take about as long as what was done before under the name ``kind``."""
+        words = self._words
+        at = self._named.get(kind)
+        if at is None:
+            at = self._named[kind] = self._place_of_kind(kind)
+        self._kind = at
+        words[_EXPECTED] = words[at + 2] if at and words[at + 1] >= ENOUGH else 0
+        self._stretch(stretch)
+        self._began = words[_SINCE] = time.monotonic_ns()
+        words[_ACTIVITY] = activity
+
+    def turn(self, activity: Activity) -> None:
+        """The same goes on, in another way: a call waits at its gate, or recovers."""
+        self._words[_ACTIVITY] = activity
+
+    def end(self, stretch: int, *, learn: bool = True) -> None:
+        """It has ended; ``learn`` if it went as usual."""
+        words, now, at = self._words, time.monotonic_ns(), self._kind
+        if learn and at:
+            took, samples = now - self._began, words[at + 1]
+            words[at + 1] = min(samples + 1, ENOUGH)
+            if samples:
+                words[at + 2] = max(took, int(words[at + 2] * _KEEP))
+        self._usual = words[_EXPECTED] or self._usual
+        words[_EXPECTED] = 0
+        self._stretch(stretch)
+        words[_SINCE] = now
+        words[_ACTIVITY] = Activity.OUTSIDE
+
+    def idle(self, activity: Activity, stretch: int) -> None:
+        """From here on this rank only waits for others, which should not take longer than what was done last."""
+        words = self._words
+        words[_EXPECTED], words[_STRETCH] = self._usual, stretch
+        self.counts[:] = _NOTHING
+        words[_SINCE] = time.monotonic_ns()
+        words[_ACTIVITY] = activity
+
+    def _stretch(self, stretch: int) -> None:
+        if self._words[_STRETCH] != stretch:
+            self._words[_STRETCH] = stretch
+            self.counts[:] = _NOTHING
+
+    def _place_of_kind(self, kind: str) -> int:
+        number = _number(kind)
+        at = self._kinds.get(number)
+        if at is None:
+            if len(self._kinds) == _KINDS:
+                return 0  # no limit is learned for it
+            at = self._kinds[number] = _LEARNED + 3 * len(self._kinds)
+            self._words[at] = number
+        return at
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A worker's pulse at one moment.
+
+    Attributes:
+        activity, stretch, issued: see `protocol.hangs.Where`.
+        since: when it began, in nanoseconds of the monotonic clock.
+        expected: how long it takes at most, as was learned, in nanoseconds; 0: not known.
+    """
+
+    activity: Activity
+    since: int
+    expected: int
+    stretch: int
+    issued: dict[int, int]
+
+
+class Monitor:
+    """The agent's side of one rank's pulse."""
+
+    def __init__(self, path: str) -> None:
+        self._words = _open(path)
+
+    def glance(self) -> tuple[int, int, int]:
+        """Activity, since and expected of `Reading`."""
+        words = self._words
+        return words[_ACTIVITY], words[_SINCE], words[_EXPECTED]
+
+    def read(self) -> Reading:
+        """What the worker last wrote."""
+        words = self._words
+        used = max(0, min(words[_USED], _GROUPS))
+        issued = {words[_NAMES + place]: words[_COUNTS + place] for place in range(used)}
+        activity = words[_ACTIVITY]
+        known = Activity(activity) if 0 <= activity < len(Activity) else Activity.SETUP
+        return Reading(known, words[_SINCE], words[_EXPECTED], words[_STRETCH], issued)

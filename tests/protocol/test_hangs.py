@@ -1,0 +1,76 @@
+"""Who is to blame when the job does not go on."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from checkpointless_elastic.protocol.hangs import Activity, Where, culprits
+
+GROUP, OTHER = 11, 12
+CALL = Where(Activity.CALL, True, 9, {GROUP: 4}, 2.0)
+GATE = Where(Activity.GATE, True, 9, {GROUP: 4}, 2.0)
+
+
+def blamed(*wheres: Where, running: bool = True) -> set[int]:
+    return set(culprits(dict(enumerate(wheres)), running))
+
+
+def test_a_rank_that_is_not_ready_while_the_others_are_is_to_blame() -> None:
+    assert blamed(GATE, CALL, GATE) == {1}
+
+
+def test_a_rank_that_has_issued_fewer_collectives_is_to_blame() -> None:
+    assert blamed(CALL, replace(CALL, issued={GROUP: 3}), CALL) == {1}
+
+
+def test_a_rank_that_waits_for_another_one_is_not_to_blame_though_a_third_waits_for_it() -> None:
+    first = replace(CALL, issued={GROUP: 5})
+    second = replace(CALL, issued={GROUP: 4, OTHER: 2})
+    third = replace(CALL, issued={OTHER: 1})
+    assert blamed(first, second, third) == {2}
+
+
+def test_a_rank_that_has_not_begun_the_call_is_to_blame() -> None:
+    assert blamed(CALL, replace(CALL, activity=Activity.DATA, stretch=8, issued={})) == {1}
+
+
+def test_a_rank_that_may_take_longer_is_not_to_blame_and_those_that_wait_for_it_neither() -> None:
+    saving = replace(CALL, activity=Activity.OUTSIDE, late=False, stretch=8, issued={})
+    assert blamed(CALL, saving) == set()
+
+
+def test_a_process_that_is_stopped_is_to_blame_wherever_it_is() -> None:
+    assert blamed(CALL, replace(CALL, stopped=True), CALL) == {1}
+    assert blamed(GATE, replace(GATE, stopped=True)) == {1}
+
+
+def test_a_process_that_does_not_answer_is_to_blame() -> None:
+    assert blamed(CALL, replace(CALL, answers=False), CALL) == {1}
+
+
+def test_of_ranks_in_the_same_collective_those_that_do_not_wait_are_to_blame() -> None:
+    waiting = replace(CALL, waits=True)
+    assert blamed(waiting, CALL, waiting) == {1}
+
+
+def test_where_all_wait_in_the_same_collective_one_is_ended_so_that_it_is_made_anew() -> None:
+    waiting = replace(CALL, waits=True)
+    assert blamed(waiting, waiting, waiting) == {0}
+
+
+def test_in_a_recovery_whoever_is_still_in_its_call_is_to_blame() -> None:
+    recovering = replace(CALL, activity=Activity.RECOVERY, issued={})
+    assert blamed(recovering, CALL, running=False) == {1}
+    assert blamed(recovering, recovering, running=False) == set()
+
+
+def test_nobody_is_to_blame_while_all_wait_at_the_gate() -> None:
+    assert blamed(GATE, GATE) == set()
+
+
+def test_the_sentence_says_where_and_how_long() -> None:
+    there = replace(CALL, at="train.py:7 in step", limit=1.5, issued={GROUP: 1})
+    (sentence,) = culprits({0: CALL, 1: there}, running=True).values()
+    assert sentence == (
+        "was stuck for 2.0 s (its limit is 1.5 s) in a call, train.py:7 in step: the others wait for it"
+    )

@@ -1,0 +1,64 @@
+"""Real jobs with a worker that goes on living but not on: it is found, ended and replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.recovery.launching import Ended, difference, launch
+
+HANGS = {
+    "stopped": ("1:4:backward:freeze", "stopped by a signal"),
+    "stopped in a collective": ("0:8:backward:pause,1:8:backward:freezesoon", "stopped by a signal"),
+    "endless loop": ("1:12:forward:spin", "in a call, job.py"),
+    "interpreter held": ("1:16:forward:block", "none of its threads gets to run"),
+    "deadlock in the loader": ("1:20:fetch:deadlock", "waiting for data, job.py"),
+}
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The same job without a fault."""
+    ended = launch(tmp_path_factory.mktemp("oracle"))
+    assert ended.code == 0, ended.text
+    return ended
+
+
+def check(names: list[str], ended: Ended, oracle: Ended) -> None:
+    assert ended.code == 0, ended.text
+    for mine, theirs in zip(ended.finals(), oracle.finals(), strict=True):
+        assert difference(mine, theirs) == ""
+    for name, record in zip(names, ended.recoveries(), strict=True):
+        assert record["lost_ranks"] == [1], ended.text
+        assert record["cause"].startswith("was stuck for"), record
+        assert HANGS[name][1] in record["cause"], record
+        assert record["stuck_seconds"] > 0, record
+
+
+def test_workers_that_hang_in_many_ways_are_found_and_replaced(oracle: Ended, tmp_path: Path) -> None:
+    ended = launch(
+        tmp_path, ",".join(faults for faults, _ in HANGS.values()), CHECKPOINTLESS_HANG_SLACK="0.7"
+    )
+    check([*HANGS], ended, oracle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HANGS)
+def test_a_worker_that_hangs_is_found_and_replaced(name: str, oracle: Ended, tmp_path: Path) -> None:
+    check([name], launch(tmp_path, HANGS[name][0], CHECKPOINTLESS_HANG_SLACK="0.7"), oracle)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_slow_once_is_given_longer_in_its_replay(oracle: Ended, tmp_path: Path) -> None:
+    ended = launch(tmp_path, "1:8:forward:slow", CHECKPOINTLESS_HANG_SLACK="0.7")
+    assert ended.code == 0, ended.text
+    assert ended.recoveries(), ended.text
+    for mine, theirs in zip(ended.finals(), oracle.finals(), strict=True):
+        assert difference(mine, theirs) == ""
+
+
+@pytest.mark.slow
+def test_hangs_are_not_looked_for_when_that_is_switched_off(oracle: Ended, tmp_path: Path) -> None:
+    ended = launch(tmp_path, "1:8:forward:slow", CHECKPOINTLESS_HANG_FACTOR="0")
+    check([], ended, oracle)
