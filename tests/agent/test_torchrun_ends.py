@@ -30,7 +30,7 @@ def root_message(finished: Finished) -> str:
     return finished.err[finished.err.index("Root Cause (first observed failure):") :]
 
 
-@pytest.mark.parametrize("backend", ["c10d", "checkpointless"])
+@pytest.mark.parametrize("backend", [pytest.param("c10d", marks=pytest.mark.slow), "checkpointless"])
 def test_an_exit_code_is_reported(torchrun: Launcher, backend: str) -> None:
     torchrun.script("import os, signal, sys; sys.exit(3) if os.environ['RANK'] == '1' else signal.pause()")
     finished = torchrun.run("train.py", backend=backend)
@@ -49,6 +49,7 @@ def test_a_killed_worker_is_the_root_cause(torchrun: Launcher, backend: str) -> 
     assert re.search(r"Signal 9 \(SIGKILL\) received by PID \d+", root_message(finished))
 
 
+@pytest.mark.slow
 def test_the_first_failure_is_named_although_others_follow(torchrun: Launcher) -> None:
     torchrun.script(
         """
@@ -67,7 +68,7 @@ def test_the_first_failure_is_named_although_others_follow(torchrun: Launcher) -
     assert "ValueError: the first one" in root_message(finished)
 
 
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("recorded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_exception_leaves_an_error_file_with_the_users_traceback(
     torchrun: Launcher, recorded: bool
 ) -> None:
@@ -127,6 +128,7 @@ def test_without_a_restart_left_the_job_fails_and_says_so(torchrun: Launcher) ->
     assert (torchrun.folder / "ran").read_text() == "xxx"
 
 
+@pytest.mark.slow
 def test_a_worker_that_ignores_sigterm_does_not_stop_a_restart(torchrun: Launcher) -> None:
     torchrun.script(
         """
@@ -144,7 +146,7 @@ def test_a_worker_that_ignores_sigterm_does_not_stop_a_restart(torchrun: Launche
     assert finished.code == 0, finished.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_torchrun_stops_everything(torchrun: Launcher, number: signal.Signals) -> None:
     torchrun.script(WAIT)
     job = torchrun.start("train.py")
@@ -157,6 +159,7 @@ def test_a_signal_to_torchrun_stops_everything(torchrun: Launcher, number: signa
     assert torchrun.leftovers() == []
 
 
+@pytest.mark.slow
 def test_a_worker_may_end_in_its_own_way_on_sigterm(torchrun: Launcher) -> None:
     torchrun.script(
         """
@@ -204,6 +207,7 @@ def test_a_dead_fork_server_takes_its_workers_along_and_the_job_restarts(torchru
     assert "its workers end too" in finished.err
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_leaves_behind_is_killed_with_it(torchrun: Launcher) -> None:
     torchrun.script(
         """

@@ -31,7 +31,13 @@ def shown(torchrun: Launcher, ranks: int = 2) -> list[dict[str, object]]:
     return [json.loads((torchrun.folder / f"shown.{rank}").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("target", [["train.py"], ["-m", "package.train"], ["folder"]])
+@pytest.mark.parametrize(
+    "target",
+    [
+        ["-m", "package.train"],
+        *(pytest.param([one], marks=pytest.mark.slow) for one in ("train.py", "folder")),
+    ],
+)
 def test_a_worker_sees_what_plain_torchrun_would_give_it(torchrun: Launcher, target: list[str]) -> None:
     torchrun.script(SHOW)
     for name, file in (("package", "train.py"), ("package", "__init__.py"), ("folder", "__main__.py")):
@@ -55,6 +61,7 @@ def test_no_python_runs_any_program(torchrun: Launcher) -> None:
     assert [(torchrun.folder / f"out.{rank}").read_text() for rank in range(2)] == ["0 a b c\n", "1 a b c\n"]
 
 
+@pytest.mark.slow
 def test_another_interpreter_is_executed(torchrun: Launcher) -> None:
     torchrun.script("import os, sys; open('who', 'w').write(sys.executable)")
     other = torchrun.folder / "python"
@@ -87,12 +94,12 @@ def tree(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     "options",
     [
-        ["--redirects", "3"],
-        ["--redirects", "0:1,1:2"],
-        ["--tee", "3"],
         ["--tee", "0:3,1:1", "--local-ranks-filter", "0"],
-        ["--local-ranks-filter", "1"],
-        ["--tee", "3", "--duplicate-stdout-filters", "of 1"],
+        ["--redirects", "0:1,1:2"],
+        pytest.param(["--redirects", "3"], marks=pytest.mark.slow),
+        pytest.param(["--tee", "3"], marks=pytest.mark.slow),
+        pytest.param(["--local-ranks-filter", "1"], marks=pytest.mark.slow),
+        pytest.param(["--tee", "3", "--duplicate-stdout-filters", "of 1"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -109,6 +116,7 @@ def test_logs_are_laid_out_and_shown_as_by_plain_torchrun(torchrun: Launcher, op
     assert results[1] == results[0]
 
 
+@pytest.mark.slow
 def test_log_line_prefixes_are_kept(torchrun: Launcher) -> None:
     torchrun.script(NOISE)
     env = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "<${role_name}-${rank}>"}
@@ -116,6 +124,7 @@ def test_log_line_prefixes_are_kept(torchrun: Launcher) -> None:
     assert {"<r-0>out of 0", "<r-1>out of 1"} <= set(finished.out.splitlines())
 
 
+@pytest.mark.slow
 def test_an_endpoint_chooses_the_port_of_the_store(torchrun: Launcher) -> None:
     torchrun.script(
         "import os; open('master', 'w').write(os.environ['MASTER_ADDR'] + ':' + os.environ['MASTER_PORT'])"
@@ -145,6 +154,7 @@ def test_several_nodes_without_an_endpoint_are_refused_in_one_sentence(torchrun:
     )
 
 
+@pytest.mark.slow
 def test_one_to_one_nodes_are_one_node(torchrun: Launcher) -> None:
     torchrun.script("open('ran', 'w')")
     assert torchrun.run("--nnodes", "1:1", "train.py", ranks=1).code == 0

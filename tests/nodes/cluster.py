@@ -16,16 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import pytest
 
 from benchmarks.harness.hosts import Hosts
 from tests.conftest import MARK, marked, run_dirs, wait_until
 from tests.directory.etcd_server import free_ports
 from tests.recovery.launching import JOB, Ended
 
-slow = pytest.mark.skipif(
-    os.environ.get("CHECKPOINTLESS_SLOW_TESTS") != "1", reason="slow: set CHECKPOINTLESS_SLOW_TESTS=1"
-)
 LIMIT_S = 90.0
 AFTER_S = 15.0
 """How long an agent may take to end after the first one that ended by itself."""

@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.harness.hosts import Hosts, supported
 from tests.conftest import wait_until
-from tests.nodes.cluster import Nodes, slow
+from tests.nodes.cluster import Nodes
 
 
-@slow
+@pytest.mark.slow
 def test_a_node_that_was_cut_off_finds_its_seat_given_away_and_becomes_a_spare(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.directory.etcd_server import Cluster
-from tests.nodes.cluster import Nodes, slow
+from tests.nodes.cluster import Nodes
 from tests.recovery.launching import Ended
 
 PLAIN = Path(__file__).with_name("job_plain.py")
@@ -19,6 +19,7 @@ def results(it: Nodes) -> list[str]:
     return [path.read_text() for path in sorted(it.folder.glob("result-*"))]
 
 
+@pytest.mark.slow
 def test_a_script_without_a_run_is_restarted_on_the_spare(job: Callable[..., Nodes]) -> None:
     it = job("2:3", 1, "1:4:node", script=PLAIN, options=("--max-restarts=1",))
     it.start(3)
@@ -29,7 +30,7 @@ def test_a_script_without_a_run_is_restarted_on_the_spare(job: Callable[..., Nod
     assert ended.recoveries()[0]["lost_ranks"] == [1]
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["node", "kill"])
 def test_without_a_restart_left_the_job_ends_on_every_node(kind: str, job: Callable[..., Nodes]) -> None:
     it = job("2:3", 1, f"1:4:{kind}", script=PLAIN)
@@ -43,7 +44,7 @@ def test_without_a_restart_left_the_job_ends_on_every_node(kind: str, job: Calla
     assert results(it) == []
 
 
-@slow
+@pytest.mark.slow
 def test_a_bug_of_the_script_ends_all_agents_and_one_shows_it(job: Callable[..., Nodes]) -> None:
     it = job("2:3", 1, "1:5:forward:always")
     it.start(3)
@@ -57,7 +58,7 @@ def test_a_bug_of_the_script_ends_all_agents_and_one_shows_it(job: Callable[...,
         assert "failed twice at step" in agent.text, ended.text
 
 
-@slow
+@pytest.mark.slow
 def test_too_few_agents_end_with_the_number_that_came(job: Callable[..., Nodes]) -> None:
     it = job("3", 1, options=("--rdzv-conf", "timeout=2"))
     it.start(2)
@@ -66,7 +67,7 @@ def test_too_few_agents_end_with_the_number_that_came(job: Callable[..., Nodes])
     assert all("2 of 3 nodes came within 2 s" in agent.text for agent in it.agents), ended.text
 
 
-@slow
+@pytest.mark.slow
 def test_agents_that_do_not_belong_are_refused_and_change_nothing(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
@@ -84,7 +85,7 @@ def test_agents_that_do_not_belong_are_refused_and_change_nothing(
     check(Ended(ended.out, ended.ranks, 0, ended.text))
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["", "1:5:forward:always"])
 def test_an_agent_that_comes_after_the_end_says_how_the_job_ended(
     fault: str, job: Callable[..., Nodes], etcd: Cluster

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import wait_until
-from tests.nodes.cluster import Nodes, slow
+from tests.nodes.cluster import Nodes
 from tests.recovery.launching import Ended
 
 
@@ -35,7 +35,7 @@ def test_the_ranks_of_a_lost_node_move_to_a_spare_and_all_others_stay(
 
 
 @pytest.mark.parametrize("moment", ["between", "outside", "evaluate", "save", "passed"])
-@slow
+@pytest.mark.slow
 def test_a_node_lost_between_steps_is_replaced_too(
     moment: str, job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
@@ -45,7 +45,7 @@ def test_a_node_lost_between_steps_is_replaced_too(
     check(it.finish(), 1)
 
 
-@slow
+@pytest.mark.slow
 def test_a_node_lost_during_the_recovery_of_another(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
@@ -56,7 +56,7 @@ def test_a_node_lost_during_the_recovery_of_another(
     assert len(ended.pids(0)) == 1
 
 
-@slow
+@pytest.mark.slow
 def test_a_spare_lost_while_it_takes_the_seat_leaves_it_to_another(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
@@ -66,7 +66,7 @@ def test_a_spare_lost_while_it_takes_the_seat_leaves_it_to_another(
     assert sorted(it.codes) == [-9, -9, 0, 0]
 
 
-@slow
+@pytest.mark.slow
 def test_two_nodes_are_lost_one_after_the_other(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
@@ -75,7 +75,7 @@ def test_two_nodes_are_lost_one_after_the_other(
     check(it.finish(), 1, 2)
 
 
-@slow
+@pytest.mark.slow
 def test_a_node_and_its_guardian_lost_at_once_lead_to_a_restart(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
@@ -86,7 +86,7 @@ def test_a_node_and_its_guardian_lost_at_once_lead_to_a_restart(
     assert "its private state was lost with its node and its guardian's" in ended.text
 
 
-@slow
+@pytest.mark.slow
 def test_a_node_that_comes_later_takes_a_seat_for_which_there_was_no_spare(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
@@ -97,10 +97,10 @@ def test_a_node_that_comes_later_takes_a_seat_for_which_there_was_no_spare(
     check(it.finish(), 1)
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "seconds"),
-    [("ON_LOSS=fail", 0), pytest.param("ON_LOSS_TIMEOUT=1", 1, marks=slow)],
+    [("ON_LOSS=fail", 0), pytest.param("ON_LOSS_TIMEOUT=1", 1, marks=pytest.mark.slow)],
     ids=["at once", "in time"],
 )
 def test_a_lost_node_for_which_none_comes_ends_the_job(
@@ -115,7 +115,7 @@ def test_a_lost_node_for_which_none_comes_ends_the_job(
     assert f"No worker of this node has failed. The job stopped: {reason}" in it.agents[0].text, ended.text
 
 
-@slow
+@pytest.mark.slow
 def test_workers_of_a_node_that_is_asked_to_end_move_to_a_spare(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
@@ -131,7 +131,7 @@ def test_workers_of_a_node_that_is_asked_to_end_move_to_a_spare(
     check(Ended(ended.out, ended.ranks, 0, ended.text), 1)
 
 
-@slow
+@pytest.mark.slow
 def test_ctrl_c_on_all_nodes_ends_all(job: Callable[..., Nodes]) -> None:
     it = job("2:3", 1, "0:5:forward:hold")
     it.start(3)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import tests.recovery.launching as single
-from tests.nodes.cluster import Nodes, slow
+from tests.nodes.cluster import Nodes
 from tests.recovery.launching import difference
 
 SCRIPT = Path(single.__file__).with_name("job_sharded.py")
 
 
-@slow
+@pytest.mark.slow
 def test_a_lost_replica_of_a_sharded_model_comes_back_on_the_spare(
     job: Callable[..., Nodes], tmp_path: Path
 ) -> None:

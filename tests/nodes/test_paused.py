@@ -6,11 +6,14 @@ import os
 import signal
 from collections.abc import Callable
 
+import pytest
+
 from tests.conftest import wait_until
 from tests.directory.etcd_server import Cluster
-from tests.nodes.cluster import Nodes, slow
+from tests.nodes.cluster import Nodes
 
 
+@pytest.mark.slow
 def test_an_agent_that_was_stopped_finds_its_seat_given_away_and_becomes_a_spare(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
@@ -30,7 +33,7 @@ def test_an_agent_that_was_stopped_finds_its_seat_given_away_and_becomes_a_spare
     assert stopped.says("gives up its seat and ends its workers"), ended.text
 
 
-@slow
+@pytest.mark.slow
 def test_a_coordinator_that_was_stopped_steps_down_and_becomes_a_spare(
     job: Callable[..., Nodes], check: Callable[..., None], etcd: Cluster
 ) -> None:
@@ -45,7 +48,7 @@ def test_a_coordinator_that_was_stopped_steps_down_and_becomes_a_spare(
     assert it.codes == [0, 0, 0]
 
 
-@slow
+@pytest.mark.slow
 def test_a_coordinator_of_the_embedded_store_that_was_stopped_goes_on_or_ends_clearly(
     job: Callable[..., Nodes],
 ) -> None:

@@ -9,6 +9,18 @@ import pytest
 from tests.recovery.launching import Ended, difference, launch
 
 SCRIPT = Path(__file__).with_name("job_kinds.py")
+LIKE_OTHERS = (
+    ("gan", "late"),
+    ("scaler", "backward"),
+    ("accumulate", "forward"),
+    ("several", "between"),
+    ("several", "stepped"),
+    ("several", "finished"),
+    ("own", "stepped"),
+    ("unused", "forward"),
+    ("manual", "forward"),
+    ("iterable", "stepped"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,18 +33,9 @@ def wholes() -> dict[str, Ended]:
     ("kind", "moment"),
     [
         ("gan", "between"),
-        ("gan", "late"),
         ("closure", "backward"),
-        ("scaler", "backward"),
-        ("accumulate", "forward"),
         ("several", "gathered"),
-        ("several", "between"),
-        ("several", "stepped"),
-        ("several", "finished"),
-        ("own", "stepped"),
-        ("unused", "forward"),
-        ("manual", "forward"),
-        ("iterable", "stepped"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in LIKE_OTHERS),
     ],
 )
 def test_a_lost_rank_changes_no_bit(kind: str, moment: str, wholes: dict[str, Ended], tmp_path: Path) -> None:

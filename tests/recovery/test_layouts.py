@@ -5,7 +5,6 @@ The job is the one that scripts/chaos strikes, with a schedule of its own for ea
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from tests.recovery.launching import Ended, difference, launch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "jobs" / "chaos_job.py"
 STEPS = 10  # one epoch
-SLOW = os.environ.get("CHECKPOINTLESS_SLOW_TESTS") == "1"
 Struck = tuple[str, int, tuple[int, ...]]
 FAULTS: dict[str, list[Struck]] = {
     "tp": [("forward", 2, (3,)), ("after the loop", STEPS, (0,))],
@@ -32,7 +30,8 @@ def run(out: Path, layout: str, faults: list[dict[str, Any]], backend: str = "ch
     return launch(out, ranks=4, script=SCRIPT, backend=backend, **env)
 
 
-@pytest.mark.parametrize("layout", FAULTS if SLOW else ("pp",))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", FAULTS)
 def test_lost_ranks_change_no_bit(layout: str, tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", layout, [], backend="c10d")
     assert whole.code == 0, whole.text

@@ -44,6 +44,7 @@ def test_a_worker_lost_at_any_moment_costs_one_step(faults: str, oracle: Ended, 
     assert all(record["rung"] == 1 for record in ended.recoveries()), ended.text
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_the_end_of_a_process_whose_script_has_failed(oracle: Ended, tmp_path: Path) -> None:
     ended = launch(tmp_path, "1:5:forward:linger")
     check(ended, oracle, recoveries=1)
@@ -58,6 +59,7 @@ def test_survivors_keep_their_processes_and_a_replacement_has_its_own(oracle: En
     assert [len(ended.pids(rank)) for rank in range(3)] == [1, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_replacement_of_rank_0_has_the_run_id_that_the_lost_one_broadcast(
     oracle: Ended, tmp_path: Path
 ) -> None:
@@ -68,6 +70,7 @@ def test_a_replacement_of_rank_0_has_the_run_id_that_the_lost_one_broadcast(
     assert len(set(found)) == 1
 
 
+@pytest.mark.slow
 def test_several_ranks_lost_at_once_and_all_but_one_are_replaced(oracle: Ended, tmp_path: Path) -> None:
     ended = launch(tmp_path, "0:4:forward:kill,1:4:forward:kill,1:9:backward:kill,2:9:backward:kill")
     check(ended, oracle)
@@ -124,7 +127,7 @@ def test_the_record_of_a_recovery_names_cause_rung_and_phases(oracle: Ended, tmp
     assert "lost rank 1 at step 5" in ended.text
 
 
-@pytest.mark.parametrize("backend", ["c10d", "checkpointless"])
+@pytest.mark.parametrize("backend", ["c10d", pytest.param("checkpointless", marks=pytest.mark.slow)])
 def test_the_same_script_gives_the_same_result_under_plain_torchrun(
     backend: str, oracle: Ended, tmp_path: Path
 ) -> None:

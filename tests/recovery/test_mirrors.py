@@ -34,9 +34,9 @@ def check(ended: Ended, oracle: Ended) -> None:
     ("every", "faults"),
     [
         (1, "1:forward:3,0:backward:5,0:outside:7,1:forward:8"),
-        (1, "0:update:4,1:after:7"),
-        (1, "0:forward:4,1:forward:4,0:outside:6"),
-        (3, "1:backward:4,0:update:7"),
+        pytest.param(1, "0:update:4,1:after:7", marks=pytest.mark.slow),
+        pytest.param(1, "0:forward:4,1:forward:4,0:outside:6", marks=pytest.mark.slow),
+        pytest.param(3, "1:backward:4,0:update:7", marks=pytest.mark.slow),
     ],
     ids=["before the gate", "after the gate", "all ranks", "every third step"],
 )
@@ -52,6 +52,7 @@ def test_a_lost_shard_comes_back_from_its_mirror(
     assert {int(fault[0]) for fault in faults.split(",")} <= set(lost)
 
 
+@pytest.mark.slow
 def test_with_a_mirror_of_the_step_in_flight_the_survivor_keeps_its_process(
     oracle: Ended, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_several_lost_nodes_are_served_at_once(oracle: Ended, tmp_path: Path) ->
         *(pytest.param(one, marks=pytest.mark.slow) for one in ("2:receive", "3:receive", "1:send,2:send")),
     ],
 )
+@pytest.mark.slow
 def test_a_rank_lost_in_the_middle_of_a_transfer_holds_up_nobody(
     dies: str, oracle: Ended, tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_workers_meet_in_another_store_when_theirs_is_lost(how: str, oracle: End
     check(train(tmp_path, faults, NODE_DIES="1", MOVES=how), oracle, 1, 2, 3)
 
 
+@pytest.mark.slow
 def test_shards_with_replicas_on_another_node_come_back_over_the_network(tmp_path: Path) -> None:
     script, kinds = HERE / "job_sharded.py", "accumulate,frozen"
     whole = launch(tmp_path / "whole", ranks=RANKS, script=script, KINDS=kinds)
