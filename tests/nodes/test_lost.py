@@ -34,6 +34,20 @@ def test_the_ranks_of_a_lost_node_move_to_a_spare_and_all_others_stay(
     assert sorted(it.codes) == [-9, 0, 0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["freeze", "spin", "block"])
+def test_a_worker_that_hangs_on_another_node_than_the_coordinators_is_found_and_replaced_there(
+    kind: str, job: Callable[..., Nodes], check: Callable[..., None]
+) -> None:
+    it = job("2", 2, f"3:8:forward:{kind}")
+    it.start(2, CHECKPOINTLESS_HANG_SLACK="0.7")
+    ended = it.finish()
+    check(ended, 3)
+    assert [len(ended.pids(rank)) for rank in range(4)] == [1, 1, 1, 2]
+    (record,) = ended.recoveries()
+    assert record["cause"].startswith("was stuck for"), record
+
+
 @pytest.mark.parametrize("moment", ["between", "outside", "evaluate", "save", "passed"])
 @pytest.mark.slow
 def test_a_node_lost_between_steps_is_replaced_too(
