@@ -10,7 +10,7 @@ from checkpointless_elastic.agent.recoveries import Recoveries
 from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.between import Between, RankSays
-from checkpointless_elastic.protocol.events import Action, Deadline, Overdue
+from checkpointless_elastic.protocol.events import Action, Deadline, Overdue, Warn
 from checkpointless_elastic.protocol.messages import Replicas
 from checkpointless_elastic.protocol.rules import Rules
 
@@ -39,6 +39,8 @@ class Chair:
             seconds = getattr(self._settings, action.limit).total_seconds()
             overdue = Overdue(action.generation, action.state)
             self._loop.call_later(seconds, lambda: self._membership.overdue(overdue))
+        elif isinstance(action, Warn):
+            logger.warning("%s", action.sentence)
         else:
             self._recoveries.perform(action, time.monotonic())
 

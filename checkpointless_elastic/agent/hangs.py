@@ -3,6 +3,8 @@
 Every TICK_S the pulses are read (`worker.pulse`), which no worker notices. Once a worker is past its limit each one is
 asked where its main thread is; those that do not answer in time are said not to. What was found goes to the
 coordinator, which knows all ranks and decides who is to blame (`protocol.hangs`); it is said again while that lasts.
+
+Every PACE_S the coordinator is also told how fast each rank is (`protocol.pace`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.config import Config
-from checkpointless_elastic.protocol.between import Halted
+from checkpointless_elastic.protocol.between import Halted, Pace
 from checkpointless_elastic.protocol.hangs import Activity, Where
 from checkpointless_elastic.protocol.messages import Explained
 from checkpointless_elastic.protocol.station import Station
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.05
 ANSWER_S = 0.15
 AGAIN_S = 0.5
+PACE_S = 5.0
+"""Between two reports of how fast each rank is."""
 STARVED = 4
 """Times that a worker is given longer while the machine does not let it run."""
 MANY = 4
@@ -45,7 +49,7 @@ class Hangs:
         settings: Config,
         pids: Mapping[int, int],
         ask: Callable[[int], None],
-        tell: Callable[[Halted], None],
+        tell: Callable[[Halted | Pace], None],
     ) -> None:
         self._loop, self._pids, self._ask, self._tell = loop, pids, ask, tell
         self._factor = settings.hang_factor
@@ -59,7 +63,7 @@ class Hangs:
         self._asked: dict[int, int] | None = None  # by rank, the process that was asked
         self._waited: dict[int, dict[int, int]] = {}
         self._looked = 0.0
-        self._next = 0.0
+        self._next = self._next_pace = 0.0
         self._excused = 0.0  # what began before this counts from here: the agent itself did not run
         self._ended = 0  # workers of this node that were ended for being late
         self._ended_at, self._ended_here = -1, 0  # the step of the last of them, and how many at that step
@@ -110,10 +114,18 @@ class Hangs:
         if now - self._looked > AGAIN_S:
             self._excused = now
         self._looked = now
+        if now >= self._next_pace:
+            self._next_pace = now + PACE_S
+            self._tell_pace()
         if self._asked is None and now >= self._next:
             judged = self._judged()
             if any(self._is_late(rank, now) for rank in judged):
                 self._inquire(judged)
+
+    def _tell_pace(self) -> None:
+        paces = {rank: self._monitor(rank).pace() for rank in self._judged()}
+        if paces:
+            self._tell(Pace(paces))
 
     def _monitor(self, rank: int) -> Monitor:
         if rank not in self._monitors:

@@ -69,6 +69,10 @@ def table(job: str, seen: Overview) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     notes = [f"Not joined yet: ranks {', '.join(map(str, seen.pending))}"] if seen.pending else []
+    notes += [
+        f"Slow: rank {rank}, for which all others wait {seconds * 1e3:.0f} ms in each step"
+        for rank, seconds in sorted(seen.slow.items())
+    ]
     if seen.exposed:
         notes.append(f"A lost rank would run the script again from its top: {seen.exposed}")
     return "\n".join([head, "", *(line.rstrip() for line in lines), *([""] if notes else []), *notes])
@@ -103,6 +107,7 @@ def document(job: str, seen: Overview) -> dict[str, object]:
         "world": seen.world,
         "pending": seen.pending,
         "exposed": seen.exposed,
+        "slow": {str(rank): seconds for rank, seconds in sorted(seen.slow.items())},
         "seats": seats,
         "spares": spares,
     }

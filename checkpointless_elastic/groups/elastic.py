@@ -241,7 +241,10 @@ def _collective(method: str, op: Op) -> Callable[..., ElasticWork | None]:
     def issue(self: ElasticProcessGroup, *args: Any, **kwargs: Any) -> ElasticWork | None:
         link, engine = self.link, self.engine
         self.stamp = engine.calls
-        engine.counts[self._counted] += 1
+        counts, place = engine.counts, self._counted
+        counts[place] += 1
+        if counts[place] == 1:
+            engine.first()
         situation = engine.host.situation()
         if link.void or engine.attention or (situation is not _ATTEMPT and situation is not _COMMITTED):
             return engine.issue(self, op, method, args, kwargs)

@@ -52,7 +52,8 @@ class Engine:
         wake: connects a lazy group; when it returns the group is connected or void.
         ledger: this rank's collectives outside of steps.
         ending: all groups are being destroyed: they stay until all ranks have finished.
-        counts: of collectives issued; that of a group is at ``place(name)``. Read by the agent, see `worker.pulse`.
+        counts: of collectives issued; that of a group is at ``place(name)``, and ``first()`` is called when one
+            begins to count. Read by the agent, see `worker.pulse`.
     """
 
     def __init__(self, host: Host, *, shadow: bool) -> None:
@@ -69,6 +70,7 @@ class Engine:
         self.ending = False
         self.counts: list[int] | memoryview[int] = [0]
         self.place: Callable[[str], int] = lambda name: 0
+        self.first: Callable[[], None] = lambda: None
         self._log = OutputLog(host)
         self._replayed: dict[str, int] = {}
 

@@ -159,6 +159,12 @@ class Halted(Message, frozen=True):
     ranks: dict[int, Where]
 
 
+class Pace(Message, frozen=True):
+    """From time to time: see `protocol.pace`. By rank, its own time and that of a whole step, in seconds."""
+
+    ranks: dict[int, tuple[float, float]]
+
+
 class NodeEnded(Message, frozen=True):
     """All workers of this agent have ended after the job was released, or one badly. ``bad``: exit codes but 0."""
 
@@ -372,6 +378,7 @@ Between = (
     | RankExplained
     | RankSays
     | Halted
+    | Pace
     | NodeEnded
     | Child
     | Attached

@@ -29,6 +29,7 @@ from checkpointless_elastic.protocol.between import (
     Join,
     NodeEnded,
     Order,
+    Pace,
     RankExited,
     RankExplained,
     RankGone,
@@ -57,6 +58,7 @@ from checkpointless_elastic.protocol.events import (
     Restart,
     Stop,
     Succeed,
+    Warn,
 )
 from checkpointless_elastic.protocol.hearing import event_of
 from checkpointless_elastic.protocol.messages import (
@@ -354,6 +356,9 @@ class Board(Roster):
                 self.received(name, message.finished)
         elif isinstance(message, RankSays):
             self._said(message)
+        elif isinstance(message, Pace):
+            found = self.coordinator.paces.heard(message.ranks, self.coordinator.ranks)
+            self.acts += [Perform(Warn(sentence)) for sentence in found]
         elif isinstance(message, NodeEnded) and message.restarts == self._restarts:
             self._node_ended(message)
         elif isinstance(message, Attached):

@@ -51,6 +51,7 @@ from checkpointless_elastic.protocol.messages import (
     Stage,
 )
 from checkpointless_elastic.protocol.mirrors import last_due
+from checkpointless_elastic.protocol.pace import Paces
 from checkpointless_elastic.protocol.states import State
 
 __all__ = ["TABLE", "Coordinator", "State"]
@@ -66,6 +67,7 @@ class Coordinator:
         step: the step that is committed next; 0 before the first commit.
         store: where workers meet, see Decision.
         released: all ranks have finished.
+        paces: which ranks are slow.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Coordinator:
         self._unanswered: set[int] = set()  # ranks that have not answered it
         self._reports: dict[Stage, dict[int, bytes]] = {}
         self._halt = Halt()
+        self.paces = Paces()
 
     def take_over(self, standings: Iterable[Standing], store: str) -> None:
         """Know what the last coordinator knew, as far as agents can tell. NodeLost or Reopened comes next.

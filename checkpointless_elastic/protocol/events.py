@@ -147,6 +147,13 @@ class Stop(Action):
 
 
 @dataclass(frozen=True)
+class Warn(Action):
+    """Something that people should know; no answer is needed."""
+
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Succeed(Action):
     """Every rank has finished."""
 

@@ -55,6 +55,7 @@ def overview(view: View) -> Overview:
         sorted(view.agents, key=lambda place: (place.seat < 0, place.seat, place.agent)),
         sorted(coordinator.pending) if coordinator is not None else [],
         exposed(coordinator) if coordinator is not None else "",
+        dict(coordinator.paces.slow) if coordinator is not None else {},
     )
 
 

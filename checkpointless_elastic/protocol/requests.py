@@ -38,6 +38,7 @@ class Overview(Message, frozen=True):
         bases, world: see Seated; empty before the job has begun.
         agents: all that take part; a seat that none of them has is vacant.
         pending: ranks that are replacements and have not joined yet.
+        slow: by rank, seconds by which its own part of a step takes longer than that of others, see `protocol.pace`.
         exposed: why the loss of a rank would run the script again from its top; empty: it would not.
     """
 
@@ -52,6 +53,7 @@ class Overview(Message, frozen=True):
     agents: list[Place]
     pending: list[int]
     exposed: str
+    slow: dict[int, float]
 
 
 class Drain(Message, frozen=True):

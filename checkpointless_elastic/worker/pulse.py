@@ -19,7 +19,7 @@ from checkpointless_elastic.protocol.hangs import Activity
 
 __all__ = ["Monitor", "Pulse", "Reading", "pulse_path"]
 
-_ACTIVITY, _SINCE, _EXPECTED, _STRETCH, _USED = range(5)
+_ACTIVITY, _SINCE, _EXPECTED, _STRETCH, _USED, _OWN, _STEP = range(7)
 _GROUPS = 63
 _KINDS = 32
 _NAMES = 8  # then the number of each group, then their counts, the last of which is of all that have no place
@@ -30,6 +30,7 @@ ENOUGH = 3
 """Times that something must have been done before a limit is known for it; the first time does not count."""
 _KEEP = 0.97
 """Of what something took at most, after each time: a tenth is left after 75 times."""
+_AVERAGED = 8
 _NOTHING = memoryview(bytes(8 * (_GROUPS + 1))).cast("q")
 
 
@@ -70,6 +71,8 @@ class Pulse:
         self._kind = 0
         self._began = 0
         self._usual = 0
+        self._fetching = 0  # nanoseconds for the data of the call that comes
+        self._alone = 0  # nanoseconds from the start of a call to its first collective; -1: none is going on
 
     def place(self, group: str) -> int:
         """Where the collectives of this group are counted."""
@@ -90,8 +93,14 @@ class Pulse:
         self._kind = at
         words[_EXPECTED] = words[at + 2] if at and words[at + 1] >= ENOUGH else 0
         self._stretch(stretch)
+        self._alone = 0 if activity is Activity.CALL else -1
         self._began = words[_SINCE] = time.monotonic_ns()
         words[_ACTIVITY] = activity
+
+    def first(self) -> None:
+        """The first collective of some group is issued."""
+        if not self._alone:
+            self._alone = time.monotonic_ns() - self._began
 
     def turn(self, activity: Activity) -> None:
         """The same goes on, in another way: a call waits at its gate, or recovers."""
@@ -105,6 +114,8 @@ class Pulse:
             words[at + 1] = min(samples + 1, ENOUGH)
             if samples:
                 words[at + 2] = max(took, int(words[at + 2] * _KEEP))
+        if learn:
+            self._pace(now - self._began)
         self._usual = words[_EXPECTED] or self._usual
         words[_EXPECTED] = 0
         self._stretch(stretch)
@@ -118,6 +129,18 @@ class Pulse:
         self.counts[:] = _NOTHING
         words[_SINCE] = time.monotonic_ns()
         words[_ACTIVITY] = activity
+
+    def _pace(self, took: int) -> None:
+        """Averages over some steps of this rank's own part and of the whole, see `protocol.pace`."""
+        words = self._words
+        if self._alone < 0:
+            self._fetching = took
+            return
+        own, step = self._fetching + (self._alone or took), self._fetching + took
+        share = _AVERAGED if words[_STEP] else 1
+        words[_OWN] += (own - words[_OWN]) // share
+        words[_STEP] += (step - words[_STEP]) // share
+        self._alone, self._fetching = -1, 0
 
     def _stretch(self, stretch: int) -> None:
         if self._words[_STRETCH] != stretch:
@@ -162,6 +185,10 @@ class Monitor:
         """Activity, since and expected of `Reading`."""
         words = self._words
         return words[_ACTIVITY], words[_SINCE], words[_EXPECTED]
+
+    def pace(self) -> tuple[float, float]:
+        """Seconds of a step: the rank's own part, and all."""
+        return self._words[_OWN] / 1e9, self._words[_STEP] / 1e9
 
     def read(self) -> Reading:
         """What the worker last wrote."""

@@ -143,7 +143,8 @@ class Session:
         self.freeze_seen = threading.Event()
         self.registry = Registry(self, shadow=self.shadow)
         self.pulse = Pulse(pulse_path(run_dir, rank))
-        self.registry.engine.counts, self.registry.engine.place = self.pulse.counts, self.pulse.place
+        engine, pulse = self.registry.engine, self.pulse
+        engine.counts, engine.place, engine.first = pulse.counts, pulse.place, pulse.first
         self._log = _read_log(self.slot) if self.shadow else {}
         self._logged = 0
         self._stashed: Decision | None = None

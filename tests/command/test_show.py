@@ -13,7 +13,7 @@ PLACES = [
     Place(2, "two-8-b", "10.0.0.2:5", 1),
     Place(-1, "two-9-c", "[::1]:5", 1),
 ]
-SEEN = Overview(3, "one-7-a", "settling", 4, 17, 1, [0, 2, 4], 5, PLACES, [2, 3], "because")
+SEEN = Overview(3, "one-7-a", "settling", 4, 17, 1, [0, 2, 4], 5, PLACES, [2, 3], "because", {4: 0.25})
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,7 @@ def test_the_table_shows_vacant_seats_and_spares() -> None:
         "spare         ::1       two-9-c",
         "",
         "Not joined yet: ranks 2, 3",
+        "Slow: rank 4, for which all others wait 250 ms in each step",
         "A lost rank would run the script again from its top: because",
     ]
 

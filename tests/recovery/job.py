@@ -3,6 +3,7 @@ Kinds "node", "term" and "stop" are for the agent of this rank's node, "node2" f
 the file OUT/go-NAME.
 
 Writes per rank and step a line "pid step" to OUT/steps-RANK.log, and all that must be equal to OUT/final-RANK.pt.
+The rank SLOW_RANK takes a second longer for each step.
 """
 
 from __future__ import annotations
@@ -183,6 +184,8 @@ if ce.is_replacement():
 @run.replayable
 def train_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     moment("start", run.step)
+    if os.environ.get("SLOW_RANK") == str(rank):
+        time.sleep(1)
     loss = cross_entropy(model(x + 0.1 * torch.randn_like(x)), y)
     moment("forward", run.step)
     loss.backward()

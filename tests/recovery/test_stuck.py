@@ -62,3 +62,11 @@ def test_a_worker_that_is_slow_once_is_given_longer_in_its_replay(oracle: Ended,
 def test_hangs_are_not_looked_for_when_that_is_switched_off(oracle: Ended, tmp_path: Path) -> None:
     ended = launch(tmp_path, "1:8:forward:slow", CHECKPOINTLESS_HANG_FACTOR="0")
     check([], ended, oracle)
+
+
+@pytest.mark.slow
+def test_a_rank_that_all_others_wait_for_in_each_step_is_named(oracle: Ended, tmp_path: Path) -> None:
+    ended = launch(tmp_path, SLOW_RANK="1")
+    check([], ended, oracle)
+    assert "Rank 1 is slow: it needs 1" in ended.text
+    assert "Rank 0 is slow" not in ended.text
