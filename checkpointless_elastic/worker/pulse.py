@@ -27,9 +27,11 @@ _COUNTS = _NAMES + _GROUPS
 _LEARNED = _COUNTS + _GROUPS + 1  # then number, samples and nanoseconds of each kind
 _SIZE = 8 * (_LEARNED + 3 * _KINDS)
 ENOUGH = 3
-"""Times that something must have been done before a limit is known for it; the first time does not count."""
-_KEEP = 0.97
-"""Of what something took at most, after each time: a tenth is left after 75 times."""
+"""Times that something must have been done before a limit is known for it; the first of each process does not count."""
+_KEEP = 0.999
+"""Of what something took at most, after each time: half is left after 700 times. Some things take long now and then."""
+_FRESH = 10
+"""Times that something may take longer when a process does it for the first time."""
 _AVERAGED = 8
 _NOTHING = memoryview(bytes(8 * (_GROUPS + 1))).cast("q")
 
@@ -69,6 +71,7 @@ class Pulse:
         self._kinds = {words[at]: at for at in range(_LEARNED, _LEARNED + 3 * _KINDS, 3) if words[at]}
         self._named: dict[str, int] = {}
         self._kind = 0
+        self._fresh = True
         self._began = 0
         self._usual = 0
         self._fetching = 0  # nanoseconds for the data of the call that comes
@@ -88,10 +91,12 @@ class Pulse:
         """Something begins that will take about as long as what was done before under the name ``kind``."""
         words = self._words
         at = self._named.get(kind)
+        self._fresh = at is None
         if at is None:
             at = self._named[kind] = self._place_of_kind(kind)
         self._kind = at
-        words[_EXPECTED] = words[at + 2] if at and words[at + 1] >= ENOUGH else 0
+        expected = words[at + 2] if at and words[at + 1] >= ENOUGH else 0
+        words[_EXPECTED] = expected * _FRESH if self._fresh else expected
         self._stretch(stretch)
         self._alone = 0 if activity is Activity.CALL else -1
         self._began = words[_SINCE] = time.monotonic_ns()
@@ -109,11 +114,9 @@ class Pulse:
     def end(self, stretch: int, *, learn: bool = True) -> None:
         """It has ended; ``learn`` if it went as usual."""
         words, now, at = self._words, time.monotonic_ns(), self._kind
-        if learn and at:
-            took, samples = now - self._began, words[at + 1]
-            words[at + 1] = min(samples + 1, ENOUGH)
-            if samples:
-                words[at + 2] = max(took, int(words[at + 2] * _KEEP))
+        if learn and at and not self._fresh:
+            words[at + 1] = min(words[at + 1] + 1, ENOUGH)
+            words[at + 2] = max(now - self._began, int(words[at + 2] * _KEEP))
         if learn:
             self._pace(now - self._began)
         self._usual = words[_EXPECTED] or self._usual

@@ -204,7 +204,7 @@ class Run:
             with call:
                 value = function(*args, **kwargs)
                 call.gate()
-            as_usual = self.attempt == 1 and not host.is_frozen()
+            as_usual = not host.is_frozen()
         except gate.VoidAttempt:
             return self._undo(host, start)
         except AgentGone:
