@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from checkpointless_elastic.protocol.acts import Restarting
 from checkpointless_elastic.protocol.between import Between, Join, Order, Seated
-from checkpointless_elastic.protocol.events import Action, Opened, Reached
+from checkpointless_elastic.protocol.events import Action, Chosen, Opened, Reached
 from checkpointless_elastic.protocol.messages import Message
 from checkpointless_elastic.protocol.rules import Rules
 from simulator.agent import Agent
@@ -57,7 +57,8 @@ class World:
     Attributes:
         steps, size: of the job.
         limits: by name in Config, seconds.
-        restarts: how many times the script was run again, with its reason.
+        restarts: why the script was run again, each time.
+        late: which ranks were ended since they had missed a deadline, each time.
         last_fault: when.
     """
 
@@ -88,6 +89,7 @@ class World:
         self.traffic = Traffic()
         self.agents: dict[str, Agent] = {}  # by address
         self.restarts: list[str] = []
+        self.late: list[str] = []
         self.faults = 0  # that struck before the job had ended
         self.last_fault = 0.0
         self.killed_at_end = False  # a worker that had finished died: the job may end with its exit code
@@ -207,6 +209,9 @@ class World:
     def performs(self, agent: Agent, action: Action) -> None:
         if isinstance(action, Restarting):
             self.restarts.append(f"step {action.step}: {action.reason}")
+        if isinstance(action, Chosen) and action.ends:
+            self.late.append(f"step {action.step}: {action.what}")
+            self.note(f"{agent.name}: {action.what}: {action.reason}")
         if isinstance(action, (Opened, Reached, Restarting)):
             self.note(f"{agent.name}: {told(action)}")
         for watch in self.on_reach:

@@ -438,12 +438,12 @@ class Board(Roster):
         if self._restarts >= self._rules.max_restarts:
             self._halt(
                 f"no restart is left (--max-restarts is {self._rules.max_restarts}) and one is needed: {reason}",
-                sorted(old.lost),
+                list(old.blamed),
             )
             return
         self._restarts += 1
         self._store = self._open_store()
-        self.coordinator = self._new_coordinator(old.generation + 1)
+        self.coordinator = self._new_coordinator(old.generation + 1, restart.rung)
         self._ended = {}
         self._taken = [False] * len(self._seats)
         self._order(RunAgain(self.coordinator.generation, self._restarts, reason, self._store))

@@ -9,14 +9,16 @@ yet; ``lost`` ranks are those lost since the job last ran (their groups are void
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import replace
 
 from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.between import RollCall
 from checkpointless_elastic.protocol.events import (
     Action,
     AllFrozen,
     Broadcast,
+    Chosen,
     Deadline,
     End,
     Event,
@@ -39,7 +41,6 @@ from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
     Freeze,
-    Frozen,
     Rebuild,
     Release,
     Restore,
@@ -57,26 +58,32 @@ class Coordinator(Ranks):
     """Decides for one run of the script by ``ranks``, which keep mirrors of every ``mirror_every``-th step (0: none).
 
     A lost rank without a live twin takes its state from its mirror, if that is of the step at which all go on. If it is
-    older, all go back to it: the survivors are ended too, and every rank goes on from its mirror.
+    older, all go back to it: the survivors are ended too, and every rank goes on from its mirror. ``began``: see
+    `rungs.Facts`.
 
     Attributes:
         step: the step that is committed next; 0 before the first commit.
         store: where workers meet, see Decision.
         released: all ranks have finished.
+        blamed: ranks whose faults have struck since the last committed step, the first one first.
     """
 
     def __init__(
-        self, ranks: frozenset[int], max_faults_per_step: int, generation: int = 0, mirror_every: int = 0
+        self,
+        ranks: frozenset[int],
+        max_faults_per_step: int,
+        generation: int = 0,
+        mirror_every: int = 0,
+        began: int = 0,
     ) -> None:
-        super().__init__(ranks, max_faults_per_step, generation, mirror_every)
-        self.state = State.RUNNING
+        super().__init__(ranks, max_faults_per_step, generation, mirror_every, began)
         self.decision: Decision | None = None  # in force in a recovery, for workers that connect late
         self.resumed = False  # a recovery has ended and its first step is not yet committed
         self._back: Choice | None = None  # all ranks go back to their mirrors
-        self._frozen: dict[int, Frozen] = {}
+        self._calls = 0  # number of the newest roll call ...
+        self._called: State | None = None  # ... and, in this generation, in which state it was made
         self._untold: set[int] = set()  # ranks that left, of which the last Freeze did not say so
         self._unanswered: set[int] = set()  # ranks that have not answered it
-        self._reports: dict[Stage, dict[int, bytes]] = {}
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event. Raises ProtocolError if the event is not allowed in this state."""
@@ -93,6 +100,8 @@ class Coordinator(Ranks):
         reports = self._reports.setdefault(event.stage, {})
         if event.stage is Stage.READY and event.step < self.step:
             return []  # said twice, when an agent moved in the tree
+        if event.stage is Stage.PRESENT and (event.step, self.state) != (self._calls, self._called):
+            return []
         if event.stage is Stage.READY and event.step != self.step:
             raise ProtocolError(
                 f"Ranks {sorted(event.reports)} are ready for step {event.step}, not {self.step}."
@@ -102,20 +111,14 @@ class Coordinator(Ranks):
             return []
         return COMPLETED[event.stage](self) if self._expected(event.stage) <= reports.keys() else []
 
-    def _expected(self, stage: Stage) -> Set[int]:
-        if stage is Stage.PUBLISHED:
-            return self.whole
-        if stage in (Stage.ARRIVED, Stage.RESTORED):
-            return self.pending
-        return self.ranks - self.exited if stage is Stage.FINISHED else self.ranks
-
     def _commit(self) -> list[Action]:
         if self.state is not State.RUNNING:
             return []
         del self._reports[Stage.READY]
         commit = Commit(self.generation, self.step)
         self.step += 1
-        self._faults_since_commit = 0
+        self._faults_since_commit = self._endings = 0
+        self.blamed = {}
         actions: list[Action] = [Broadcast(commit)]
         if self.resumed:
             self.resumed = False
@@ -134,18 +137,20 @@ class Coordinator(Ranks):
     # ---- a fault
 
     def _lost(self, event: Lost) -> list[Action]:
-        joining, error = event.rank in self.pending, ""
+        joining, error, cause = event.rank in self.pending, "", "was ended"
         if event.rank not in self._ended:
             self._faults_since_commit += 1
-            error = self._repeated(event)
+            self._blame([event.rank])
+            error, cause = self._repeated(event), event.cause
         self._mirrored[event.rank] = event.mirrored
-        newly = self._remove({event.rank}, f"rank {event.rank} {event.cause}")
+        newly = self._remove({event.rank}, f"rank {event.rank} {cause}")
         facts = replace(self._facts({event.rank}), error=error, joining=joining)
-        return self._answer(facts, event.cause, newly)
+        return self._answer(facts, cause, newly)
 
     def _node_lost(self, event: NodeLost) -> list[Action]:
         """Its ranks are started by whoever takes the node's place."""
         self._faults_since_commit += 1
+        self._blame(sorted(event.ranks))
         self._mirrored.update(dict.fromkeys(event.ranks, -1))
         newly = self._remove(event.ranks, f"node {event.node} {event.cause}")
         return self._answer(self._facts(event.ranks), event.cause, newly - event.ranks)
@@ -159,8 +164,11 @@ class Coordinator(Ranks):
         choice = choose(facts)
         if not choice.goes_on:
             return self._end(choice)
-        actions = [*map(Replace, sorted(replaced)), *self._open(cause)]
+        actions = [*map(Replace, sorted(replaced)), *self._open(cause), self._chosen(facts, choice)]
         return actions if self.whole else actions + self._decide()
+
+    def _chosen(self, facts: Facts, choice: Choice) -> Chosen:
+        return Chosen(self.generation, self.step, facts.what, choice.rung, choice.reason, choice.ends)
 
     def _end(self, choice: Choice) -> list[Action]:
         self.state = State.ENDED
@@ -171,7 +179,7 @@ class Coordinator(Ranks):
         self.generation += 1
         self.state = State.FREEZING
         self.resumed = False
-        self.decision = None
+        self.decision, self._called = None, None
         self._frozen = {}
         self._reports = {}
         self._untold, self._unanswered = set(), set()
@@ -216,18 +224,25 @@ class Coordinator(Ranks):
         if self._back is not None:
             return [] if self.whole else self._settle(self._back, "back")
         answers = {rank: self._frozen[rank] for rank in self.whole}
-        choice = choose(replace(self._facts(), answers=answers))
-        if choice.back or not choice.goes_on:
-            return self._go_back(choice)
-        forward = any(answer.step < choice.step for answer in answers.values())
-        return self._settle(choice, "roll_forward" if forward else "void")
-
-    def _go_back(self, choice: Choice) -> list[Action]:
-        """All go on from their mirrors, if that is possible."""
+        facts = replace(self._facts(), answers=answers)
+        choice = choose(facts)
         if not choice.goes_on:
             return self._end(choice)
-        self._back, self._ended = choice, set(self.whole)
-        return [End(rank) for rank in sorted(self.whole)] if self.whole else self._settle(choice, "back")
+        chosen = self._chosen(facts, choice)
+        if choice.back:
+            return [chosen, *self._go_back(choice)]
+        forward = any(answer.step < choice.step for answer in answers.values())
+        return [chosen, *self._settle(choice, "roll_forward" if forward else "void")]
+
+    def _go_back(self, choice: Choice) -> list[Action]:
+        """All go on from their mirrors."""
+        self._back = choice
+        return self._end_ranks(choice) if choice.ends else self._settle(choice, "back")
+
+    def _end_ranks(self, choice: Choice) -> list[Action]:
+        self._ended |= choice.ends
+        self._endings += 1
+        return [*map(End, sorted(choice.ends)), self._deadline()]
 
     def _settle(self, choice: Choice, kind: str) -> list[Action]:
         self.step = choice.step
@@ -235,9 +250,8 @@ class Coordinator(Ranks):
         self.decision = Decision(
             self.generation, choice.step, sorted(self.whole), sorted(self.pending), self.store
         )
-        how: dict[str, object] = {"decision": kind, "rung": int(choice.rung), "reason": choice.reason}
         return [
-            Reached(self.generation, "frozen", {"step": choice.step, **how}),
+            Reached(self.generation, "frozen", {"step": choice.step, "decision": kind}),
             Broadcast(self.decision),
             self._deadline(),
         ]
@@ -294,30 +308,42 @@ class Coordinator(Ranks):
             return []
         leaving = self.state in (State.FREEZING, State.SETTLING)
         what = f"rank {event.rank} cannot recover live: {event.reason}"
-        choice = choose(replace(self._facts({event.rank}), what=what, unfit=True, leaving=leaving))
-        if choice.goes_on:
-            self.state = State.FREEZING
-        return self._go_back(choice)
+        facts = replace(self._facts({event.rank}), what=what, unfit=True, leaving=leaving)
+        choice = choose(facts)
+        if not choice.goes_on:
+            return self._end(choice)
+        self.state = State.FREEZING
+        return [self._chosen(facts, choice), *self._go_back(choice)]
 
     def _overdue(self, event: Overdue) -> list[Action]:
         if (event.generation, event.state) != (self.generation, self.state.value):
             return []
-        missing = self._missing()
+        if self._endings or self._called is self.state:
+            return self._late(self._missing() | self._ended)
+        self._calls, self._called = self._calls + 1, self.state
+        self._reports.pop(Stage.PRESENT, None)
+        return [Broadcast(RollCall(self.generation, self._calls, self.state.value)), self._deadline()]
+
+    def _present(self) -> list[Action]:
+        """The agents of all that are missing have said which of their ranks are."""
+        said = self._reports[Stage.PRESENT]
+        missing = {rank for rank in self._missing() if not said[rank]}
+        return self._late(missing) if missing else []
+
+    def _late(self, missing: set[int]) -> list[Action]:
+        self._calls += 1  # what else is answered to the last one comes too late
+        self._ended |= missing
+        self._blame(sorted(missing))
         what = f"ranks {sorted(missing)} did not come out of state {self.state.value} in time"
-        return self._end(choose(replace(self._facts(missing), what=what, overdue=True)))
+        facts = replace(self._facts(missing), what=what, overdue=True)
+        choice = choose(facts)
+        if not choice.goes_on:
+            return self._end(choice)
+        return [self._chosen(facts, choice), *self._end_ranks(choice)]
 
     def _deadline(self) -> Deadline:
         joins = self.state in (State.SETTLING, State.RESTORING)
         return Deadline(self.generation, self.state.value, "join_timeout" if joins else "settle_timeout")
-
-    def _missing(self) -> set[int]:
-        if self.state is State.FREEZING:
-            return self.whole - self._frozen.keys()
-        if self.state is State.SETTLING:
-            here = self._reports.get(Stage.PUBLISHED, {}).keys() | self._reports.get(Stage.ARRIVED, {}).keys()
-            return set(self.ranks) - here
-        stage = Stage.RESTORED if self.state is State.RESTORING else Stage.REBUILT
-        return set(self._expected(stage)) - self._reports.get(stage, {}).keys()
 
     def _nothing(self, event: Event) -> list[Action]:
         return []
@@ -330,6 +356,7 @@ COMPLETED: dict[Stage, Callable[[Coordinator], list[Action]]] = {
     Stage.ARRIVED: Coordinator._arrived,
     Stage.RESTORED: Coordinator._restored,
     Stage.REBUILT: Coordinator._rebuilt,
+    Stage.PRESENT: Coordinator._present,
 }
 
 _Handler = Callable[[Coordinator, Event], list[Action]]

@@ -1,4 +1,4 @@
-"""What the coordinator knows of the job's ranks: who lives, who holds what, and which faults there were."""
+"""What the coordinator knows of the job's ranks: who lives, who holds what, what they have said, their faults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterable, Set
 from checkpointless_elastic.protocol.between import Standing
 from checkpointless_elastic.protocol.events import Lost
 from checkpointless_elastic.protocol.holdings import Holdings
+from checkpointless_elastic.protocol.messages import Frozen, Stage
 from checkpointless_elastic.protocol.rungs import Facts
+from checkpointless_elastic.protocol.states import State
 
 __all__ = ["Ranks"]
 
@@ -16,10 +18,11 @@ class Ranks:
     """Base of `coordinator.Coordinator`, which has the attributes' meaning."""
 
     def __init__(
-        self, ranks: frozenset[int], max_faults_per_step: int, generation: int, mirror_every: int
+        self, ranks: frozenset[int], max_faults_per_step: int, generation: int, mirror_every: int, began: int
     ) -> None:
         self.ranks = ranks
         self.generation = self._ran_in = generation  # now, and when the job last ran
+        self.state = State.RUNNING
         self.released = False
         self.step = 0
         self.store = ""
@@ -31,12 +34,17 @@ class Ranks:
         self.exited: set[int] = set()
         self.holdings = Holdings(ranks)
         self._unprotected: set[int] = set(ranks)
+        self._frozen: dict[int, Frozen] = {}  # answers to Freeze
+        self._reports: dict[Stage, dict[int, bytes]] = {}
         self._mirror_every = mirror_every
         self._mirrored: dict[int, int] = {}  # of lost ranks, the step of their newest mirror
         self._ended: set[int] = set()  # survivors that were ended and are not yet gone
         self._fault = ""  # the newest one, as a sentence
         self._max_faults = max_faults_per_step
         self._faults_since_commit = 0
+        self._endings = 0  # how often survivors were ended since then
+        self.blamed: dict[int, None] = {}
+        self._began = began
         self._errors: dict[int, tuple[int, str]] = {}
 
     def take_over(self, standings: Iterable[Standing], store: str) -> None:
@@ -70,6 +78,24 @@ class Ranks:
         """Can a loss be answered by rung 1, as far as is known now?"""
         return self.step > 0 and not self._unprotected and not self.holdings.distrust
 
+    def _expected(self, stage: Stage) -> Set[int]:
+        if stage is Stage.PRESENT:
+            return self._missing()
+        if stage is Stage.PUBLISHED:
+            return self.whole
+        if stage in (Stage.ARRIVED, Stage.RESTORED):
+            return self.pending
+        return self.ranks - self.exited if stage is Stage.FINISHED else self.ranks
+
+    def _missing(self) -> set[int]:
+        if self.state is State.FREEZING:
+            return self.whole - self._frozen.keys()
+        if self.state is State.SETTLING:
+            here = self._reports.get(Stage.PUBLISHED, {}).keys() | self._reports.get(Stage.ARRIVED, {}).keys()
+            return set(self.ranks) - here
+        stage = Stage.RESTORED if self.state is State.RESTORING else Stage.REBUILT
+        return set(self._expected(stage)) - self._reports.get(stage, {}).keys()
+
     def _remove(self, ranks: Set[int], fault: str) -> set[int]:
         """These ranks are lost, and with them those that had ended well: all of them are returned."""
         newly = {*ranks, *self.exited}
@@ -81,6 +107,9 @@ class Ranks:
         self.pending |= newly
         return newly
 
+    def _blame(self, ranks: Iterable[int]) -> None:
+        self.blamed |= dict.fromkeys(rank for rank in ranks if rank not in self.blamed)
+
     def _repeated(self, event: Lost) -> str:
         """The exception of this rank, if it had the same one at this step before; '' otherwise."""
         failure = (self.step, event.error)
@@ -91,8 +120,9 @@ class Ranks:
         return ""
 
     def _stranded(self) -> tuple[int, ...]:
-        """Lost ranks of which no live rank holds all that they held."""
-        return tuple(r for r in sorted(self.pending) if not self.holdings.twins(r) & self.whole)
+        """Ranks that are lost, or soon will be, of which no other rank holds all that they held."""
+        gone, stay = self.pending | self._ended, self.whole - self._ended
+        return tuple(rank for rank in sorted(gone) if not self.holdings.twins(rank) & stay)
 
     def _facts(self, ranks: Set[int] = frozenset()) -> Facts:
         """Of the newest fault, which has struck these ranks."""
@@ -106,6 +136,8 @@ class Ranks:
             distrust=self.holdings.distrust,
             faults=self._faults_since_commit,
             most=self._max_faults,
+            began=self._began,
+            endings=self._endings,
             mirror_every=self._mirror_every,
             mirrored=self._mirrored,
         )

@@ -84,10 +84,10 @@ class Roster(ABC):
         self._tree = Tree(len(bases), self._rules.fan_out)
         self._seats, self._taken = [""] * len(bases), [False] * len(bases)
 
-    def _new_coordinator(self, generation: int) -> Coordinator:
+    def _new_coordinator(self, generation: int, began: int = 0) -> Coordinator:
         rules = self._rules
         ranks = frozenset(range(self.world))
-        return Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
+        return Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every, began)
 
     @abstractmethod
     def left(self, name: str, why: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from checkpointless_elastic.protocol.messages import Frozen, Phase
 from checkpointless_elastic.protocol.mirrors import last_due
@@ -40,7 +40,9 @@ class Facts:
         error: the exception that this rank had before at this step, and has again; empty: none.
         joining: the rank is a replacement that has not joined.
         faults, most: without a committed step between them, this one counted; and how many are allowed.
-        overdue: a deadline has passed.
+        began: the rung by which this run of the script began; 0: it is the first, or that is not known.
+        overdue: a deadline has passed, and these ranks were missing.
+        endings: how often survivors were ended since the last committed step, to come back as replacements.
         unfit: the rank has said that it cannot recover live; ``leaving``: nobody has gone on from the void step yet.
         answers: what all survivors have said to Freeze; None: not all have.
         mirror_every: see Rules; ``mirrored``: of lost ranks, the step of their newest mirror.
@@ -57,7 +59,9 @@ class Facts:
     joining: bool = False
     faults: int = 0
     most: int = 0
+    began: int = 0
     overdue: bool = False
+    endings: int = 0
     unfit: bool = False
     leaving: bool = False
     answers: Mapping[int, Frozen] | None = None
@@ -78,13 +82,15 @@ class Choice:
         reason: one sentence, without its full stop.
         ranks: with STOP, those to blame.
         step: at which all go on, once all survivors have said where they stand.
-        back: all go back to the mirrors of that step, survivors too.
+        ends: survivors that are ended, and come back as replacements.
+        back: these are all, which go back to the mirrors of that step.
     """
 
     rung: Rung
     reason: str
     ranks: tuple[int, ...] = ()
     step: int = -1
+    ends: frozenset[int] = frozenset()
     back: bool = False
 
     @property
@@ -94,8 +100,14 @@ class Choice:
 
 
 def choose(facts: Facts) -> Choice:
-    """The lowest rung that can answer the fault."""
-    return next(filter(None, (rule(facts) for rule in _RULES)))
+    """The lowest rung that can answer the fault, and has not just failed to."""
+    choice = next(filter(None, (rule(facts) for rule in _RULES)))
+    if choice.rung is Rung.RERUN and facts.began >= Rung.RERUN and facts.step == 0:
+        reason = (
+            f"{choice.reason}, and no step was committed since the script was run again by rung {facts.began}"
+        )
+        return replace(choice, rung=Rung.RESTART, reason=reason)
+    return choice
 
 
 def _same_error(facts: Facts) -> Choice | None:
@@ -110,12 +122,24 @@ def _same_error(facts: Facts) -> Choice | None:
 def _too_many(facts: Facts) -> Choice | None:
     if facts.faults <= facts.most:
         return None
-    reason = f"{facts.faults} faults at step {facts.step} without a committed step between them"
-    return Choice(Rung.STOP, reason, facts.ranks)
+    faults = f"{facts.faults} faults at step {facts.step} without a committed step between them"
+    return Choice(Rung.RERUN, f"{faults}, the last one: {facts.what}")
 
 
 def _overdue(facts: Facts) -> Choice | None:
-    return Choice(Rung.RESTART, facts.what) if facts.overdue else None
+    """Those that are missing may be stuck alone: others need not pay for it the first time."""
+    if not facts.overdue:
+        return None
+    missing = frozenset(facts.ranks)
+    if facts.endings:
+        return Choice(Rung.RESTART, f"{facts.what}, after ranks were ended in the same recovery")
+    if not facts.whole - missing:
+        return Choice(Rung.RESTART, f"{facts.what}, and no other rank is left")
+    if facts.distrust:
+        return Choice(Rung.RESTART, f"{facts.what}, and {facts.distrust}")
+    if facts.stranded and not facts.mirror_every:
+        return Choice(Rung.RESTART, f"{facts.what}, and no other holds the state of rank {facts.stranded[0]}")
+    return Choice(Rung.LIVE, "they are ended and replaced, since they may be stuck alone", ends=missing)
 
 
 def _unfit(facts: Facts) -> Choice | None:
@@ -168,7 +192,11 @@ def _back(facts: Facts, reason: str) -> Choice:
     if back is None:
         return Choice(Rung.RERUN, f"{reason}, and the first mirror is not yet due at step {facts.target}")
     return Choice(
-        Rung.MIRROR, f"{reason}, so every rank goes on from its mirror of step {back}", step=back, back=True
+        Rung.MIRROR,
+        f"{reason}, so every rank goes on from its mirror of step {back}",
+        step=back,
+        ends=frozenset(facts.whole),
+        back=True,
     )
 
 

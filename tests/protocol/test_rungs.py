@@ -23,6 +23,7 @@ VOID = answers(r0=(5, Phase.COMPUTING), r2=(5, Phase.READY))
 LATE = answers(r0=(6, Phase.COMPUTING), r2=(5, Phase.READY))
 SHARD = replace(LOSS, stranded=(1,))
 MIRRORED = replace(SHARD, mirror_every=2)
+STUCK = replace(LOSS, what="ranks [2] did not come out of state freezing in time", ranks=(2,), overdue=True)
 
 CASES: dict[str, tuple[Facts, Rung, str]] = {
     "one of three": (LOSS, LIVE, "every piece of state has a replica in a survivor"),
@@ -81,14 +82,48 @@ CASES: dict[str, tuple[Facts, Rung, str]] = {
     "as many faults as are allowed": (replace(LOSS, faults=3), LIVE, "every piece of state"),
     "too many faults": (
         replace(LOSS, faults=4),
-        STOP,
-        "4 faults at step 5 without a committed step between them",
+        RERUN,
+        "4 faults at step 5 without a committed step between them, the last one: rank 1 was killed by SIGKILL",
     ),
-    "a deadline": (
-        replace(LOSS, what="ranks [2] did not come out of state freezing in time", overdue=True),
+    "a fault before the first step, after rung 3": (
+        replace(LOSS, step=0, began=3),
         RESTART,
-        "ranks [2] did not come out of state freezing in time",
+        "was committed, and no step was committed since the script was run again by rung 3",
     ),
+    "a fault before the first step, after rung 4": (replace(LOSS, step=0, began=4), RESTART, "by rung 4"),
+    "a script without a Run, after rung 3": (
+        replace(LOSS, step=0, unprotected={0}, began=3),
+        RESTART,
+        "has made no Run, and no step was committed since the script was run again by rung 3",
+    ),
+    "the only copy, steps after rung 3": (replace(SHARD, began=3), RERUN, "no survivor holds the state"),
+    "the same error twice, after rung 3": (
+        replace(LOSS, error="ValueError: bad", began=3, step=0),
+        STOP,
+        "rank 1 failed twice at step 0",
+    ),
+    "a deadline": (STUCK, LIVE, "they are ended and replaced, since they may be stuck alone"),
+    "a second deadline": (
+        replace(STUCK, endings=1),
+        RESTART,
+        "ranks [2] did not come out of state freezing in time, after ranks were ended in the same recovery",
+    ),
+    "a deadline that all have missed": (
+        replace(STUCK, ranks=(0, 2)),
+        RESTART,
+        "ranks [2] did not come out of state freezing in time, and no other rank is left",
+    ),
+    "a deadline missed by the only copy": (
+        replace(STUCK, stranded=(2,)),
+        RESTART,
+        "in time, and no other holds the state of rank 2",
+    ),
+    "a deadline missed by the only copy, with mirrors": (
+        replace(STUCK, stranded=(2,), mirror_every=2),
+        LIVE,
+        "they are ended and replaced",
+    ),
+    "a deadline where replicas differ": (replace(STUCK, distrust="w differs"), RESTART, "and w differs"),
     "a replacement that is unfit": (
         replace(MIRRORED, what="rank 1 cannot recover live: it is torn", unfit=True, leaving=True),
         RERUN,
@@ -128,8 +163,13 @@ def test_all_go_on_at_the_step_that_one_has_committed() -> None:
 
 def test_all_go_back_to_one_mirror() -> None:
     choice = choose(replace(MIRRORED, answers=VOID, mirrored={1: 4}))
-    assert (choice.step, choice.back) == (4, True)
+    assert (choice.step, choice.ends, choice.back) == (4, {0, 2}, True)
     assert not choose(replace(MIRRORED, answers=VOID, mirrored={1: 5})).back
+
+
+def test_those_that_miss_a_deadline_are_ended_and_nobody_else() -> None:
+    choice = choose(STUCK)
+    assert (choice.ends, choice.back) == ({2}, False)
 
 
 def test_who_fails_again_is_to_blame() -> None:
