@@ -29,7 +29,7 @@ class Job:
     """What is simulated. ``compute``: seconds of a step, from and to; ``fixed``: one delay for every message.
 
     ``leave_early``: share of workers that end without waiting for the others; ``leaves``: of those that leave a void
-    attempt early.
+    attempt early; ``node_faults``: see Config.
     """
 
     agents: int = 4
@@ -41,6 +41,7 @@ class Job:
     leaves: float = 0.3
     fixed: float | None = None
     fan_out: int = 32
+    node_faults: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class World:
             max_nodes=max(2, nodes + 1000),
             max_restarts=100,
             max_faults_per_step=1000,
+            node_faults=job.node_faults,
             loss_timeout=60.0,
             fan_out=job.fan_out,
         )

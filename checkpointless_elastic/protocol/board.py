@@ -17,7 +17,6 @@ from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol import layout
 from checkpointless_elastic.protocol.acts import Guard, Heard, Perform, Restarting
 from checkpointless_elastic.protocol.between import (
-    VERSION,
     AnswerBundle,
     Answers,
     Attached,
@@ -57,6 +56,7 @@ from checkpointless_elastic.protocol.events import (
     Lost,
     NodeLost,
     Overdue,
+    Reached,
     Reopened,
     Replace,
     Restart,
@@ -115,12 +115,9 @@ class Board(Roster):
 
     def join(self, join: Join, now: float) -> None:
         """An agent has connected."""
-        if join.version != VERSION:
-            self._tell(
-                join.agent, Turned(f"it speaks version {join.version}, the coordinator {VERSION}", False)
-            )
-        elif self._over:
-            self._tell(join.agent, Turned("the job has ended", False))
+        refusal = self._refusal(join)
+        if refusal:
+            self._tell(join.agent, Turned(refusal, False))
         elif join.nodes and not self.bases:
             self.take_over(*layout.bases(join.nodes), -1, now)
             self.join(join, now)
@@ -352,6 +349,8 @@ class Board(Roster):
         if self.coordinator is None:
             self._early.append((name, message))
             return
+        if isinstance(message, RankGone):
+            self._note_loss(agent, message.rank)
         if isinstance(message, (RankStarted, RankExplained, RankGone, Gathered)):
             self.acts.append(Heard(message))
         if isinstance(message, Gathered):
@@ -428,6 +427,8 @@ class Board(Roster):
             self._halt(action.reason, list(action.ranks))
         elif not isinstance(action, Succeed):
             self.acts.append(Perform(action))
+            if isinstance(action, Reached) and action.point == "committed":
+                self._exclude_worst()
 
     def _run_again(self, restart: Restart) -> None:
         assert self.coordinator is not None

@@ -65,6 +65,7 @@ class Coordinator(Ranks):
         step: the step that is committed next; 0 before the first commit.
         store: where workers meet, see Decision.
         released: all ranks have finished.
+        ended: ranks whose workers were ended and are not yet gone.
         blamed: ranks whose faults have struck since the last committed step, the first one first.
     """
 
@@ -138,7 +139,7 @@ class Coordinator(Ranks):
 
     def _lost(self, event: Lost) -> list[Action]:
         joining, error, cause = event.rank in self.pending, "", "was ended"
-        if event.rank not in self._ended:
+        if event.rank not in self.ended:
             self._faults_since_commit += 1
             self._blame([event.rank])
             error, cause = self._repeated(event), event.cause
@@ -240,7 +241,7 @@ class Coordinator(Ranks):
         return self._end_ranks(choice) if choice.ends else self._settle(choice, "back")
 
     def _end_ranks(self, choice: Choice) -> list[Action]:
-        self._ended |= choice.ends
+        self.ended |= choice.ends
         self._endings += 1
         return [*map(End, sorted(choice.ends)), self._deadline()]
 
@@ -304,7 +305,7 @@ class Coordinator(Ranks):
         return [Reached(self.generation, "resumed", details), Broadcast(Resume(self.generation))]
 
     def _unfit(self, event: Unfit) -> list[Action]:
-        if event.rank in self._ended:
+        if event.rank in self.ended:
             return []
         leaving = self.state in (State.FREEZING, State.SETTLING)
         what = f"rank {event.rank} cannot recover live: {event.reason}"
@@ -319,7 +320,7 @@ class Coordinator(Ranks):
         if (event.generation, event.state) != (self.generation, self.state.value):
             return []
         if self._endings or self._called is self.state:
-            return self._late(self._missing() | self._ended)
+            return self._late(self._missing() | self.ended)
         self._calls, self._called = self._calls + 1, self.state
         self._reports.pop(Stage.PRESENT, None)
         return [Broadcast(RollCall(self.generation, self._calls, self.state.value)), self._deadline()]
@@ -332,7 +333,7 @@ class Coordinator(Ranks):
 
     def _late(self, missing: set[int]) -> list[Action]:
         self._calls += 1  # what else is answered to the last one comes too late
-        self._ended |= missing
+        self.ended |= missing
         self._blame(sorted(missing))
         what = f"ranks {sorted(missing)} did not come out of state {self.state.value} in time"
         facts = replace(self._facts(missing), what=what, overdue=True)

@@ -38,7 +38,7 @@ class Ranks:
         self._reports: dict[Stage, dict[int, bytes]] = {}
         self._mirror_every = mirror_every
         self._mirrored: dict[int, int] = {}  # of lost ranks, the step of their newest mirror
-        self._ended: set[int] = set()  # survivors that were ended and are not yet gone
+        self.ended: set[int] = set()
         self._fault = ""  # the newest one, as a sentence
         self._max_faults = max_faults_per_step
         self._faults_since_commit = 0
@@ -101,7 +101,7 @@ class Ranks:
         newly = {*ranks, *self.exited}
         self._fault = fault
         self.exited = set()
-        self._ended -= newly
+        self.ended -= newly
         self.lost |= newly
         self.whole -= newly
         self.pending |= newly
@@ -121,7 +121,7 @@ class Ranks:
 
     def _stranded(self) -> tuple[int, ...]:
         """Ranks that are lost, or soon will be, of which no other rank holds all that they held."""
-        gone, stay = self.pending | self._ended, self.whole - self._ended
+        gone, stay = self.pending | self.ended, self.whole - self.ended
         return tuple(rank for rank in sorted(gone) if not self.holdings.twins(rank) & stay)
 
     def _facts(self, ranks: Set[int] = frozenset()) -> Facts:
