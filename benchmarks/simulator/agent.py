@@ -43,7 +43,6 @@ from checkpointless_elastic.protocol.between import (
 from checkpointless_elastic.protocol.events import Deadline, Overdue
 from checkpointless_elastic.protocol.member import Closed, Me, Member
 from checkpointless_elastic.protocol.messages import FromWorker, Message, Release, Report, Restore, Stage
-from checkpointless_elastic.protocol.requests import Dismissed
 from checkpointless_elastic.protocol.station import Station
 from simulator.oracle import Run, Violation
 from simulator.worker import Worker
@@ -233,8 +232,6 @@ class Agent:
             self._finish("succeeded")
         elif isinstance(message, Halt):
             self._finish(f"failed: {message.reason}")
-        elif isinstance(message, Dismissed):
-            self._finish(f"out: it {message.cause}")
         elif station is None:
             return
         elif isinstance(message, ReplaceRank):

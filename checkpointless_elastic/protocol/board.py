@@ -123,7 +123,7 @@ class Board(Roster):
             self.join(join, now)
         elif join.standing is not None:
             self._rejoin(join, join.standing)
-        elif len(self._agents) >= self._rules.max_nodes:
+        elif len(self._agents.keys() - self._excluded) >= self._rules.max_nodes:
             self._tell(join.agent, Turned(f"the job has its {self._rules.max_nodes} nodes", False))
         else:
             self._agents[join.agent] = Agent(join.agent, join.address, join.size)
@@ -270,9 +270,7 @@ class Board(Roster):
             return
         filled = {}
         for seat in self._vacant():
-            spare = next(
-                (a for a in self._agents.values() if a.seat < 0 and a.size == len(self._ranks(seat))), None
-            )
+            spare = self._spare(len(self._ranks(seat)))
             if spare is not None:
                 self._seats[seat], spare.seat = spare.name, seat
                 filled[seat] = spare.address

@@ -329,12 +329,12 @@ class Coordinator(Ranks):
         """The agents of all that are missing have said which of their ranks are."""
         said = self._reports[Stage.PRESENT]
         missing = {rank for rank in self._missing() if not said[rank]}
+        self._blame(sorted(missing))
         return self._late(missing) if missing else []
 
     def _late(self, missing: set[int]) -> list[Action]:
         self._calls += 1  # what else is answered to the last one comes too late
         self.ended |= missing
-        self._blame(sorted(missing))
         what = f"ranks {sorted(missing)} did not come out of state {self.state.value} in time"
         facts = replace(self._facts(missing), what=what, overdue=True)
         choice = choose(facts)

@@ -60,10 +60,6 @@ class Agent:
     seat: int = -1
 
 
-def _machine(address: str) -> str:
-    return address.rpartition(":")[0]
-
-
 class Roster(ABC):
     """Base of `board.Board`, which has the attributes' meaning."""
 
@@ -84,7 +80,7 @@ class Roster(ABC):
             int, tuple[str, str, bool]
         ] = {}  # by seat: who had it, why it is given up, and whether it stays as a spare
         self._losses = Losses(rules.node_faults)
-        self._excluded: dict[str, str] = {}  # machines from which no agent may come any more, and why
+        self._excluded: set[str] = set()  # agents that get no seat any more
         self._causes: dict[int, str] = {}  # why the last coordinator's seat is vacant, if it said so
         self._dropped: list[str] = []  # agents that lost their seats since the job last ran
 
@@ -219,6 +215,7 @@ class Roster(ABC):
             self._restarts,
             self.coordinator,
             self._over,
+            frozenset(self._excluded),
         )
 
     def _drain(self, drain: Drain, cause: str) -> None:
@@ -245,26 +242,27 @@ class Roster(ABC):
             self._losses.note(agent.name)
 
     def _exclude_worst(self) -> None:
-        """A recovery has ended: the node that is worse than all others goes, if a spare can take its place."""
+        """A recovery has ended: the node that is worse than all others loses its seat, if a spare can take it."""
         name, count = self._losses.worst()
         agent = self._agents.get(name)
         if agent is None:
             return
-        drain = Drain(agent.seat, name, False)
-        if agent.seat >= 0 and obstacle(self._view(), drain) is None:
-            cause = f"is excluded, since {count} of its workers were lost within {WINDOW} steps"
+        drain = Drain(agent.seat, name, True)  # it stays: the rendezvous store may live there
+        if obstacle(self._view(), drain) is None:
             self._losses.forget(name)
-            self._excluded[_machine(agent.address)] = cause
-            self._drain(drain, cause)
+            self._excluded.add(name)
+            self._drain(drain, f"was excluded, since {count} of its workers were lost within {WINDOW} steps")
+
+    def _spare(self, size: int) -> Agent | None:
+        """One that may take a seat with so many ranks."""
+        waiting = (agent for name, agent in self._agents.items() if name not in self._excluded)
+        return next((agent for agent in waiting if agent.seat < 0 and agent.size == size), None)
 
     def _refusal(self, join: Join) -> str:
         """Why this agent may not take part; empty: it may."""
         if join.version != VERSION:
             return f"it speaks version {join.version}, the coordinator {VERSION}"
-        if self._over:
-            return "the job has ended"
-        cause = self._excluded.get(_machine(join.address)) if join.standing is None else None
-        return f"its machine {cause}" if cause else ""
+        return "the job has ended" if self._over else ""
 
     def explain(self, seat: int, cause: str) -> None:
         """The last coordinator has said why its seat will be vacant. Before `take_over`."""

@@ -12,7 +12,7 @@ from checkpointless_elastic.protocol.board import Board
 from checkpointless_elastic.protocol.coordinator import State
 from checkpointless_elastic.protocol.events import Reached
 from checkpointless_elastic.protocol.losses import WINDOW, Losses
-from checkpointless_elastic.protocol.requests import Dismissed
+from checkpointless_elastic.protocol.requests import Declined, Drain
 from tests.protocol.test_overview import board
 
 COMMITTED = Reached(0, "committed", {"step": 5})
@@ -72,19 +72,32 @@ def after_losses(agents: str = "abc", lost_of: str = "bbbbb") -> Board:
     return made
 
 
-def test_it_goes_as_a_drained_node_does_and_its_machine_may_not_come_back() -> None:
+def test_its_seat_goes_to_a_spare_and_it_gets_none_any_more() -> None:
     made = after_losses()
     assert made.acts[-1] == Guard()
     made.acts.clear()
     made.confirmed(1, 0.0)
-    cause = f"is excluded, since 5 of its workers were lost within {WINDOW} steps"
-    assert Tell("b", Dismissed(cause)) in made.acts
-    made.acts.clear()
-    for agent, address in (("b2", "b:2"), ("d", "d:1")):
-        made.join(Join(VERSION, agent, address, 1), 0.0)
-    assert [act for act in made.acts if isinstance(act, Tell) and isinstance(act.message, Turned)] == [
-        Tell("b2", Turned(f"its machine {cause}", False))
-    ]
+    why = f"its seat 1 was excluded, since 5 of its workers were lost within {WINDOW} steps"
+    assert Tell("b", Turned(why, True)) in made.acts
+    assert made._seats == ["a", "c"]
+    made.join(Join(VERSION, "b", "b:1", 1), 0.0)
+    made.left("c", "was lost")
+    made.confirmed(1, 0.0)
+    assert made._seats == ["a", ""]
+    for agent in "def":  # it is not counted
+        made.join(Join(VERSION, agent, f"{agent}:1", 1), 0.0)
+    assert made._seats == ["a", "d"]
+    assert made.agents == ["a", "b", "d", "e", "f"]
+
+
+def test_an_excluded_agent_is_no_spare_for_a_drain() -> None:
+    made = after_losses()
+    made.confirmed(1, 0.0)
+    made.join(Join(VERSION, "b", "b:1", 1), 0.0)
+    assert made.coordinator is not None
+    made.coordinator.state = State.RUNNING
+    answer = made.consult(Drain(1, "c", False))
+    assert isinstance(answer, Declined) and "no spare waits" in answer.reason
 
 
 @pytest.mark.parametrize(
@@ -121,6 +134,10 @@ def test_its_ranks_go_on_on_a_spare() -> None:
             world.clock.step()
         bad.kill(next(iter(bad.workers)))
     world.run()
-    assert bad.verdict == f"out: it is excluded, since 3 of its workers were lost within {WINDOW} steps"
+    assert {agent.verdict for agent in world.agents.values()} == {"succeeded"}
+    assert (
+        f"a1 gives up its seat: its seat 1 was excluded, since 3 of its workers were lost within {WINDOW}"
+        in str(notes)
+    )
     assert any("takes seat 1" in note and note.split()[0] == "a3" for note in notes), notes
     assert not world.restarts
