@@ -27,9 +27,12 @@ class Config:
 
     Attributes:
         timeout: limit for the first rendezvous.
-        settle_timeout: limit for survivors to come out of a void step and for groups to be rebuilt; then rung 4.
-        join_timeout: limit for a replacement to run the script up to its first step; then rung 4.
-        max_faults_per_step: faults without one committed step between them, after which the job stops.
+        settle_timeout: limit for survivors to come out of a void step and for groups to be rebuilt. Ranks that miss it
+            are ended and replaced once; then rung 4.
+        join_timeout: limit for a replacement to run the script up to its first step, with the same consequences.
+        max_faults_per_step: faults without one committed step between them that rungs 1 and 2 answer; then rung 3.
+        node_faults: lost workers of one node within 100 committed steps after which it is excluded, if no other node
+            has lost as many and a spare can take its place; 0: never.
         mirror_every: committed calls between two copies of each rank's state to host memory; 0: none are made.
         job_token_file: file with the secret that all agents of the job share; empty: CHECKPOINTLESS_JOB_TOKEN.
         tls_ca: PEM file of the authority that signs the agents' certificates; empty: connections are plain.
@@ -55,13 +58,15 @@ class Config:
 
     timeout: timedelta = _setting(timedelta(seconds=900), "limit for the first rendezvous")  # type: ignore[assignment]
     settle_timeout: timedelta = _setting(  # type: ignore[assignment]
-        timedelta(seconds=120), "limit for survivors to leave a void step and rebuild groups; then rung 4"
+        timedelta(seconds=120),
+        "limit for survivors to leave a void step and rebuild groups; later ones are ended",
     )
     join_timeout: timedelta = _setting(  # type: ignore[assignment]
-        timedelta(seconds=600), "limit for a replacement to reach its first step; then rung 4"
+        timedelta(seconds=600), "limit for a replacement to reach its first step; a later one is ended"
     )
-    max_faults_per_step: int = _setting(
-        8, "faults without a committed step between them before the job stops"
+    max_faults_per_step: int = _setting(8, "faults without a committed step between them before rung 3")  # type: ignore[assignment]
+    node_faults: int = _setting(
+        5, "lost workers of one node within 100 steps before a spare takes its place; 0: never"
     )  # type: ignore[assignment]
     mirror_every: int = _setting(
         0, "copy the state to host memory every so many calls, for shards without a replica; 0: never"
@@ -124,6 +129,8 @@ class Config:
             raise ConfigError(f"on_loss must be wait or fail, not {self.on_loss!r}.")
         if not 0 <= self.hang_factor < 1e6:
             raise ConfigError(f"hang_factor must be 0 or a positive number, not {self.hang_factor}.")
+        if self.node_faults < 0:
+            raise ConfigError(f"node_faults must be 0 or a number of lost workers, not {self.node_faults}.")
         if self.active_nodes < 0:
             raise ConfigError(f"active_nodes must be 0 or a number of nodes, not {self.active_nodes}.")
         if self.mirror_every < 0:

@@ -34,6 +34,7 @@ from checkpointless_elastic.protocol.between import (
     RankStarted,
     ReplaceRank,
     Reseated,
+    RollCall,
     RunAgain,
     Seated,
     Standing,
@@ -243,6 +244,8 @@ class Agent:
             if (self.seat + 1) % len(station.seat.bases) in message.addresses:
                 self._guardian = station.guardian
                 self._copy_all()
+        elif isinstance(message, RollCall):
+            self._report(station.present(message))
         elif isinstance(message, RunAgain):
             self._run_again(station, message)
         else:

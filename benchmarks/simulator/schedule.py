@@ -73,6 +73,8 @@ def _run(world: World, gentle: bool) -> str:
         world.run()
         if gentle and world.restarts:
             raise Violation(f"faults apart from each other led to a restart: {world.restarts}")
+        if gentle and world.late:
+            raise Violation(f"faults apart from each other led to a missed deadline: {world.late}")
     except (Violation, AssertionError, LookupError, ValueError, AttributeError, TypeError) as error:
         if not isinstance(error, Violation) and world.tell is not None:
             raise

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from checkpointless_elastic.protocol.acts import Restarting
 from checkpointless_elastic.protocol.between import Between, Join, Order, Seated
-from checkpointless_elastic.protocol.events import Action, Opened, Reached
+from checkpointless_elastic.protocol.events import Action, Chosen, Opened, Reached
 from checkpointless_elastic.protocol.messages import Message
 from checkpointless_elastic.protocol.rules import Rules
 from simulator.agent import Agent
@@ -29,7 +29,7 @@ class Job:
     """What is simulated. ``compute``: seconds of a step, from and to; ``fixed``: one delay for every message.
 
     ``leave_early``: share of workers that end without waiting for the others; ``leaves``: of those that leave a void
-    attempt early.
+    attempt early; ``node_faults``: see Config.
     """
 
     agents: int = 4
@@ -41,6 +41,7 @@ class Job:
     leaves: float = 0.3
     fixed: float | None = None
     fan_out: int = 32
+    node_faults: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class World:
     Attributes:
         steps, size: of the job.
         limits: by name in Config, seconds.
-        restarts: how many times the script was run again, with its reason.
+        restarts: why the script was run again, each time.
+        late: which ranks were ended since they had missed a deadline, each time.
         last_fault: when.
     """
 
@@ -78,6 +80,7 @@ class World:
             max_nodes=max(2, nodes + 1000),
             max_restarts=100,
             max_faults_per_step=1000,
+            node_faults=job.node_faults,
             loss_timeout=60.0,
             fan_out=job.fan_out,
         )
@@ -88,6 +91,7 @@ class World:
         self.traffic = Traffic()
         self.agents: dict[str, Agent] = {}  # by address
         self.restarts: list[str] = []
+        self.late: list[str] = []
         self.faults = 0  # that struck before the job had ended
         self.last_fault = 0.0
         self.killed_at_end = False  # a worker that had finished died: the job may end with its exit code
@@ -207,6 +211,9 @@ class World:
     def performs(self, agent: Agent, action: Action) -> None:
         if isinstance(action, Restarting):
             self.restarts.append(f"step {action.step}: {action.reason}")
+        if isinstance(action, Chosen) and action.ends:
+            self.late.append(f"step {action.step}: {action.what}")
+            self.note(f"{agent.name}: {action.what}: {action.reason}")
         if isinstance(action, (Opened, Reached, Restarting)):
             self.note(f"{agent.name}: {told(action)}")
         for watch in self.on_reach:

@@ -40,6 +40,7 @@ class Child:
         gone: the process has ended.
         status: exit code or negative signal; None until it is known.
         ended: wall clock of its end, in seconds.
+        error_file: where it was put when the next incarnation came; empty: where torch wants it.
         signal: to be sent as soon as it is forked.
     """
 
@@ -51,6 +52,7 @@ class Child:
     gone: bool = False
     status: int | None = None
     ended: float = 0.0
+    error_file: str = ""
     signal: signal.Signals | None = None
 
 
@@ -118,6 +120,7 @@ class ForkedContext(PContext):
         self._numbers = itertools.count(next(_first_numbers))
         self._by_pid: dict[int, Child] = {}
         self.children = {rank: Child(rank, incarnations.get(rank, 0)) for rank in range(self.nprocs)}
+        self._replaced: dict[int, Child] = {}  # by local rank, the worker before the present one
 
     # ---- starting ------------------------------
 
@@ -130,7 +133,7 @@ class ForkedContext(PContext):
 
     def replace(self, local_rank: int) -> None:
         """Fork the next incarnation of a local rank whose process is gone. Log files are continued. Does not block."""
-        old = self.children[local_rank]
+        old = self._replaced[local_rank] = self.children[local_rank]
         self._keep_error_file(old)
         self.children[local_rank] = Child(local_rank, old.incarnation + 1)
         self._request(self.children[local_rank], append=True)
@@ -139,7 +142,8 @@ class ForkedContext(PContext):
         path = self.error_files[old.local_rank]
         if os.path.isfile(path):
             stem, suffix = os.path.splitext(path)
-            os.replace(path, f"{stem}.{old.incarnation}{suffix}")
+            old.error_file = f"{stem}.{old.incarnation}{suffix}"
+            os.replace(path, old.error_file)
 
     def _request(self, child: Child, append: bool) -> None:
         rank = child.local_rank
@@ -257,13 +261,18 @@ class ForkedContext(PContext):
         values = {} if failures else dict.fromkeys(range(self.nprocs))
         return RunProcsResult(values, failures, self.stdouts, self.stderrs)
 
+    def culprit(self, local_rank: int) -> Child:
+        """While workers run: who has failed, the present one or, if that lives, the one that it replaced."""
+        child = self.children[local_rank]
+        return child if child.gone else self._replaced.get(local_rank, child)
+
     def failure(self, child: Child) -> ProcessFailure:
         """What torchrun's summary says about this worker; without an error file its time is that of its end."""
         failure = ProcessFailure(
             local_rank=child.local_rank,
             pid=child.pid,
             exitcode=child.status or 0,
-            error_file=self.error_files[child.local_rank],
+            error_file=child.error_file or self.error_files[child.local_rank],
         )
         if not os.path.isfile(failure.error_file):
             failure.timestamp = int(child.ended)

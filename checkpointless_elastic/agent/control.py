@@ -36,6 +36,7 @@ from checkpointless_elastic.protocol.between import (
     RankStarted,
     ReplaceRank,
     Reseated,
+    RollCall,
     RunAgain,
     Seated,
     Spare,
@@ -343,6 +344,8 @@ class AgentControl:
             self._workers.kill(message.rank)
         elif isinstance(message, Reseated):
             self._reseated(station, message)
+        elif isinstance(message, RollCall):
+            self._report(station.present(message))
         elif isinstance(message, RunAgain):
             self._run_again(station, message)
         elif not isinstance(message, (Seated, Spare, Done, Halt, Dismissed)):

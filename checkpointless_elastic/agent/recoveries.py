@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable
@@ -12,9 +13,11 @@ import msgspec
 from checkpointless_elastic.observe.timeline import Recovery, write
 from checkpointless_elastic.protocol.acts import Restarting
 from checkpointless_elastic.protocol.between import Between, Gathered, RankExplained, RankGone, RankStarted
-from checkpointless_elastic.protocol.events import Action, End, Opened, Reached, Stop
+from checkpointless_elastic.protocol.events import Action, Chosen, End, Opened, Reached, Stop
 from checkpointless_elastic.protocol.messages import Stage
 from checkpointless_elastic.worker.wire import RebuiltReport, RestoredReport
+
+logger = logging.getLogger(__name__)
 
 
 def describe(status: int) -> str:
@@ -41,11 +44,15 @@ class Recoveries:
         self._seen: float | None = None
         self._noted: dict[int, str] = {}
         self._stuck = 0.0
+        self._chosen: Chosen | None = None
+        self._ends: dict[int, str] = {}  # ranks that the coordinator has ended, and why
 
     def perform(self, action: Action, now: float) -> None:
         """The coordinator has come to a point."""
         if isinstance(action, Opened):
             self.opened(action.generation, action.lost, action.cause, now)
+        elif isinstance(action, Chosen):
+            self.chosen(action)
         elif isinstance(action, Reached):
             self.reached(action.point, action.details, now)
         elif isinstance(action, End):
@@ -72,6 +79,7 @@ class Recoveries:
     def noticed(self, rank: int, cause: str, seen: float) -> None:
         """A loss was seen; the decision follows."""
         self._seen = seen
+        cause = self._ends.pop(rank, cause)
         self._noted[rank] = cause
         if self._current is not None:
             self._current.causes[rank] = cause
@@ -79,21 +87,29 @@ class Recoveries:
     def opened(self, generation: int, lost: frozenset[int], cause: str, now: float) -> None:
         """A generation was opened."""
         if self._current is None:
-            rung, reason = 1, "every piece of state has a replica in a survivor"
             seen = self._seen if self._seen is not None else now
-            self._current = Recovery(
-                generation, rung, cause, set(lost), seen, time.time() - (now - seen), reason
-            )
+            self._current = Recovery(generation, 1, cause, set(lost), seen, time.time() - (now - seen))
             self._current.causes.update(self._noted)
         self._current.generation = generation
         self._current.lost |= lost
         self._current.mark("opened", now)
 
+    def chosen(self, choice: Chosen) -> None:
+        """The coordinator has chosen a rung; it says so again when survivors have answered."""
+        if choice == self._chosen:
+            return
+        self._chosen = choice
+        where = f"generation {choice.generation}, step {choice.step}"
+        logger.warning("[%s] %s: rung %d, %s.", where, choice.what, choice.rung, choice.reason)
+        self._ends.update(dict.fromkeys(choice.ends, f"was ended: {choice.what}"))
+        if self._current is not None:
+            self._current.rung, self._current.reason = choice.rung, choice.reason
+
     def explain(self, rank: int, cause: str) -> None:
         """The exit status of a lost worker has come."""
         if self._current is None or rank not in self._current.lost:
             return
-        if self._current.causes.get(rank, "").startswith("failed"):
+        if self._current.causes.get(rank, "").startswith(("failed", "was ended", "was stuck")):
             return
         self._current.causes[rank] = cause
         if self._current.cause == "was lost":
@@ -114,8 +130,6 @@ class Recoveries:
         if point == "frozen":
             self._current.step = details["step"]
             self._current.decision = details["decision"]
-            self._current.rung = details.get("rung", self._current.rung)
-            self._current.reason = details.get("reason", self._current.reason)
         if point == "resumed":
             reports = [
                 msgspec.msgpack.decode(p, type=RebuiltReport) for p in details["reports"].values() if p

@@ -78,6 +78,7 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
             max_nodes=self.max_nodes,
             max_restarts=max_restarts,
             max_faults_per_step=config.max_faults_per_step,
+            node_faults=config.node_faults,
             mirror_every=config.mirror_every,
             on_loss=OnLoss(config.on_loss),
             loss_timeout=config.on_loss_timeout.total_seconds(),

@@ -175,7 +175,7 @@ class Workforce(Protocol):
         """SIGKILL this rank's present worker and its children; `lost` and `exited` follow. No-op if it is gone."""
 
     def has_ended(self, rank: int) -> bool:
-        """Is the exit code of this rank's present worker known?"""
+        """Is the exit code known of this rank's worker, or else of the one that it replaced?"""
 
     def succeed(self) -> None:
         """The job is done."""

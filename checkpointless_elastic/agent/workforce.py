@@ -69,6 +69,7 @@ class LocalWorkforce:
         self._leaving: VerdictKind | None = None  # the verdict once all workers have ended
         self._reason = ""
         self._bad: list[int] = []  # ranks that had failed when the job did; others are stopped then
+        self._guilty: dict[int, Child] = {}  # of the ranks that are to blame, those that had failed then
 
     # ---- for the agent ------------------------------
 
@@ -115,7 +116,8 @@ class LocalWorkforce:
         failed = [
             rank for rank in self.ranks if context.children[rank - self.base].status and rank not in ranks
         ]
-        found = {rank: context.failure(context.children[rank - self.base]) for rank in (*ranks, *failed)}
+        found = {rank: context.failure(self._guilty[rank]) for rank in ranks}
+        found |= {rank: context.failure(context.children[rank - self.base]) for rank in failed}
         if ranks:
             found[ranks[0]].timestamp = min(failure.timestamp for failure in found.values())
         return found
@@ -189,7 +191,7 @@ class LocalWorkforce:
 
     def has_ended(self, rank: int) -> bool:
         """See Workforce."""
-        return self._context is None or self._context.children[rank - self.base].status is not None
+        return self._context is None or self._context.culprit(rank - self.base).status is not None
 
     def succeed(self) -> None:
         """See Workforce."""
@@ -200,8 +202,10 @@ class LocalWorkforce:
         """See Workforce."""
         if not self._decided():
             self.verdict = Verdict(VerdictKind.FAILED, tuple(ranks))
-            children = self._context.children if self._context is not None else {}
-            self._bad = [rank for rank in self.ranks if children[rank - self.base].status]
+            if self._context is not None:
+                children = self._context.children
+                self._guilty = {rank: self._context.culprit(rank - self.base) for rank in ranks}
+                self._bad = [rank for rank in self.ranks if children[rank - self.base].status]
 
     def learn(self, modules: list[str]) -> None:
         """See Workforce."""

@@ -291,6 +291,17 @@ class EndRank(Message, frozen=True):
     reason: str = ""
 
 
+class RollCall(Message, frozen=True):
+    """A deadline has passed, and agents report for all their ranks together: which have come out of this state?
+
+    Each answers by itself: Gathered of Stage.PRESENT, with ``number`` as its step; what an absent rank says is empty.
+    """
+
+    generation: int
+    number: int
+    state: str
+
+
 class RunAgain(Message, frozen=True):
     """Stop all workers and run the script from its top; its workers meet in ``store``."""
 
@@ -365,7 +376,18 @@ class Kept(Message, frozen=True):
 
 
 Ordered = (
-    Commit | Freeze | Decision | Restore | Rebuild | Resume | Release | Reseated | RunAgain | Halt | Done
+    Commit
+    | Freeze
+    | Decision
+    | Restore
+    | Rebuild
+    | Resume
+    | Release
+    | Reseated
+    | RollCall
+    | RunAgain
+    | Halt
+    | Done
 )
 
 Between = (

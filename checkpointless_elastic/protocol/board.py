@@ -17,7 +17,6 @@ from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol import layout
 from checkpointless_elastic.protocol.acts import Guard, Heard, Perform, Restarting
 from checkpointless_elastic.protocol.between import (
-    VERSION,
     AnswerBundle,
     Attached,
     Between,
@@ -53,6 +52,7 @@ from checkpointless_elastic.protocol.events import (
     Event,
     NodeLost,
     Overdue,
+    Reached,
     Reopened,
     Replace,
     Restart,
@@ -109,18 +109,15 @@ class Board(Roster):
 
     def join(self, join: Join, now: float) -> None:
         """An agent has connected."""
-        if join.version != VERSION:
-            self._tell(
-                join.agent, Turned(f"it speaks version {join.version}, the coordinator {VERSION}", False)
-            )
-        elif self._over:
-            self._tell(join.agent, Turned("the job has ended", False))
+        refusal = self._refusal(join)
+        if refusal:
+            self._tell(join.agent, Turned(refusal, False))
         elif join.nodes and not self.bases:
             self.take_over(*layout.bases(join.nodes), -1, now)
             self.join(join, now)
         elif join.standing is not None:
             self._rejoin(join, join.standing)
-        elif len(self._agents) >= self._rules.max_nodes:
+        elif len(self._agents.keys() - self._excluded) >= self._rules.max_nodes:
             self._tell(join.agent, Turned(f"the job has its {self._rules.max_nodes} nodes", False))
         else:
             self._agents[join.agent] = Agent(join.agent, join.address, join.size)
@@ -267,9 +264,7 @@ class Board(Roster):
             return
         filled = {}
         for seat in self._vacant():
-            spare = next(
-                (a for a in self._agents.values() if a.seat < 0 and a.size == len(self._ranks(seat))), None
-            )
+            spare = self._spare(len(self._ranks(seat)))
             if spare is not None:
                 self._seats[seat], spare.seat = spare.name, seat
                 filled[seat] = spare.address
@@ -346,6 +341,8 @@ class Board(Roster):
         if self.coordinator is None:
             self._early.append((name, message))
             return
+        if isinstance(message, RankGone):
+            self._note_loss(agent, message.rank)
         if isinstance(message, (RankStarted, RankExplained, RankGone, Gathered)):
             self.acts.append(Heard(message))
         event = event_of(message)
@@ -418,6 +415,8 @@ class Board(Roster):
             self._halt(action.reason, list(action.ranks))
         elif not isinstance(action, Succeed):
             self.acts.append(Perform(action))
+            if isinstance(action, Reached) and action.point == "committed":
+                self._exclude_worst()
 
     def _run_again(self, restart: Restart) -> None:
         assert self.coordinator is not None
@@ -428,12 +427,12 @@ class Board(Roster):
         if self._restarts >= self._rules.max_restarts:
             self._halt(
                 f"no restart is left (--max-restarts is {self._rules.max_restarts}) and one is needed: {reason}",
-                sorted(old.lost),
+                list(old.blamed),
             )
             return
         self._restarts += 1
         self._store = self._open_store()
-        self.coordinator = self._new_coordinator(old.generation + 1)
+        self.coordinator = self._new_coordinator(old.generation + 1, restart.rung)
         self._ended = {}
         self._taken = [False] * len(self._seats)
         self._order(RunAgain(self.coordinator.generation, self._restarts, reason, self._store))

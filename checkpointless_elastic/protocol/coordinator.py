@@ -9,14 +9,16 @@ yet; ``lost`` ranks are those lost since the job last ran (their groups are void
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable
+from dataclasses import replace
 
 from checkpointless_elastic.errors import ProtocolError
-from checkpointless_elastic.protocol.between import Standing
+from checkpointless_elastic.protocol.between import RollCall
 from checkpointless_elastic.protocol.events import (
     Action,
     AllFrozen,
     Broadcast,
+    Chosen,
     Deadline,
     End,
     Event,
@@ -37,102 +39,58 @@ from checkpointless_elastic.protocol.events import (
     Unfit,
 )
 from checkpointless_elastic.protocol.halt import Halt
-from checkpointless_elastic.protocol.holdings import Holdings
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
     Freeze,
-    Frozen,
-    Phase,
     Rebuild,
     Release,
     Restore,
     Resume,
     Stage,
 )
-from checkpointless_elastic.protocol.mirrors import last_due
 from checkpointless_elastic.protocol.pace import Paces
+from checkpointless_elastic.protocol.ranks import Ranks
+from checkpointless_elastic.protocol.rungs import Choice, Facts, Rung, choose
 from checkpointless_elastic.protocol.states import State
 
 __all__ = ["TABLE", "Coordinator", "State"]
 
 
-class Coordinator:
+class Coordinator(Ranks):
     """Decides for one run of the script by ``ranks``, which keep mirrors of every ``mirror_every``-th step (0: none).
 
     A lost rank without a live twin takes its state from its mirror, if that is of the step at which all go on. If it is
-    older, all go back to it: the survivors are ended too, and every rank goes on from its mirror.
+    older, all go back to it: the survivors are ended too, and every rank goes on from its mirror. ``began``: see
+    `rungs.Facts`.
 
     Attributes:
         step: the step that is committed next; 0 before the first commit.
         store: where workers meet, see Decision.
         released: all ranks have finished.
         paces: which ranks are slow.
+        ended: ranks whose workers were ended and are not yet gone.
+        blamed: ranks whose faults have struck since the last committed step, the first one first.
     """
 
     def __init__(
-        self, ranks: frozenset[int], max_faults_per_step: int, generation: int = 0, mirror_every: int = 0
+        self,
+        ranks: frozenset[int],
+        max_faults_per_step: int,
+        generation: int = 0,
+        mirror_every: int = 0,
+        began: int = 0,
     ) -> None:
-        self.ranks = ranks
-        self.generation = self._ran_in = generation  # now, and when the job last ran
-        self.state = State.RUNNING
-        self.released = False
-        self.step = 0
-        self.store = ""
-        self._store_lost = False  # since the job last ran
-        self.whole = set(ranks)
-        self.pending: set[int] = set()
-        self.lost: set[int] = set()
-        self.left: set[int] = set()
-        self.exited: set[int] = set()
+        super().__init__(ranks, max_faults_per_step, generation, mirror_every, began)
         self.decision: Decision | None = None  # in force in a recovery, for workers that connect late
         self.resumed = False  # a recovery has ended and its first step is not yet committed
-        self._max_faults = max_faults_per_step
-        self._faults_since_commit = 0
-        self._errors: dict[int, tuple[int, str]] = {}
-        self._unprotected: set[int] = set(ranks)
-        self.holdings = Holdings(ranks)
-        self._mirror_every = mirror_every
-        self._mirrored: dict[int, int] = {}  # of lost ranks, the step of their newest mirror
-        self._back_to: int | None = None  # the step to which all ranks go back
-        self._ended: set[int] = set()  # survivors that were ended for it and are not yet gone
-        self._frozen: dict[int, Frozen] = {}
+        self._back: Choice | None = None  # all ranks go back to their mirrors
+        self._calls = 0  # number of the newest roll call ...
+        self._called: State | None = None  # ... and, in this generation, in which state it was made
         self._untold: set[int] = set()  # ranks that left, of which the last Freeze did not say so
         self._unanswered: set[int] = set()  # ranks that have not answered it
-        self._reports: dict[Stage, dict[int, bytes]] = {}
         self._halt = Halt()
         self.paces = Paces()
-
-    def take_over(self, standings: Iterable[Standing], store: str) -> None:
-        """Know what the last coordinator knew, as far as agents can tell. NodeLost or Reopened comes next.
-
-        ``store``: where workers meet from now on, since the last one was lost with the last coordinator.
-        """
-        self.store, self._store_lost = store, True
-        for standing in standings:
-            self.step = max(self.step, standing.step)
-            self.pending |= set(standing.pending)
-            self.lost |= set(standing.lost) | set(standing.pending)
-            self.left |= set(standing.left)
-            self.exited |= set(standing.gone)
-            self._unprotected -= set(standing.protected)
-            self.holdings.held |= standing.held
-            self.released |= standing.released
-        self.whole -= self.pending
-        self._ran_in = self.generation - 1 if self.lost else self.generation
-        if self.step and self.holdings.held:
-            # those that said nothing had made a Run too, or this step was not reached
-            self._unprotected &= self.holdings.held.keys()
-            self.holdings.find_twins()
-
-    def protect(self, rank: int) -> None:
-        """This rank's script has made a Run."""
-        self._unprotected.discard(rank)
-
-    @property
-    def protected(self) -> bool:
-        """Can a loss be answered by rung 1, as far as is known now?"""
-        return self.step > 0 and not self._unprotected and not self.holdings.distrust
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event. Raises ProtocolError if the event is not allowed in this state."""
@@ -149,6 +107,8 @@ class Coordinator:
         reports = self._reports.setdefault(event.stage, {})
         if event.stage is Stage.READY and event.step < self.step:
             return []  # said twice, when an agent moved in the tree
+        if event.stage is Stage.PRESENT and (event.step, self.state) != (self._calls, self._called):
+            return []
         if event.stage is Stage.READY and event.step != self.step:
             raise ProtocolError(
                 f"Ranks {sorted(event.reports)} are ready for step {event.step}, not {self.step}."
@@ -158,20 +118,14 @@ class Coordinator:
             return []
         return COMPLETED[event.stage](self) if self._expected(event.stage) <= reports.keys() else []
 
-    def _expected(self, stage: Stage) -> Set[int]:
-        if stage is Stage.PUBLISHED:
-            return self.whole
-        if stage in (Stage.ARRIVED, Stage.RESTORED):
-            return self.pending
-        return self.ranks - self.exited if stage is Stage.FINISHED else self.ranks
-
     def _commit(self) -> list[Action]:
         if self.state is not State.RUNNING:
             return []
         del self._reports[Stage.READY]
         commit = Commit(self.generation, self.step)
         self.step += 1
-        self._faults_since_commit = 0
+        self._faults_since_commit = self._endings = 0
+        self.blamed = {}
         actions: list[Action] = [Broadcast(commit)]
         if self.resumed:
             self.resumed = False
@@ -190,87 +144,56 @@ class Coordinator:
     # ---- a fault
 
     def _lost(self, event: Lost) -> list[Action]:
-        stop = None if event.rank in self._ended else self._repeated(event)
-        if stop:
-            return self._end(stop)
+        joining, error, cause = event.rank in self.pending, "", "was ended"
+        if event.rank not in self.ended:
+            self._faults_since_commit += 1
+            self._blame([event.rank])
+            error, cause = self._repeated(event), event.cause
         self._mirrored[event.rank] = event.mirrored
-        replaced = sorted({event.rank} | self.exited)
-        actions = self._without({event.rank}, event.cause, f"rank {event.rank} {event.cause}")
-        return actions if self.state is State.ENDED else [*map(Replace, replaced), *actions]
+        newly = self._remove({event.rank}, f"rank {event.rank} {cause}")
+        facts = replace(self._facts({event.rank}), error=error, joining=joining)
+        return self._answer(facts, cause, newly)
 
     def _node_lost(self, event: NodeLost) -> list[Action]:
         """Its ranks are started by whoever takes the node's place."""
-        stop = self._too_many(tuple(sorted(event.ranks)))
-        if stop:
-            return self._end(stop)
+        self._faults_since_commit += 1
+        self._blame(sorted(event.ranks))
         self._mirrored.update(dict.fromkeys(event.ranks, -1))
-        replaced = sorted(self.exited - event.ranks)
-        actions = self._without(set(event.ranks), event.cause, f"node {event.node} {event.cause}")
-        return actions if self.state is State.ENDED else [*map(Replace, replaced), *actions]
+        newly = self._remove(event.ranks, f"node {event.node} {event.cause}")
+        return self._answer(self._facts(event.ranks), event.cause, newly - event.ranks)
 
     def _reopened(self, event: Reopened) -> list[Action]:
-        if not self.protected:
-            return self._end(Restart(3, event.cause))
-        return self._open(event.cause)
+        self._fault = event.cause
+        return self._answer(self._facts(), event.cause, set())
 
-    def _without(self, ranks: set[int], cause: str, sentence: str) -> list[Action]:
-        newly = ranks | self.exited
-        self.exited = set()
-        self._ended -= newly
-        self.lost |= newly
-        self.whole -= newly
-        self.pending |= newly
-        if not self.protected:
-            return self._end(Restart(3, self._why_not_live(sentence)))
-        stranded = self._stranded()
-        if stranded and not self._mirror_every:
-            return self._end(Restart(3, f"no survivor holds the state of rank {stranded[0]}"))
-        actions = self._open(cause)
+    def _answer(self, facts: Facts, cause: str, replaced: set[int]) -> list[Action]:
+        """``replaced``: ranks whose agents are told to start them again."""
+        choice = choose(facts)
+        if not choice.goes_on:
+            return self._end(choice)
+        actions = [*map(Replace, sorted(replaced)), *self._open(cause), self._chosen(facts, choice)]
         return actions if self.whole else actions + self._decide()
 
-    def _stranded(self) -> list[int]:
-        """Lost ranks of which no live rank holds all that they held."""
-        return [rank for rank in sorted(self.pending) if not self.holdings.twins(rank) & self.whole]
+    def _chosen(self, facts: Facts, choice: Choice) -> Chosen:
+        return Chosen(self.generation, self.step, facts.what, choice.rung, choice.reason, choice.ends)
 
-    def _why_not_live(self, sentence: str) -> str:
-        if self.holdings.distrust:
-            return f"{sentence}, and {self.holdings.distrust}"
-        if self._unprotected:
-            return f"{sentence}, and the script of rank {min(self._unprotected)} has made no Run"
-        return f"{sentence} before the first step was committed"
-
-    def _repeated(self, event: Lost) -> Action | None:
-        failure = (self.step, event.error)
-        if event.error and self._errors.get(event.rank) == failure:
-            reason = f"rank {event.rank} failed twice at step {self.step} with the same error: {event.error}"
-            return Restart(3, reason) if event.rank in self.pending else Stop(reason, (event.rank,))
-        if event.error:
-            self._errors[event.rank] = failure
-        return self._too_many((event.rank,))
-
-    def _too_many(self, ranks: tuple[int, ...]) -> Action | None:
-        self._faults_since_commit += 1
-        if self._faults_since_commit <= self._max_faults:
-            return None
-        faults = f"{self._faults_since_commit} faults at step {self.step}"
-        return Stop(f"{faults} without a committed step between them", ranks)
-
-    def _end(self, action: Action) -> list[Action]:
+    def _end(self, choice: Choice) -> list[Action]:
         self.state = State.ENDED
-        return [action]
+        stops = choice.rung is Rung.STOP
+        return [Stop(choice.reason, choice.ranks) if stops else Restart(choice.rung, choice.reason)]
 
     def _open(self, cause: str) -> list[Action]:
         self.generation += 1
         self.state = State.FREEZING
         self.resumed = False
-        self.decision = None
+        self.decision, self._called = None, None
         self._frozen = {}
         self._reports = {}
         self._untold, self._unanswered = set(), set()
         return [
             Opened(self.generation, frozenset(self.lost), cause),
             Broadcast(self.freeze()),
-            Deadline(self.generation, self.state.value, "settle_timeout"),
+            self._deadline(),
         ]
 
     def freeze(self) -> Freeze:
@@ -305,46 +228,39 @@ class Coordinator:
         return self._answered(event) + (self._decide() if self.whole <= self._frozen.keys() else [])
 
     def _decide(self) -> list[Action]:
-        if self._back_to is not None:
-            return [] if self.whole else self._settle(self._back_to, "back")
+        if self._back is not None:
+            return [] if self.whole else self._settle(self._back, "back")
         answers = {rank: self._frozen[rank] for rank in self.whole}
-        target = max([self.step] + [answer.step for answer in answers.values()])
-        behind = [
-            r
-            for r, a in answers.items()
-            if a.step != target and (a.step, a.phase) != (target - 1, Phase.READY)
-        ]
-        if behind:
-            rank = min(behind)
-            reason = f"rank {rank} is at step {answers[rank].step}, not ready, while step {target - 1} was committed"
-            return self._end(Restart(3, reason))
-        if any(self._mirrored.get(rank) != target for rank in self._stranded()):
-            return self._go_back(target, f"no survivor holds the state of rank {self._stranded()[0]}")
-        forward = [rank for rank, answer in answers.items() if answer.step == target - 1]
-        return self._settle(target, "roll_forward" if forward else "void")
+        facts = replace(self._facts(), answers=answers)
+        choice = choose(facts)
+        if not choice.goes_on:
+            return self._end(choice)
+        chosen = self._chosen(facts, choice)
+        if choice.back:
+            return [chosen, *self._go_back(choice)]
+        forward = any(answer.step < choice.step for answer in answers.values())
+        return [chosen, *self._settle(choice, "roll_forward" if forward else "void")]
 
-    def _go_back(self, target: int, reason: str) -> list[Action]:
-        """To the last mirror due at a committed step: a step is committed when all have it, and each keeps two."""
-        back = last_due(target - 1, self._mirror_every)
-        if back is None:
-            return self._end(Restart(3, f"{reason}, and the first mirror is not yet due at step {target}"))
-        self._back_to, self._ended = back, set(self.whole)
-        return [End(rank) for rank in sorted(self.whole)] if self.whole else self._settle(back, "back")
+    def _go_back(self, choice: Choice) -> list[Action]:
+        """All go on from their mirrors."""
+        self._back = choice
+        return self._end_ranks(choice) if choice.ends else self._settle(choice, "back")
 
-    def _settle(self, target: int, kind: str) -> list[Action]:
-        self.step = target
+    def _end_ranks(self, choice: Choice) -> list[Action]:
+        self.ended |= choice.ends
+        self._endings += 1
+        return [*map(End, sorted(choice.ends)), self._deadline()]
+
+    def _settle(self, choice: Choice, kind: str) -> list[Action]:
+        self.step = choice.step
         self.state = State.SETTLING
         self.decision = Decision(
-            self.generation, target, sorted(self.whole), sorted(self.pending), self.store
+            self.generation, choice.step, sorted(self.whole), sorted(self.pending), self.store
         )
-        details: dict[str, object] = {"step": target, "decision": kind}
-        stranded = self._stranded()
-        if stranded:
-            details |= {"rung": 2, "reason": f"rank {stranded[0]} goes on from its mirror of step {target}"}
         return [
-            Reached(self.generation, "frozen", details),
+            Reached(self.generation, "frozen", {"step": choice.step, "decision": kind}),
             Broadcast(self.decision),
-            Deadline(self.generation, self.state.value, "join_timeout"),
+            self._deadline(),
         ]
 
     def _published(self) -> list[Action]:
@@ -368,7 +284,7 @@ class Coordinator:
             return self._restored()
         return [
             Broadcast(Restore(self.generation, {rank: published[rank] for rank in sorted(self.whole)})),
-            Deadline(self.generation, self.state.value, "join_timeout"),
+            self._deadline(),
         ]
 
     def _restored(self) -> list[Action]:
@@ -376,11 +292,11 @@ class Coordinator:
             return []
         self.state = State.REBUILDING
         self.whole |= self.pending
-        self.pending, self._back_to = set(), None
+        self.pending, self._back = set(), None
         return [
             Reached(self.generation, "restored"),
             Broadcast(Rebuild(self.generation, sorted(self.lost | self.left))),
-            Deadline(self.generation, self.state.value, "settle_timeout"),
+            self._deadline(),
         ]
 
     def _rebuilt(self) -> list[Action]:
@@ -394,34 +310,53 @@ class Coordinator:
         self._reports = {}
         return [Reached(self.generation, "resumed", details), Broadcast(Resume(self.generation))]
 
-    def _late(self, event: Late) -> list[Action]:
+    def _halted(self, event: Late) -> list[Action]:
         if (event.generation, event.step) != (self.generation, self.step) or not self.protected:
             return []
         found = self._halt.heard(event, frozenset(self.whole), self.state is State.RUNNING)
         return [End(rank, reason, seconds) for rank, (reason, seconds) in sorted(found.items())]
 
     def _unfit(self, event: Unfit) -> list[Action]:
-        if event.rank in self._ended:
+        if event.rank in self.ended:
             return []
-        if self._mirror_every and event.rank in self.whole and self.state in (State.FREEZING, State.SETTLING):
-            self.state = State.FREEZING
-            return self._go_back(self.step, f"rank {event.rank} cannot recover live: {event.reason}")
-        return self._end(Restart(3, f"rank {event.rank} cannot recover live: {event.reason}"))
+        leaving = self.state in (State.FREEZING, State.SETTLING)
+        what = f"rank {event.rank} cannot recover live: {event.reason}"
+        facts = replace(self._facts({event.rank}), what=what, unfit=True, leaving=leaving)
+        choice = choose(facts)
+        if not choice.goes_on:
+            return self._end(choice)
+        self.state = State.FREEZING
+        return [self._chosen(facts, choice), *self._go_back(choice)]
 
     def _overdue(self, event: Overdue) -> list[Action]:
         if (event.generation, event.state) != (self.generation, self.state.value):
             return []
-        missing = sorted(self._missing())
-        return self._end(Restart(4, f"ranks {missing} did not come out of state {self.state.value} in time"))
+        if self._endings or self._called is self.state:
+            return self._late(self._missing() | self.ended)
+        self._calls, self._called = self._calls + 1, self.state
+        self._reports.pop(Stage.PRESENT, None)
+        return [Broadcast(RollCall(self.generation, self._calls, self.state.value)), self._deadline()]
 
-    def _missing(self) -> set[int]:
-        if self.state is State.FREEZING:
-            return self.whole - self._frozen.keys()
-        if self.state is State.SETTLING:
-            here = self._reports.get(Stage.PUBLISHED, {}).keys() | self._reports.get(Stage.ARRIVED, {}).keys()
-            return set(self.ranks) - here
-        stage = Stage.RESTORED if self.state is State.RESTORING else Stage.REBUILT
-        return set(self._expected(stage)) - self._reports.get(stage, {}).keys()
+    def _present(self) -> list[Action]:
+        """The agents of all that are missing have said which of their ranks are."""
+        said = self._reports[Stage.PRESENT]
+        missing = {rank for rank in self._missing() if not said[rank]}
+        self._blame(sorted(missing))
+        return self._late(missing) if missing else []
+
+    def _late(self, missing: set[int]) -> list[Action]:
+        self._calls += 1  # what else is answered to the last one comes too late
+        self.ended |= missing
+        what = f"ranks {sorted(missing)} did not come out of state {self.state.value} in time"
+        facts = replace(self._facts(missing), what=what, overdue=True)
+        choice = choose(facts)
+        if not choice.goes_on:
+            return self._end(choice)
+        return [self._chosen(facts, choice), *self._end_ranks(choice)]
+
+    def _deadline(self) -> Deadline:
+        joins = self.state in (State.SETTLING, State.RESTORING)
+        return Deadline(self.generation, self.state.value, "join_timeout" if joins else "settle_timeout")
 
     def _nothing(self, event: Event) -> list[Action]:
         return []
@@ -434,6 +369,7 @@ COMPLETED: dict[Stage, Callable[[Coordinator], list[Action]]] = {
     Stage.ARRIVED: Coordinator._arrived,
     Stage.RESTORED: Coordinator._restored,
     Stage.REBUILT: Coordinator._rebuilt,
+    Stage.PRESENT: Coordinator._present,
 }
 
 _Handler = Callable[[Coordinator, Event], list[Action]]
@@ -450,7 +386,7 @@ def _table() -> dict[tuple[State, type[Event]], _Handler]:
         rows[state, NodeLost] = Coordinator._nothing if ended else Coordinator._node_lost
         rows[state, Reopened] = Coordinator._nothing if ended else Coordinator._reopened
         rows[state, ExitedEarly] = Coordinator._nothing if ended else Coordinator._exited_early
-        rows[state, Late] = Coordinator._nothing if ended else Coordinator._late
+        rows[state, Late] = Coordinator._nothing if ended else Coordinator._halted
         rows[state, Unfit] = Coordinator._nothing if ended else Coordinator._unfit
         rows[state, Overdue] = Coordinator._overdue if state in _RECOVERING else Coordinator._nothing
         waits = state in _RECOVERING and state is not State.REBUILDING  # nobody waits for a peer there

@@ -132,7 +132,7 @@ class End(Action):
 
 @dataclass(frozen=True)
 class Restart(Action):
-    """Rung 3 or 4: all workers are forked again and the script runs from its top. Counts as a restart."""
+    """Rung 3 or 4: the script is run again from its top. Counts as a restart."""
 
     rung: int
     reason: str
@@ -165,6 +165,21 @@ class Deadline(Action):
     generation: int
     state: str
     limit: str  # a name in Config
+
+
+@dataclass(frozen=True)
+class Chosen(Action):
+    """Rung 1 or 2 was chosen (for the log and the timeline); see `rungs.Choice`.
+
+    ``what`` has happened when step ``step`` was to be committed next. ``ends``: survivors that are ended for it.
+    """
+
+    generation: int
+    step: int
+    what: str
+    rung: int
+    reason: str
+    ends: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

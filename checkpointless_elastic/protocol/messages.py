@@ -35,6 +35,7 @@ class Stage(str, enum.Enum):
     RESTORED = "restored"
     REBUILT = "rebuilt"
     FINISHED = "finished"
+    PRESENT = "present"  # an agent's word on its ranks, see `between.RollCall`
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):

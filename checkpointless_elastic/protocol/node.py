@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from checkpointless_elastic.protocol.events import AllFrozen, Tally
 from checkpointless_elastic.protocol.messages import Decision, Frozen, Report, Stage
+from checkpointless_elastic.protocol.states import State
+
+_LAST = {
+    State.SETTLING: (Stage.PUBLISHED, Stage.ARRIVED),
+    State.RESTORING: (Stage.RESTORED,),
+    State.REBUILDING: (Stage.REBUILT,),
+}
+"""What a rank reports when it comes out of a state."""
 
 
 class Node:
@@ -21,6 +29,7 @@ class Node:
         self._pending: frozenset[int] = frozenset()
         self._exited: set[int] = set()
         self._reports: dict[Stage, dict[int, bytes]] = {}
+        self._heard: dict[Stage, set[int]] = {}  # who has reported, in this generation
         self._step = 0
         self._frozen: dict[int, Frozen] = {}
 
@@ -29,7 +38,7 @@ class Node:
         self.generation = generation
         self._pending = lost & self.ranks
         self._exited = set()
-        self._reports = {}
+        self._reports, self._heard = {}, {}
         self._frozen = {}
 
     def decided(self, decision: Decision) -> None:
@@ -48,6 +57,7 @@ class Node:
         if report.generation != self.generation:
             return None
         self._reports.setdefault(report.stage, {})[rank] = report.payload
+        self._heard.setdefault(report.stage, set()).add(rank)
         self._step = report.step
         return self._tally(report.stage)
 
@@ -68,6 +78,12 @@ class Node:
         if not self.ranks - self._pending <= self._frozen.keys():
             return None
         return AllFrozen(self.generation, dict(self._frozen))
+
+    def present(self, state: State) -> set[int]:
+        """Ranks that have come out of this state of the coordinator, in this generation."""
+        if state is State.FREEZING:
+            return set(self._frozen)
+        return set().union(*(self._heard.get(stage, ()) for stage in _LAST[state]))
 
     def _tally(self, stage: Stage) -> Tally | None:
         if not self._expected(stage) <= self._reports[stage].keys():

@@ -23,6 +23,7 @@ class View:
         vacant: seats without an agent, also those whose loss is not confirmed yet.
         coordinator: None before the job has begun, or while it is taken over.
         over: the job has ended.
+        excluded: agents that are no spares although they have no seat.
     """
 
     term: int
@@ -34,6 +35,7 @@ class View:
     restarts: int
     coordinator: Coordinator | None
     over: bool
+    excluded: frozenset[str] = frozenset()
 
     def ranks(self, seat: int) -> frozenset[int]:
         """Of this seat."""
@@ -98,7 +100,8 @@ def obstacle(view: View, drain: Drain) -> Declined | None:
 
 
 def _irreplaceable(view: View, place: Place, coordinator: Coordinator) -> Declined | None:
-    if not any(other.seat < 0 and other.size == place.size for other in view.agents if other != place):
+    spares = [other for other in view.agents if other.seat < 0 and other.agent not in view.excluded]
+    if not any(spare.size == place.size for spare in spares):
         return _never(
             f"no spare waits that runs {place.size} workers; start torchrun on one more node with the options of the "
             f"others (--nnodes MIN:MAX must allow it), and drain again"

@@ -11,10 +11,12 @@ import msgspec
 from checkpointless_elastic.protocol import layout
 from checkpointless_elastic.protocol.acts import Act, Perform, Tell
 from checkpointless_elastic.protocol.between import (
+    VERSION,
     Attach,
     Between,
     Done,
     Halt,
+    Join,
     Order,
     Ordered,
     Reseated,
@@ -23,6 +25,7 @@ from checkpointless_elastic.protocol.between import (
 )
 from checkpointless_elastic.protocol.coordinator import Coordinator
 from checkpointless_elastic.protocol.events import Event, Reopened, Stop
+from checkpointless_elastic.protocol.losses import WINDOW, Losses
 from checkpointless_elastic.protocol.messages import Commit, Decision, Freeze, Rebuild, Resume
 from checkpointless_elastic.protocol.overview import DRAINED, View, obstacle, overview
 from checkpointless_elastic.protocol.requests import (
@@ -74,8 +77,10 @@ class Roster(ABC):
         self._restarts = 0
         self._over = False
         self._drained: dict[
-            int, tuple[str, bool]
-        ] = {}  # by seat: who had it, and whether it stays as a spare
+            int, tuple[str, str, bool]
+        ] = {}  # by seat: who had it, why it is given up, and whether it stays as a spare
+        self._losses = Losses(rules.node_faults)
+        self._excluded: set[str] = set()  # agents that get no seat any more
         self._causes: dict[int, str] = {}  # why the last coordinator's seat is vacant, if it said so
         self._dropped: list[str] = []  # agents that lost their seats since the job last ran
 
@@ -84,10 +89,10 @@ class Roster(ABC):
         self._tree = Tree(len(bases), self._rules.fan_out)
         self._seats, self._taken = [""] * len(bases), [False] * len(bases)
 
-    def _new_coordinator(self, generation: int) -> Coordinator:
+    def _new_coordinator(self, generation: int, began: int = 0) -> Coordinator:
         rules = self._rules
         ranks = frozenset(range(self.world))
-        return Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every)
+        return Coordinator(ranks, rules.max_faults_per_step, generation, rules.mirror_every, began)
 
     @abstractmethod
     def left(self, name: str, why: str) -> None:
@@ -141,6 +146,7 @@ class Roster(ABC):
         """To all agents with a seat; only to those with one of these ranks."""
         if isinstance(message, (Commit, Freeze, Decision, Rebuild, Resume)):
             self._numbered += 1
+            self._losses.commits += isinstance(message, Commit)
             order = Order(self._term, short(message), self._numbered, list(self._dropped))
             for seat, name in enumerate(self._seats):
                 if name and seat not in self._tree.parents:
@@ -188,9 +194,18 @@ class Roster(ABC):
 
     def consult(self, question: Inquiry | Drain) -> Overview | Drained | Declined:
         """The answer to a client, who is no agent."""
+        view = self._view()
+        if isinstance(question, Inquiry):
+            return overview(view)
+        declined = obstacle(view, question)
+        if declined is None:
+            self._drain(question, DRAINED)
+        return declined or Drained()
+
+    def _view(self) -> View:
         places = [Place(agent.seat, agent.name, agent.address, agent.size) for agent in self._agents.values()]
         vacant = [seat for seat, name in enumerate(self._seats) if not name]
-        view = View(
+        return View(
             self._term,
             self._me,
             places,
@@ -200,28 +215,54 @@ class Roster(ABC):
             self._restarts,
             self.coordinator,
             self._over,
+            frozenset(self._excluded),
         )
-        if isinstance(question, Inquiry):
-            return overview(view)
-        declined = obstacle(view, question)
-        if declined is None:
-            self._drain(question)
-        return declined or Drained()
 
-    def _drain(self, drain: Drain) -> None:
+    def _drain(self, drain: Drain, cause: str) -> None:
         """Its seat is given up as that of a lost agent; it is told when that is confirmed."""
         if drain.seat < 0 or (drain.agent == self._me and not drain.keep):
             if drain.agent != self._me:  # else the next coordinator gives its seat away
                 del self._agents[drain.agent]
-            self._tell(drain.agent, Dismissed(DRAINED))
+            self._tell(drain.agent, Dismissed(cause))
         else:
-            self._drained[drain.seat] = drain.agent, drain.keep
-            self.left(drain.agent, DRAINED)
+            self._drained[drain.seat] = drain.agent, cause, drain.keep
+            self.left(drain.agent, cause)
 
     def _dismiss(self, seat: int) -> None:
-        name, stays = self._drained.pop(seat, ("", False))
+        name, cause, stays = self._drained.pop(seat, ("", "", False))
         if name:
-            self._tell(name, Turned(f"its seat {seat} {DRAINED}", True) if stays else Dismissed(DRAINED))
+            self._tell(name, Turned(f"its seat {seat} {cause}", True) if stays else Dismissed(cause))
+
+    # ---- agents that lose their workers again and again
+
+    def _note_loss(self, agent: Agent, rank: int) -> None:
+        """Those that go back to their mirrors with all are not to blame."""
+        it = self.coordinator
+        if it is not None and (rank not in it.ended or rank in it.blamed):
+            self._losses.note(agent.name)
+
+    def _exclude_worst(self) -> None:
+        """A recovery has ended: the node that is worse than all others loses its seat, if a spare can take it."""
+        name, count = self._losses.worst()
+        agent = self._agents.get(name)
+        if agent is None:
+            return
+        drain = Drain(agent.seat, name, True)  # it stays: the rendezvous store may live there
+        if obstacle(self._view(), drain) is None:
+            self._losses.forget(name)
+            self._excluded.add(name)
+            self._drain(drain, f"was excluded, since {count} of its workers were lost within {WINDOW} steps")
+
+    def _spare(self, size: int) -> Agent | None:
+        """One that may take a seat with so many ranks."""
+        waiting = (agent for name, agent in self._agents.items() if name not in self._excluded)
+        return next((agent for agent in waiting if agent.seat < 0 and agent.size == size), None)
+
+    def _refusal(self, join: Join) -> str:
+        """Why this agent may not take part; empty: it may."""
+        if join.version != VERSION:
+            return f"it speaks version {join.version}, the coordinator {VERSION}"
+        return "the job has ended" if self._over else ""
 
     def explain(self, seat: int, cause: str) -> None:
         """The last coordinator has said why its seat will be vacant. Before `take_over`."""

@@ -32,6 +32,7 @@ class Rules:
     max_nodes: int = 1
     max_restarts: int = 0
     max_faults_per_step: int = 8
+    node_faults: int = 5
     mirror_every: int = 0
     on_loss: OnLoss = OnLoss.WAIT
     loss_timeout: float = 600.0

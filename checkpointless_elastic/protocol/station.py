@@ -16,6 +16,7 @@ from checkpointless_elastic.protocol.between import (
     RankGone,
     RankSays,
     Reseated,
+    RollCall,
     RunAgain,
     Seated,
     Standing,
@@ -35,8 +36,10 @@ from checkpointless_elastic.protocol.messages import (
     Replicas,
     Report,
     Resume,
+    Stage,
 )
 from checkpointless_elastic.protocol.node import Node
+from checkpointless_elastic.protocol.states import State
 
 __all__ = ["Station"]
 
@@ -138,6 +141,14 @@ class Station:
         """A worker ended well without waiting."""
         self._absent.add(rank)
         return RankExited(rank, _gathered(self._node.exited(rank)))
+
+    def present(self, call: RollCall) -> Gathered | None:
+        """The answer to the coordinator's roll call."""
+        if call.generation != self.generation:
+            return None
+        here = self._node.present(State(call.state))
+        said = {rank: b"here" if rank in here else b"" for rank in self.ranks}
+        return Gathered(Stage.PRESENT, call.generation, call.number, said)
 
     def ended(self) -> NodeEnded | None:
         """What is to be said once the job was released, or nothing is left to wait for; None: not yet."""

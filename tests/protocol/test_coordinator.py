@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 
 from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.between import RollCall
 from checkpointless_elastic.protocol.coordinator import Coordinator, State
 from checkpointless_elastic.protocol.events import (
     Action,
     AllFrozen,
     Broadcast,
+    Chosen,
+    Deadline,
+    End,
     Event,
     ExitedEarly,
     LeftEarly,
@@ -70,6 +74,12 @@ def frozen(coordinator: Coordinator, **places: tuple[int, Phase]) -> Event:
         for name, (step, phase) in places.items()
     }
     return AllFrozen(coordinator.generation, reports)
+
+
+def present(coordinator: Coordinator, number: int, here: set[int], of: tuple[int, ...] = (0, 1, 2)) -> Tally:
+    """Agents answer roll call ``number``."""
+    said = {rank: b"here" if rank in here else b"" for rank in {*of, *here}}
+    return Tally(Stage.PRESENT, coordinator.generation, number, said)
 
 
 def test_a_step_is_committed_when_every_rank_is_ready_and_not_before() -> None:
@@ -164,18 +174,134 @@ def test_the_same_error_at_another_step_is_a_fault_like_any_other() -> None:
     assert only(coordinator.handle(Lost(1, "failed", "ValueError: bad")), Replace)
 
 
-def test_faults_without_a_committed_step_between_them_are_bounded() -> None:
+def test_after_too_many_faults_without_a_committed_step_the_script_is_run_again() -> None:
     coordinator = running()
     actions = [coordinator.handle(Lost(1, "was lost")) for _ in range(4)]
-    assert [bool(only(some, Stop)) for some in actions] == [False, False, False, True]
+    assert [[action.rung for action in some if isinstance(action, Restart)] for some in actions] == [
+        *[[], [], []],
+        [3],
+    ]
 
 
-def test_a_rank_that_does_not_answer_a_freeze_in_time_is_named() -> None:
+def test_a_committed_step_ends_the_count_of_faults() -> None:
+    coordinator = running()
+    for _ in range(3):
+        coordinator.handle(Lost(1, "was lost"))
+    recover(coordinator, {0, 2}, {1})
+    assert list(coordinator.blamed) == [1]
+    coordinator.handle(ready(coordinator, 5))
+    assert list(coordinator.blamed) == []
+    assert only(coordinator.handle(Lost(1, "was lost")), Replace)
+
+
+def test_the_first_rank_that_was_lost_is_the_first_to_blame() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(2, "was lost"))
+    coordinator.handle(Lost(1, "was lost"))
+    coordinator.handle(Lost(2, "was lost"))
+    assert list(coordinator.blamed) == [2, 1]
+
+
+def test_a_run_that_began_by_rung_3_and_commits_nothing_is_restarted_by_rung_4() -> None:
+    coordinator = Coordinator(frozenset({0, 1}), max_faults_per_step=3, began=3)
+    (action,) = coordinator.handle(Lost(1, "exited with code 1"))
+    assert isinstance(action, Restart) and action.rung == 4
+
+
+def test_a_rank_that_does_not_answer_a_freeze_in_time_is_ended_and_replaced() -> None:
     coordinator = running()
     coordinator.handle(Lost(1, "was lost"))
     coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING)))
+    assert coordinator.handle(Overdue(1, "freezing")) == [
+        Broadcast(RollCall(1, 1, "freezing")),
+        Deadline(1, "freezing", "settle_timeout"),
+    ]
+    chosen, *actions = coordinator.handle(present(coordinator, 1, here={0}))
+    assert isinstance(chosen, Chosen) and (chosen.rung, chosen.ends) == (1, {2})
+    assert chosen.what == "ranks [2] did not come out of state freezing in time"
+    assert actions == [End(2), Deadline(1, "freezing", "settle_timeout")]
+    assert only(coordinator.handle(Lost(2, "was killed by SIGKILL")), Replace) == [Replace(2)]
+    recover(coordinator, {0}, {1, 2})
+    assert coordinator.state is State.RUNNING
+    assert list(coordinator.blamed) == [1, 2]
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["which was replaced", "which cannot be ended"])
+def test_a_second_deadline_restarts_all(gone: bool) -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING)))
+    coordinator.handle(Overdue(1, "freezing"))
+    assert only(coordinator.handle(present(coordinator, 1, here={0})), End) == [End(2)]
+    if gone:
+        coordinator.handle(Lost(2, "was killed by SIGKILL"))
+        coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING)))
+    (action,) = coordinator.handle(Overdue(coordinator.generation, coordinator.state.value))
+    assert isinstance(action, Restart) and action.rung == 4 and "did not come out" in action.reason
+
+
+def test_a_rank_that_waits_for_another_one_of_its_node_is_not_ended() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    coordinator.handle(Overdue(1, "freezing"))
+    assert only(coordinator.handle(present(coordinator, 1, here={0})), End) == [End(2)]
+    assert coordinator.handle(present(coordinator, 1, here=set())) == []  # said twice
+
+
+def test_agents_that_do_not_answer_a_roll_call_have_nobody_present() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    coordinator.handle(Overdue(1, "freezing"))
+    assert coordinator.handle(present(coordinator, 1, here={0}, of=(0,))) == []
     (action,) = coordinator.handle(Overdue(1, "freezing"))
-    assert isinstance(action, Restart) and action.rung == 4 and "ranks [2]" in action.reason
+    assert isinstance(action, Restart) and action.rung == 4 and "ranks [0, 2] did not" in action.reason
+
+
+def test_the_answer_to_a_roll_call_of_a_state_that_was_left_changes_nothing() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    coordinator.handle(Overdue(1, "freezing"))
+    recover(coordinator, {0, 2}, {1})
+    assert coordinator.state is State.RUNNING
+    assert coordinator.handle(present(coordinator, 1, here=set())) == []
+
+
+def test_when_all_are_present_after_all_the_deadline_is_given_once_more() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    coordinator.handle(Overdue(1, "freezing"))
+    assert coordinator.handle(present(coordinator, 1, here={0, 2})) == []
+    assert only(coordinator.handle(Overdue(1, "freezing")), Restart)
+
+
+def test_replacements_that_do_not_arrive_in_time_are_started_once_more() -> None:
+    coordinator = running()
+    coordinator.handle(Lost(1, "was lost"))
+    coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING), r2=(5, Phase.COMPUTING)))
+    coordinator.handle(Tally(Stage.PUBLISHED, 1, 5, {0: b"", 2: b""}))
+    coordinator.handle(Overdue(1, "settling"))
+    assert only(coordinator.handle(present(coordinator, 1, here={0, 2})), End) == [End(1)]
+    assert only(coordinator.handle(Lost(1, "was killed by SIGKILL")), Replace) == [Replace(1)]
+
+
+def test_without_a_twin_a_deadline_restarts_all() -> None:
+    coordinator = sharded(replicas=2)
+    coordinator.handle(Lost(0, "was lost"))
+    reports = {r: Frozen(coordinator.generation, 5, Phase.COMPUTING, True, True) for r in (1, 3)}
+    coordinator.handle(AllFrozen(1, reports))
+    coordinator.handle(Overdue(1, "freezing"))
+    (action,) = coordinator.handle(present(coordinator, 1, here={1, 3}))
+    assert isinstance(action, Restart) and (action.rung, action.reason[:9]) == (4, "ranks [2]")
+    assert action.reason.endswith("and no other holds the state of rank 0")
+
+
+def test_a_choice_is_said_with_its_reason_and_again_when_all_have_answered() -> None:
+    coordinator = running()
+    what, reason = "rank 1 was lost", "every piece of state has a replica in a survivor"
+    said = Chosen(1, 5, what, 1, reason)
+    assert only(coordinator.handle(Lost(1, "was lost")), Chosen) == [said]
+    answers = frozen(coordinator, r0=(5, Phase.COMPUTING), r2=(5, Phase.COMPUTING))
+    assert only(coordinator.handle(answers), Chosen) == [said]
 
 
 def test_who_left_early_is_named_also_when_a_further_loss_came_first() -> None:

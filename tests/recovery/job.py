@@ -119,7 +119,8 @@ def fail(kind: str, name: str) -> None:
         os._exit(7)
     if kind == "sysexit":
         sys.exit(3)
-    os.kill(os.getpid(), signal.SIGSEGV if kind == "segv" else signal.SIGKILL)
+    numbers = {"segv": signal.SIGSEGV, "freeze": signal.SIGSTOP}
+    os.kill(os.getpid(), numbers.get(kind, signal.SIGKILL))
 
 
 def moment(name: str, step: int) -> None:
