@@ -159,6 +159,7 @@ class Recoveries:
             self._current.causes.update(self._noted)
         self._current.generation, self._current.rung, self._current.reason = generation, rung, reason
         self._current.step, self._current.marks = step, {"opened": now}
+        self._ends = {}
 
     def close(self) -> None:
         """The recovery has ended, or will not: write its record."""

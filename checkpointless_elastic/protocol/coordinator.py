@@ -228,8 +228,11 @@ class Coordinator(Ranks):
         return self._answered(event) + (self._decide() if self.whole <= self._frozen.keys() else [])
 
     def _decide(self) -> list[Action]:
+        if self._back is not None and self.whole:
+            return []
         if self._back is not None:
-            return [] if self.whole else self._settle(self._back, "back")
+            chosen = self._chosen(self._facts(), replace(self._back, ends=frozenset()))
+            return [chosen, *self._settle(self._back, "back")]
         answers = {rank: self._frozen[rank] for rank in self.whole}
         facts = replace(self._facts(), answers=answers)
         choice = choose(facts)

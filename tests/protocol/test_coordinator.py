@@ -354,6 +354,24 @@ def test_a_lost_shard_is_recovered_live_while_a_replica_of_it_lives() -> None:
     assert action == Restart(3, "no survivor holds the state of rank 0")
 
 
+def test_all_go_back_to_an_older_mirror_and_the_reason_is_said_until_the_end() -> None:
+    coordinator = Coordinator(frozenset({0, 1}), 3, mirror_every=2)
+    for rank in range(2):
+        coordinator.protect(rank)
+        coordinator.holdings.compare(rank, holding([rank], shard=rank))
+    for step in range(5):
+        coordinator.handle(ready(coordinator, step))
+    coordinator.handle(Lost(1, "was lost", mirrored=4))
+    actions = coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING)))
+    assert only(actions, End) == [End(0)]
+    _, decided = only(coordinator.handle(Lost(0, "was killed by SIGKILL", mirrored=4)), Chosen)
+    assert isinstance(decided, Chosen)
+    assert (decided.what, decided.rung, decided.ends) == ("rank 0 was ended", 2, frozenset())
+    assert decided.reason.endswith("so every rank goes on from its mirror of step 4")
+    assert coordinator.decision == Decision(2, 4, [], [0, 1])
+    assert list(coordinator.blamed) == [1]
+
+
 def test_a_shard_without_a_replica_is_known_before_it_is_lost() -> None:
     coordinator = sharded(replicas=1)
     assert coordinator.holdings.exposed() == [0, 1, 2, 3]

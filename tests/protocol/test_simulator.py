@@ -50,6 +50,22 @@ def test_without_a_fault_every_agent_ends_well() -> None:
     assert {agent.verdict for agent in world.agents.values()} == {"succeeded"}
 
 
+@pytest.mark.parametrize("fan_out", [2, 32])
+def test_a_worker_that_hears_nothing_any_more_is_ended_in_the_next_recovery_and_no_other(
+    fan_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(SimulatedJob(agents=6, spares=0, size=2, fan_out=fan_out), seed=1)
+    while world.oracle.commits < 3:
+        world.clock.step()
+    workers = {rank: worker for agent in world.live() for rank, worker in agent.workers.items()}
+    monkeypatch.setattr(workers[9], "send", lambda message: None)
+    next(agent for agent in world.live() if 2 in agent.workers).kill(2)
+    world.run()
+    assert world.late == ["step 3: ranks [9] did not come out of state freezing in time"]
+    assert {agent.verdict for agent in world.agents.values()} == {"succeeded"}
+    assert not world.restarts
+
+
 # ---- rules broken on purpose
 
 
