@@ -20,8 +20,8 @@ NOT_OURS = ("torchinductor_", "torchelastic_")
 class Traces:
     """All traces of the processes with one mark in their environment; `tmp` is their TMPDIR, and nobody else's.
 
-    Other jobs may run on the machine: something in /dev/shm counts if a process of this job had it open or mapped, or if
-    its name has the number of one.
+    Other jobs may run on the machine: something in /dev/shm counts if a process of this job had it mapped, or if its
+    name has the number of one.
     """
 
     mark: str
