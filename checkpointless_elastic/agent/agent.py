@@ -26,15 +26,11 @@ from torch.distributed.elastic.utils import macros  # type: ignore[attr-defined]
 from checkpointless_elastic.agent.context import ForkedContext, Launch
 from checkpointless_elastic.agent.control import AgentControl
 from checkpointless_elastic.agent.rendezvous import CheckpointlessRendezvousHandler
-from checkpointless_elastic.agent.runtime import (
-    ControlPlane,
-    EventLoop,
-    make_run_dir,
-    remove_run_dir,
-)
+from checkpointless_elastic.agent.runtime import ControlPlane, EventLoop
 from checkpointless_elastic.agent.servers import ForkServers
 from checkpointless_elastic.agent.workforce import LocalWorkforce, Verdict, VerdictKind
 from checkpointless_elastic.protocol.layout import ranks
+from checkpointless_elastic.run_dir import RunDir
 
 __all__ = ["CheckpointlessAgent", "make_control"]
 
@@ -98,12 +94,17 @@ class CheckpointlessAgent(LocalElasticAgent):
         handler = spec.rdzv_handler
         assert isinstance(handler, CheckpointlessRendezvousHandler)
         self._loop = EventLoop()
-        self._run_dir = make_run_dir()
-        self._servers = ForkServers(self._loop, self._run_dir)
+        self._run_dir = RunDir()
+        path = self._run_dir.path
+        self._servers = ForkServers(self._loop, path)
         self._servers.start()  # loads torch while the rest gets ready
-        self._control = make_control(handler, spec)
-        workforce = LocalWorkforce(self._loop, self._servers, self._control, self._run_dir, self._patience())
-        self._control.attach(self._loop, workforce, spec.local_world_size)
+        try:
+            self._control = make_control(handler, spec)
+            workforce = LocalWorkforce(self._loop, self._servers, self._control, path, self._patience())
+            self._control.attach(self._loop, workforce, spec.local_world_size)
+        except BaseException:
+            self._let_go()
+            raise
         self._workforce = workforce
 
     def _finish(self, group: WorkerGroup, verdict: Verdict) -> RunResult:
@@ -246,14 +247,18 @@ class CheckpointlessAgent(LocalElasticAgent):
         """
         if self._workforce is not None and not self._workforce.ended:
             self._control.leave()
-        super()._shutdown(death_sig, *args, **kwargs)
-        if self._workforce is None:
-            return
-        self._workforce = None
-        self._control.stopped()
+        try:
+            super()._shutdown(death_sig, *args, **kwargs)
+        finally:  # a second signal may end the wait for workers
+            if self._workforce is not None:
+                self._workforce = None
+                self._control.stopped()
+                self._let_go()
+
+    def _let_go(self) -> None:
         self._servers.close()
         self._loop.close()
-        remove_run_dir(self._run_dir)
+        self._run_dir.remove()
 
     def _patience(self) -> float:
         return float(getattr(self, "_shutdown_timeout", _DEFAULT_SHUTDOWN_TIMEOUT_S))

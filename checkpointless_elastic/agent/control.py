@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 import msgspec
 
+from checkpointless_elastic import run_dir
 from checkpointless_elastic.agent.chair import Chair
 from checkpointless_elastic.agent.hangs import Hangs
 from checkpointless_elastic.agent.lifelines import Lifelines
 from checkpointless_elastic.agent.links import Links
 from checkpointless_elastic.agent.membership import Membership, Network
 from checkpointless_elastic.agent.recoveries import Recoveries, describe
-from checkpointless_elastic.agent.runtime import EventLoop, Workforce, empty_run_dir
+from checkpointless_elastic.agent.runtime import EventLoop, Workforce
 from checkpointless_elastic.agent.wards import Wards, put_back
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.acts import Word
@@ -155,7 +156,7 @@ class AgentControl:
 
     def _offer(self, seat: Seated) -> None:
         assert self._station is not None
-        empty_run_dir(self.run_dir)
+        run_dir.empty(self.run_dir)
         for rank in self._station.ranks:
             Slot.create(slot_path(self.run_dir, rank)).close()
         self._hangs.begin(self.run_dir, self._station)

@@ -11,6 +11,7 @@ The child leaves the server's stack altogether and runs the script from `main`, 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -22,6 +23,7 @@ import sys
 
 import msgspec
 
+from checkpointless_elastic import run_dir as run_dirs
 from checkpointless_elastic.agent import preload
 from checkpointless_elastic.protocol.messages import Frames
 
@@ -36,6 +38,7 @@ __all__ = [
     "Spawned",
     "command",
     "frame",
+    "kill_group",
     "main",
 ]
 
@@ -224,7 +227,8 @@ class _Server:
             if ended is None:
                 return
             if ended.si_code != os.CLD_EXITED or ended.si_status != 0:
-                _kill_group(ended.si_pid)  # before the reaping, so that the number is still this child's
+                kill_group(ended.si_pid)  # before the reaping, so that the number is still this child's
+                shutil.rmtree(_scratch(self._run_dir, ended.si_pid), ignore_errors=True)
             _, status = os.waitpid(ended.si_pid, 0)
             if ended.si_pid in self._children:
                 self._children.remove(ended.si_pid)
@@ -239,16 +243,19 @@ class _Server:
     def _end(self) -> None:
         """The agent is gone or has finished: leave nothing."""
         for pid in self._children:
-            _kill_group(pid)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            kill_group(pid)
+        signal.signal(signal.SIGALRM, _give_up)
         signal.alarm(_END_TIMEOUT_S)  # one that hangs in the kernel must not keep this process
-        for pid in self._children:
-            os.waitpid(pid, 0)
-        shutil.rmtree(self._run_dir, ignore_errors=True)
+        with contextlib.suppress(TimeoutError):
+            for pid in self._children:
+                os.waitpid(pid, 0)
+        signal.alarm(0)
+        run_dirs.remove(self._run_dir)
         os._exit(0)
 
 
-def _kill_group(pid: int) -> None:
+def kill_group(pid: int) -> None:
+    """SIGKILL a worker and what it has started; nothing if they are gone."""
     try:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:  # not yet a group of its own, or nobody left in it
@@ -260,6 +267,15 @@ def _kill_group(pid: int) -> None:
 
 def _ignore(signum: int, stack: object) -> None:
     """SIGCHLD needs a handler for the wake-up descriptor to be written."""
+
+
+def _give_up(signum: int, stack: object) -> None:
+    raise TimeoutError
+
+
+def _scratch(run_dir: str, pid: int) -> str:
+    """Where the multiprocessing package of this worker, and of the processes that it starts, keeps its sockets."""
+    return f"{run_dir}/multiprocessing-{pid}"
 
 
 def main() -> None:
@@ -277,5 +293,6 @@ def main() -> None:
     bootstrap.prepare(request.env, request.stdout, request.stderr, request.append, request.cpus)
     if request.mode == "exec":
         bootstrap.replace_process(request.argv)
+    bootstrap.keep_sockets_in(_scratch(run_dir, os.getpid()))
     bootstrap.set_title(request.mode, request.argv, request.unbuffered)
     sys.exit(bootstrap.run(request.mode, request.argv, request.unbuffered))

@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import os
 import select
-import shutil
-import stat
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,9 +23,6 @@ __all__ = [
     "EventLoop",
     "Timer",
     "Workforce",
-    "empty_run_dir",
-    "make_run_dir",
-    "remove_run_dir",
 ]
 
 Callback = Callable[[], None]
@@ -232,24 +225,3 @@ class ControlPlane(Protocol):
 
     def stopped(self) -> None:
         """All workers are gone and none will follow: close what is open."""
-
-
-def make_run_dir() -> str:
-    """A new private directory, on /dev/shm if that can be written; its name has the agent's process id."""
-    shm = "/dev/shm"
-    root = shm if os.path.isdir(shm) and os.access(shm, os.W_OK | os.X_OK) else None
-    return tempfile.mkdtemp(prefix=f"checkpointless-{os.getpid()}-", dir=root)
-
-
-def empty_run_dir(path: str) -> None:
-    """Remove what workers that are gone have left in it; sockets stay, since the control plane listens on them."""
-    for entry in os.scandir(path):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        elif not stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
-            os.unlink(entry.path)
-
-
-def remove_run_dir(path: str) -> None:
-    """Remove it with all that is in it; a fork server may do the same at the same time."""
-    shutil.rmtree(path, ignore_errors=True)

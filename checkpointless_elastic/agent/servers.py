@@ -28,6 +28,7 @@ from checkpointless_elastic.agent.forkserver import (
     SpawnRequest,
     command,
     frame,
+    kill_group,
 )
 from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.protocol.messages import Frames
@@ -86,13 +87,19 @@ class _Server:
             logger.debug("The fork server %s has ended before it was told to.", self.process.pid)
 
     def end(self) -> int:
-        """Close the connection, which ends the process and all that it has forked, and wait for it."""
+        """Close the connection, which ends the process and all that it has forked, and wait for it.
+
+        If it was killed, the kernel has killed its workers, but not what these have started (loader processes).
+        """
         self.connection.close()
         try:
-            return self.process.wait(_END_TIMEOUT_S)
+            status = self.process.wait(_END_TIMEOUT_S)
         except subprocess.TimeoutExpired:  # it is importing something that takes long
             self.process.kill()
-            return self.process.wait()
+            status = self.process.wait()
+        for pid in self.children if status else ():
+            kill_group(pid)
+        return status
 
 
 class ForkServers:

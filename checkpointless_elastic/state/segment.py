@@ -10,20 +10,19 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import tempfile
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.run_dir import overflow
 
 __all__ = ["Segment"]
 
 _log = logging.getLogger(__name__)
 _warned = False
 _PAGE = mmap.PAGESIZE
-_FALLBACK = "checkpointless-segment-"
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 
@@ -116,8 +115,6 @@ class Segment:
         """Remove the file's name, if this process created it. Mappings of peers stay valid."""
         if self._owner:
             self.path.unlink(missing_ok=True)
-            if self.path.parent.name.startswith(_FALLBACK):
-                self.path.parent.rmdir()
             self._owner = False
 
     def __enter__(self) -> Segment:
@@ -131,23 +128,21 @@ class Segment:
 
 
 def _room_for_parts(directory: Path, nbytes: int) -> Path:
-    """`directory`, or one of the same name in the temporary directory if nothing like `nbytes` would fit."""
+    """`directory`, or its overflow if nothing like `nbytes` would fit."""
     room = os.statvfs(directory)
     if room.f_blocks * room.f_frsize >= 2 * nbytes:
         return directory
-    fallback = Path(tempfile.gettempdir()) / directory.name
-    fallback.mkdir(mode=0o700, exist_ok=True)
-    return fallback
+    return overflow(str(directory))
 
 
 def _directory_with_room(directory: Path, nbytes: int) -> Path:
-    """`directory`, or the temporary directory if the former's file system has not enough free space."""
+    """`directory`, or its overflow if the former's file system has not enough free space."""
     global _warned
     room = os.statvfs(directory)
     free = room.f_bavail * room.f_frsize
     if free >= nbytes + _PAGE:
         return directory
-    fallback = Path(tempfile.mkdtemp(prefix=_FALLBACK))
+    fallback = overflow(str(directory))
     if not _warned:
         _warned = True
         _log.warning(

@@ -19,15 +19,17 @@ import sys
 import traceback
 from collections.abc import Mapping
 from importlib.machinery import SourceFileLoader
+from multiprocessing import process
 from types import CodeType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from checkpointless_elastic.worker.session import Session
 
-__all__ = ["prepare", "replace_process", "run", "set_title"]
+__all__ = ["keep_sockets_in", "prepare", "replace_process", "run", "set_title"]
 
 _CANNOT_START = 2
+_SOCKET_PATH = 108  # bytes of sun_path, its end among them
 _HERE = os.path.abspath(__file__)
 
 
@@ -40,6 +42,18 @@ def prepare(env: Mapping[str, str], stdout: str, stderr: str, append: bool, cpus
     if cpus:
         os.sched_setaffinity(0, cpus)
     _reseed()
+
+
+def keep_sockets_in(folder: str) -> None:
+    """Let multiprocessing, in this process and those that it starts, keep its sockets there, and not in TMPDIR.
+
+    Each loader process that hands tensors over listens on a socket, and removes it at its end, but not when it is
+    killed, as it is with its worker. Private to multiprocessing: `Process._config`, which children inherit; read in
+    Python 3.10 to 3.14. Nothing happens where the path would be too long for a socket.
+    """
+    if len(os.fsencode(folder)) + len("/listener-12345678") < _SOCKET_PATH:
+        os.mkdir(folder, mode=0o700)
+        process.current_process()._config["tempdir"] = folder  # type: ignore[attr-defined]
 
 
 def _reseed() -> None:

@@ -26,9 +26,11 @@ class Ended:
 class Nursery:
     """Forks children and waits for them; keeps what the servers report."""
 
-    def __init__(self, folder: Path, run_dir: str = "") -> None:
+    def __init__(self, folder: Path) -> None:
         self.loop = EventLoop()
-        self.servers = ForkServers(self.loop, run_dir)
+        self.run_dir = folder / "run"
+        self.run_dir.mkdir()
+        self.servers = ForkServers(self.loop, str(self.run_dir))
         self.servers.offspring = self
         self.pids: dict[int, int] = {}
         self.statuses: dict[int, int] = {}
@@ -66,11 +68,11 @@ class Nursery:
 
 
 @contextmanager
-def nursery(folder: Path, run_dir: str = "") -> Iterator[Nursery]:
+def nursery(folder: Path) -> Iterator[Nursery]:
     """A nursery with its first server, started in `folder`."""
     present = os.getcwd()
     os.chdir(folder)
-    made = Nursery(folder, run_dir)
+    made = Nursery(folder)
     try:
         made.servers.start()
         yield made

@@ -162,11 +162,15 @@ def test_a_base_module_that_is_dropped_does_not_lose_requests(
 
 
 def test_a_killed_server_takes_its_children_along_and_another_one_serves(small: None, tmp_path: Path) -> None:
+    parent = "import subprocess, signal; subprocess.Popen(['sleep', '1000']); print('up'); signal.pause()"
     with nursery(tmp_path) as nest:
-        pids = [nest.start("script", [script(tmp_path, WAIT)]) for _ in range(2)]
+        pids = [nest.start("script", [script(tmp_path, parent)]) for _ in range(2)]
+        wait_until(lambda: all(psutil.Process(pid).children() for pid in pids), "the grandchildren are there")
+        grandchildren = [child for pid in pids for child in psutil.Process(pid).children()]
         os.kill(server_of(pids[0]), signal.SIGKILL)
         assert [nest.finish(pid).status for pid in pids] == [-signal.SIGKILL] * 2
         wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "the children are gone")
+        wait_until(lambda: not any(child.is_running() for child in grandchildren), "theirs are gone too")
         assert nest.run("script", [script(tmp_path, "print('again')")]).out == "again\n"
 
 
@@ -179,26 +183,22 @@ def test_a_server_that_cannot_start_is_an_error_and_not_a_loop(
 
 
 def test_closing_ends_children_and_removes_the_run_directory(small: None, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    with nursery(tmp_path, str(run_dir)) as nest:
+    with nursery(tmp_path) as nest:
         pid = nest.start("script", [script(tmp_path, WAIT)])
         nest.servers.learn(["fractions"])
         until_loaded(nest, "fractions")
-        assert run_dir.exists()
+        assert nest.run_dir.exists()
     wait_until(lambda: not psutil.pid_exists(pid), "the child is gone")
-    assert not run_dir.exists()
+    assert not nest.run_dir.exists()
 
 
 def test_a_retired_server_leaves_the_run_directory_alone(small: None, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    with nursery(tmp_path, str(run_dir)) as nest:
+    with nursery(tmp_path) as nest:
         nest.run("script", [script(tmp_path, "print()")])
         nest.servers.learn(["fractions"])
         until_loaded(nest, "fractions")
         assert nest.loop.run(lambda: len(psutil.Process().children()) == 1, 5.0)
-        assert run_dir.exists()
+        assert nest.run_dir.exists()
 
 
 def test_only_installed_modules_are_worth_learning() -> None:

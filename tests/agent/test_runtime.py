@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
-import stat
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from checkpointless_elastic.agent.runtime import EventLoop, empty_run_dir, make_run_dir, remove_run_dir
+from checkpointless_elastic.agent.runtime import EventLoop
 
 
 @pytest.fixture
@@ -115,21 +112,3 @@ def test_an_error_in_a_callback_is_not_swallowed(loop: EventLoop) -> None:
     loop.call_later(0.0, lambda: [][0])  # type: ignore[misc]
     with pytest.raises(IndexError):
         loop.run(lambda: False, 5.0)
-
-
-def test_the_run_directory_is_private_and_removed() -> None:
-    path = Path(make_run_dir())
-    assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    (path / "agent.sock").touch()
-    remove_run_dir(str(path))
-    assert not path.exists()
-
-
-def test_emptying_the_run_directory_leaves_its_sockets(tmp_path: Path) -> None:
-    (tmp_path / "slot-0").touch()
-    (tmp_path / "parts" / "deep").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "agent.sock"))
-    empty_run_dir(str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["agent.sock"]

@@ -72,7 +72,7 @@ def test_a_full_shared_memory_falls_back_to_the_temporary_directory_and_says_so_
     monkeypatch.setattr(module.os, "statvfs", lambda _path: full)
     monkeypatch.setattr(module, "_warned", False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    shared = tmp_path / "shared"
+    shared = tmp_path / "shared"  # what is beside it is checkpointless-shared
     shared.mkdir()
     with caplog.at_level(logging.WARNING):
         for name in ("a", "b"):

@@ -1,0 +1,69 @@
+"""A worker dies right after each message that it sends or takes, and no bit of the result differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.recovery.launching import Ended, difference, launch
+
+SCRIPT = Path(__file__).with_name("job_messages.py")
+FIRST = "1:5:forward:kill"
+"""The loss that opens the recovery in which the second one falls: rank 1, in its sixth step."""
+
+IN_A_STEP = ["0:0:sent:Report.ready:6", "0:0:taken:Commit:6"]
+SURVIVOR = [
+    "0:0:taken:Freeze:1", "0:0:sent:Frozen:1", "0:0:taken:Decision:1", "0:0:sent:Report.published:1",
+    "0:0:taken:Rebuild:1", "0:0:sent:Report.rebuilt:1", "0:0:taken:Resume:1", "0:0:sent:Report.ready:7",
+    "0:0:taken:Commit:6",
+]  # fmt: skip
+REPLACEMENT = [
+    "1:1:sent:Protected:1", "1:1:taken:Decision:1", "1:1:sent:Report.arrived:1", "1:1:taken:Restore:1",
+    "1:1:sent:Report.restored:1", "1:1:taken:Rebuild:1", "1:1:sent:Report.rebuilt:1", "1:1:taken:Resume:1",
+    "1:1:sent:Report.ready:1", "1:1:taken:Commit:1",
+]  # fmt: skip
+AT_THE_START = ["0:0:sent:Protected:1", "0:0:sent:Replicas:1"]
+AT_THE_END = ["0:0:sent:Report.finished:1"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The same job without a fault."""
+    ended = launch(tmp_path_factory.mktemp("oracle"), script=SCRIPT)
+    assert ended.code == 0, ended.text
+    return ended
+
+
+def check(ended: Ended, oracle: Ended) -> None:
+    assert ended.code == 0, ended.text
+    assert (ended.out / "point").exists(), "the fault never happened"
+    for rank, (mine, theirs) in enumerate(zip(ended.finals(), oracle.finals(), strict=True)):
+        assert difference(mine, theirs, f"rank {rank}") == ""
+
+
+@pytest.mark.parametrize("point", IN_A_STEP + AT_THE_END)
+def test_a_worker_is_lost_at_a_message_of_a_step_or_of_the_end(
+    point: str, oracle: Ended, tmp_path: Path
+) -> None:
+    ended = launch(tmp_path, script=SCRIPT, POINT=point)
+    check(ended, oracle)
+    assert [record["rung"] for record in ended.recoveries()] == [1], ended.text
+
+
+@pytest.mark.parametrize("point", SURVIVOR + REPLACEMENT)
+def test_a_worker_is_lost_at_a_message_of_a_recovery(point: str, oracle: Ended, tmp_path: Path) -> None:
+    ended = launch(tmp_path, FIRST, script=SCRIPT, POINT=point)
+    check(ended, oracle)
+    assert {record["rung"] for record in ended.recoveries()} == {1}, ended.text
+    assert len([rank for record in ended.recoveries() for rank in record["lost_ranks"]]) == 2, ended.text
+
+
+@pytest.mark.parametrize("point", AT_THE_START)
+def test_a_worker_is_lost_before_its_state_is_known_to_have_replicas(
+    point: str, oracle: Ended, tmp_path: Path
+) -> None:
+    ended = launch(tmp_path, script=SCRIPT, options=("--max-restarts=1",), POINT=point)
+    check(ended, oracle)
