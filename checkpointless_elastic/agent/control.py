@@ -14,6 +14,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from checkpointless_elastic.agent.caretaker import Caretaker
+from checkpointless_elastic.agent.chair import Chair
+from checkpointless_elastic.agent.health import Health
 from checkpointless_elastic.agent.lifelines import Lifelines
 from checkpointless_elastic.agent.links import Links
 from checkpointless_elastic.agent.membership import Membership, Network
@@ -39,7 +42,6 @@ from checkpointless_elastic.protocol.between import (
     Spare,
     Standing,
 )
-from checkpointless_elastic.protocol.events import Action, Deadline, Overdue
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Failed,
@@ -51,10 +53,10 @@ from checkpointless_elastic.protocol.messages import (
     Mismatch,
     Refused,
     Release,
-    Replicas,
     Report,
     Restore,
     Stage,
+    Unhealthy,
     Welcome,
     encode,
 )
@@ -71,7 +73,7 @@ EXIT_LIMIT_S = 10.0
 """How long the end of a job waits for the exit of the worker that is to blame."""
 
 
-class AgentControl:
+class AgentControl(Chair, Caretaker):
     """See the module; implements runtime.ControlPlane and membership.Office.
 
     ``settings``, ``rules``: of the job. ``open_store``: see `protocol.board`. ``network``: None for one node.
@@ -95,6 +97,7 @@ class AgentControl:
         self._incarnations: dict[int, int] = {}
         self._tokens: dict[int, str] = {}
         self._pids: dict[int, int] = {}
+        self._condemned: dict[int, str] = {}  # workers that are being ended, and why
         self._known_lost: set[tuple[int, int]] = set()
         self._failed: dict[int, str] = {}
         self._learned = False
@@ -115,7 +118,8 @@ class AgentControl:
         self._recoveries = Recoveries(self._settings.events, workers.log_dir, self._pids)
         network = self._network() if self._network is not None else None
         self._membership = Membership(loop, self._rules, size, self, network)
-        self._membership.begin()
+        self._health = Health(loop, self._settings.health_check, lambda: [self.run_dir, workers.log_dir()])
+        self._if_fit(self._membership.begin)
 
     def await_seat(self) -> bool:
         """Serve the loop until workers are to be started, those of `seat`; False: the job has ended before."""
@@ -141,7 +145,7 @@ class AgentControl:
         self._wards = self._membership.take_seat(
             seat, station.ranks, lambda copies: self._fetched(seat, station, copies)
         )
-        self._failed, self._culprits = {}, []
+        self._failed, self._condemned, self._culprits = {}, {}, []
         if not seat.taken:
             self._offer(seat)
         elif self._wards is None:
@@ -152,6 +156,12 @@ class AgentControl:
         empty_run_dir(self.run_dir)
         for rank in self._station.ranks:
             Slot.create(slot_path(self.run_dir, rank)).close()
+        if seat.taken or seat.restarts:
+            self._if_fit(lambda: self._start(seat))
+        else:  # it was found to be fit when it came
+            self._start(seat)
+
+    def _start(self, seat: Seated) -> None:
         self._offered = seat
 
     def _fetched(self, seat: Seated, station: Station, copies: list[Copy]) -> None:
@@ -211,7 +221,7 @@ class AgentControl:
     def _lose(self, rank: int, cause: str) -> None:
         assert self._station is not None
         error = self._failed.pop(rank, "")
-        cause = f"failed: {error}" if error else cause
+        cause = f"failed: {error}" if error else self._condemned.pop(rank, cause)
         self._known_lost.add((rank, self._incarnations[rank]))
         mirrored = newest(self.run_dir, rank) if self._rules.mirror_every else -1
         self._report(self._station.lost(rank, cause, error, mirrored))
@@ -249,6 +259,7 @@ class AgentControl:
     def stopped(self) -> None:
         self._recoveries.close()
         self._membership.close(self._workers.ended)
+        self._health.close()
         self._lifelines.close()
         self._links.close()
 
@@ -274,6 +285,7 @@ class AgentControl:
             self._rules.mirror_every,
             tuple(station.seat.bases),
             station.store if shadow else "",
+            self._settings.verify_every,
         )
 
     def _catch_up(self, rank: int) -> None:
@@ -287,6 +299,8 @@ class AgentControl:
         if isinstance(message, Failed):
             self._failed[rank] = message.error
             self._loop.call_later(0.0, functools.partial(self._leaves, rank, self._incarnations[rank]))
+        elif isinstance(message, Unhealthy):
+            self._unfit(message.reason)
         elif isinstance(message, Learned):
             if not self._learned:
                 self._learned = True
@@ -331,6 +345,8 @@ class AgentControl:
         if isinstance(message, ReplaceRank):
             self._replace(station, message)
         elif isinstance(message, EndRank):
+            if message.cause:
+                self._condemned[message.rank] = message.cause
             self._workers.kill(message.rank)
         elif isinstance(message, Reseated):
             self._reseated(station, message)
@@ -355,7 +371,7 @@ class AgentControl:
     def _replace(self, station: Station, message: ReplaceRank) -> None:
         self._links.drain(message.rank)
         station.replaced(message.rank, message.store)
-        self._workers.replace(message.rank)
+        self._if_fit(lambda: self._workers.replace(message.rank))
 
     def _reseated(self, station: Station, message: Reseated) -> None:
         """The guardian of this seat may be another agent now."""
@@ -424,24 +440,3 @@ class AgentControl:
         logger.error("%s", reason)
         self._workers.because(reason)
         self._workers.fail([])
-
-    # ---- the coordinator's own agent
-
-    def perform(self, action: Action) -> None:
-        """See Office."""
-        if isinstance(action, Deadline):
-            seconds = getattr(self._settings, action.limit).total_seconds()
-            overdue = Overdue(action.generation, action.state)
-            self._loop.call_later(seconds, lambda: self._membership.overdue(overdue))
-        else:
-            self._recoveries.perform(action, time.monotonic())
-
-    def heard(self, message: Between) -> None:
-        """See Office."""
-        if isinstance(message, RankSays) and isinstance(message.said, Replicas):
-            holdings = self._membership.holdings()
-            warning = holdings.warning(bool(self._rules.mirror_every)) if holdings is not None else ""
-            if warning:
-                logger.warning("%s", warning)
-        else:
-            self._recoveries.heard(message, self._membership.is_pending, time.monotonic())

@@ -68,6 +68,7 @@ class LocalWorkforce:
         self._context: ForkedContext | None = None
         self._leaving: VerdictKind | None = None  # the verdict once all workers have ended
         self._reason = ""
+        self._withdrawn = ""
         self._bad: list[int] = []  # ranks that had failed when the job did; others are stopped then
 
     # ---- for the agent ------------------------------
@@ -110,7 +111,7 @@ class LocalWorkforce:
         context = self._context
         if context is None:
             return {0: self._stopped()}
-        if not ranks and not self._bad:
+        if self._withdrawn or (not ranks and not self._bad):
             return {self.base: self._stopped()}
         failed = [
             rank for rank in self.ranks if context.children[rank - self.base].status and rank not in ranks
@@ -123,7 +124,8 @@ class LocalWorkforce:
     def _stopped(self) -> ProcessFailure:
         """What the summary says where no worker has failed: torchrun needs one."""
         failure = ProcessFailure(local_rank=0, pid=os.getpid(), exitcode=1, error_file="")
-        failure.message = f"No worker of this node has failed. The job stopped: {self._reason}"
+        stopped = f"No worker of this node has failed. The job stopped: {self._reason}"
+        failure.message = self._withdrawn or stopped
         failure.timestamp = int(time.time())
         return failure
 
@@ -202,6 +204,12 @@ class LocalWorkforce:
             self.verdict = Verdict(VerdictKind.FAILED, tuple(ranks))
             children = self._context.children if self._context is not None else {}
             self._bad = [rank for rank in self.ranks if children[rank - self.base].status]
+
+    def withdraw(self, reason: str) -> None:
+        """See Workforce."""
+        if not self._decided():
+            self._withdrawn = reason
+            self.verdict = Verdict(VerdictKind.FAILED)
 
     def learn(self, modules: list[str]) -> None:
         """See Workforce."""

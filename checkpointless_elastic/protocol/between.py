@@ -270,9 +270,10 @@ class ReplaceRank(Message, frozen=True):
 
 
 class EndRank(Message, frozen=True):
-    """End this worker; its loss comes as any other."""
+    """End this worker; its loss comes as any other, with this cause, if one is given."""
 
     rank: int
+    cause: str = ""
 
 
 class RunAgain(Message, frozen=True):

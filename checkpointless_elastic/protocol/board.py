@@ -421,7 +421,7 @@ class Board(Roster):
         elif isinstance(action, Replace):
             self._tell_rank(action.rank, ReplaceRank(action.rank, self._store))
         elif isinstance(action, End):
-            self._tell_rank(action.rank, EndRank(action.rank))
+            self._tell_rank(action.rank, EndRank(action.rank, action.cause))
         elif isinstance(action, Restart):
             self._run_again(action)
         elif isinstance(action, Stop):

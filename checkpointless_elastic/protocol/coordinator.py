@@ -36,6 +36,7 @@ from checkpointless_elastic.protocol.events import (
     Unfit,
 )
 from checkpointless_elastic.protocol.holdings import Holdings
+from checkpointless_elastic.protocol.judging import Judging
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
@@ -54,7 +55,7 @@ from checkpointless_elastic.protocol.states import State
 __all__ = ["TABLE", "Coordinator", "State"]
 
 
-class Coordinator:
+class Coordinator(Judging):
     """Decides for one run of the script by ``ranks``, which keep mirrors of every ``mirror_every``-th step (0: none).
 
     A lost rank without a live twin takes its state from its mirror, if that is of the step at which all go on. If it is
@@ -91,7 +92,7 @@ class Coordinator:
         self._mirror_every = mirror_every
         self._mirrored: dict[int, int] = {}  # of lost ranks, the step of their newest mirror
         self._back_to: int | None = None  # the step to which all ranks go back
-        self._ended: set[int] = set()  # survivors that were ended for it and are not yet gone
+        self._ended: set[int] = set()  # ranks that were ended, for it or by `_judge`, and are not yet gone
         self._frozen: dict[int, Frozen] = {}
         self._untold: set[int] = set()  # ranks that left, of which the last Freeze did not say so
         self._unanswered: set[int] = set()  # ranks that have not answered it
@@ -160,13 +161,15 @@ class Coordinator:
         return self.ranks - self.exited if stage is Stage.FINISHED else self.ranks
 
     def _commit(self) -> list[Action]:
-        if self.state is not State.RUNNING:
+        if self.state is not State.RUNNING or self._ended:
             return []
-        del self._reports[Stage.READY]
+        told = self._judge(self._reports.pop(Stage.READY))
+        if self._ended or self.state is not State.RUNNING:
+            return told
         commit = Commit(self.generation, self.step)
         self.step += 1
         self._faults_since_commit = 0
-        actions: list[Action] = [Broadcast(commit)]
+        actions = [*told, Broadcast(commit)]
         if self.resumed:
             self.resumed = False
             actions.append(Reached(self.generation, "committed", {"step": commit.step}))
@@ -296,7 +299,8 @@ class Coordinator:
         if event.generation != self.generation:
             return []
         self._frozen.update(event.reports)
-        return self._answered(event) + (self._decide() if self.whole <= self._frozen.keys() else [])
+        known = self.whole <= self._frozen.keys() - self._ended  # a rank that was ended must not be a source
+        return self._answered(event) + (self._decide() if known else [])
 
     def _decide(self) -> list[Action]:
         if self._back_to is not None:
@@ -341,21 +345,15 @@ class Coordinator:
             Deadline(self.generation, self.state.value, "join_timeout"),
         ]
 
-    def _published(self) -> list[Action]:
-        here: list[Action] = [Reached(self.generation, "published")] if self.state is State.SETTLING else []
-        return here + self._settled()
-
-    def _arrived(self) -> list[Action]:
-        here: list[Action] = [Reached(self.generation, "arrived")] if self.state is State.SETTLING else []
+    def _published(self, point: str = "published") -> list[Action]:
+        here: list[Action] = [Reached(self.generation, point)] if self.state is State.SETTLING else []
         return here + self._settled()
 
     def _settled(self) -> list[Action]:
         if self.state is not State.SETTLING:
             return []
-        published = self._reports.get(Stage.PUBLISHED, {})
-        if not (
-            self.whole <= published.keys() and self.pending <= self._reports.get(Stage.ARRIVED, {}).keys()
-        ):
+        published, arrived = (self._reports.get(stage, {}) for stage in (Stage.PUBLISHED, Stage.ARRIVED))
+        if not (self.whole <= published.keys() and self.pending <= arrived.keys()):
             return []
         self.state = State.RESTORING
         if not self.pending:  # nobody was lost: the coordinator was, or a connection
@@ -419,7 +417,7 @@ COMPLETED: dict[Stage, Callable[[Coordinator], list[Action]]] = {
     Stage.READY: Coordinator._commit,
     Stage.FINISHED: Coordinator._finish,
     Stage.PUBLISHED: Coordinator._published,
-    Stage.ARRIVED: Coordinator._arrived,
+    Stage.ARRIVED: lambda it: it._published("arrived"),
     Stage.RESTORED: Coordinator._restored,
     Stage.REBUILT: Coordinator._rebuilt,
 }

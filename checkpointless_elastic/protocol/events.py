@@ -109,9 +109,19 @@ class Replace(Action):
 
 @dataclass(frozen=True)
 class End(Action):
-    """End this worker, whose loss then comes as any other: all ranks go back to their mirrors."""
+    """End this worker, whose loss then comes as any other. ``cause`` completes "rank 3 ..."; empty: that of its end."""
 
     rank: int
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class Differ(Action):
+    """Replicas do not hold the same bytes (for the log)."""
+
+    generation: int
+    step: int
+    sentence: str
 
 
 @dataclass(frozen=True)

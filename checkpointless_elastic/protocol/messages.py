@@ -106,6 +106,12 @@ class Replicas(Message, frozen=True):
     pieces: dict[str, tuple[int, int]]
 
 
+class Unhealthy(Message, frozen=True):
+    """In a replacement, before it joins: the device that it has does not work; the sentence says why."""
+
+    reason: str
+
+
 class Learned(Message, frozen=True):
     """Third-party modules that the script imported: worth loading in the fork server."""
 
@@ -120,6 +126,7 @@ class Welcome(Message, frozen=True):
 
     ``mirror_every``: of which steps it keeps mirrors, see `protocol.mirrors`. ``bases``: the lowest rank of each node;
     a node's ranks follow each other. ``store``: as in Decision, for what the script of a replacement does before one.
+    ``verify_every``: at which steps it says what its state is, see `protocol.checks`.
     """
 
     generation: int
@@ -127,6 +134,7 @@ class Welcome(Message, frozen=True):
     mirror_every: int = 0
     bases: tuple[int, ...] = (0,)
     store: str = ""
+    verify_every: int = 0
 
 
 class Refused(Message, frozen=True):
@@ -193,7 +201,7 @@ class Release(Message, frozen=True):
     generation: int
 
 
-FromWorker = Hello | Protected | Report | Frozen | Left | Failed | Mismatch | Learned | Replicas
+FromWorker = Hello | Protected | Report | Frozen | Left | Failed | Mismatch | Unhealthy | Learned | Replicas
 ToWorker = Welcome | Refused | Commit | Freeze | Decision | Restore | Rebuild | Resume | Release
 
 _encoder = msgspec.msgpack.Encoder()
