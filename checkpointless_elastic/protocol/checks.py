@@ -127,7 +127,7 @@ def _list(keys: list[str]) -> str:
 def _differing(holders: Mapping[tuple[bytes, bytes], list[int]]) -> Iterator[Finding]:
     by_piece: dict[str, dict[bytes, list[int]]] = {}
     for (names, digests), ranks in holders.items():
-        for key, digest in zip(_names(names), _cut(digests), strict=False):
+        for key, digest in _by_name(names, digests):
             by_piece.setdefault(key, {}).setdefault(digest, []).extend(ranks)
     for key, found in by_piece.items():
         if len(found) > 1:
@@ -149,11 +149,18 @@ def _decode(data: bytes) -> list[_Part]:
 
 
 def _names(data: bytes) -> list[str]:
+    reader = zlib.decompressobj()
     try:
-        return zlib.decompressobj().decompress(data, MAX_NAMES).decode().split("\0")
+        names = reader.decompress(data, MAX_NAMES).decode().split("\0")
     except (zlib.error, UnicodeDecodeError) as error:
         raise ProtocolError(f"The names of a rank's pieces cannot be read: {error}.") from error
+    if not reader.eof:
+        raise ProtocolError(f"The names of a rank's pieces are cut short, or over {MAX_NAMES} bytes.")
+    return names
 
 
-def _cut(digests: bytes) -> list[bytes]:
-    return [digests[at : at + _DIGEST] for at in range(0, len(digests), _DIGEST)]
+def _by_name(names: bytes, digests: bytes) -> Iterator[tuple[str, bytes]]:
+    keys = _names(names)
+    if len(digests) != len(keys) * _DIGEST:
+        raise ProtocolError(f"A rank named {len(keys)} pieces and sent {len(digests)} bytes of digests.")
+    return zip(keys, (digests[at : at + _DIGEST] for at in range(0, len(digests), _DIGEST)), strict=True)

@@ -401,6 +401,8 @@ class Coordinator(Judging):
         return self._end(Restart(4, f"ranks {missing} did not come out of state {self.state.value} in time"))
 
     def _missing(self) -> set[int]:
+        if self.state is State.RUNNING:
+            return self._ended
         if self.state is State.FREEZING:
             return self.whole - self._frozen.keys()
         if self.state is State.SETTLING:
@@ -437,7 +439,7 @@ def _table() -> dict[tuple[State, type[Event]], _Handler]:
         rows[state, Reopened] = Coordinator._nothing if ended else Coordinator._reopened
         rows[state, ExitedEarly] = Coordinator._nothing if ended else Coordinator._exited_early
         rows[state, Unfit] = Coordinator._nothing if ended else Coordinator._unfit
-        rows[state, Overdue] = Coordinator._overdue if state in _RECOVERING else Coordinator._nothing
+        rows[state, Overdue] = Coordinator._nothing if ended else Coordinator._overdue
         waits = state in _RECOVERING and state is not State.REBUILDING  # nobody waits for a peer there
         answered = Coordinator._answered if waits else Coordinator._nothing
         rows[state, AllFrozen] = Coordinator._all_frozen if state is State.FREEZING else answered

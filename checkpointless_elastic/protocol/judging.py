@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from checkpointless_elastic.protocol.checks import judge
-from checkpointless_elastic.protocol.events import Action, Differ, End
+from checkpointless_elastic.protocol.events import Action, Deadline, Differ, End
 from checkpointless_elastic.protocol.holdings import Holdings
+from checkpointless_elastic.protocol.states import State
 
 __all__ = ["Judging"]
 
@@ -48,4 +49,5 @@ class Judging(ABC):
         if stop := self._too_many(tuple(found.wrong)):
             return told + self._end(stop)
         self._ended = set(found.wrong)
-        return told + [End(rank, cause) for rank, cause in found.wrong.items()]
+        ends = [End(rank, cause) for rank, cause in found.wrong.items()]
+        return [*told, *ends, Deadline(self.generation, State.RUNNING.value, "settle_timeout")]

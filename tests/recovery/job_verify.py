@@ -1,7 +1,7 @@
 """Trains by DDP, or by HSDP with LAYOUT=hsdp, on ranks whose memory goes bad as FLIPS says: "rank:step:what,...".
 
-One bit of the first parameter ("weight") or of what the optimizer keeps for it ("moment") changes, once, just before that
-step. At the end each rank writes its state to OUT/final-RANK.pt.
+One bit of the first parameter ("weight") or of what the optimizer keeps for it ("moment") changes, once, just before
+that step. At the end each rank writes its state to OUT/final-RANK.pt.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def flip(step: int) -> None:
 
 dist.init_process_group("gloo")
 torch.manual_seed(1)
-model: nn.Module = nn.Sequential(nn.Linear(8, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.1), nn.Linear(24, 8))
+model: nn.Module = nn.Sequential(
+    nn.Linear(8, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.1), nn.Linear(24, 8)
+)
 if os.environ.get("LAYOUT") == "hsdp":
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
     fully_shard(model, mesh=mesh)
@@ -62,7 +64,11 @@ def train_step() -> Tensor:
 for number in run.steps(STEPS):
     flip(number)
     train_step()
-state = {key: local(value).detach().clone() for key, value in model.state_dict().items() if "running" not in key}
+state = {
+    key: local(value).detach().clone() for key, value in model.state_dict().items() if "running" not in key
+}
 moments = [local(value).clone() for kept in optimizer.state.values() for value in kept.values()]
-torch.save({"state": state, "moments": moments, "rng": torch.get_rng_state()}, OUT / f"final-{dist.get_rank()}.pt")
+torch.save(
+    {"state": state, "moments": moments, "rng": torch.get_rng_state()}, OUT / f"final-{dist.get_rank()}.pt"
+)
 dist.destroy_process_group()
