@@ -36,7 +36,7 @@ class Chair:
             self._loop.call_later(seconds, lambda: self._membership.overdue(overdue))
         elif isinstance(action, Differ):
             logger.error(
-                "[generation %d, step %d] Silent corruption: %s.",
+                "[generation %d, step %d] Replicas differ: %s.",
                 action.generation,
                 action.step,
                 action.sentence,

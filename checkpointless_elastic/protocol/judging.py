@@ -42,8 +42,13 @@ class Judging(ABC):
             return []
         found = judge(said, self.step)
         self.holdings.distrust = self.holdings.distrust or found.unknown
-        sentences = [*(f"rank {rank} {cause}" for rank, cause in found.wrong.items()), found.unknown]
-        told: list[Action] = [Differ(self.generation, self.step, one) for one in sentences if one]
+        then = (
+            "is replaced" if self.protected else "is left as it is, since no lost rank can be recovered live"
+        )
+        sentences = [f"rank {rank} {cause}, and {then}" for rank, cause in found.wrong.items()]
+        if found.unknown:
+            sentences.append(f"{found.unknown}: no lost rank can be recovered live any more")
+        told: list[Action] = [Differ(self.generation, self.step, sentence) for sentence in sentences]
         if not found.wrong or not self.protected:
             return told
         if stop := self._too_many(tuple(found.wrong)):
