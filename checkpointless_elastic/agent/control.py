@@ -221,7 +221,7 @@ class AgentControl(Chair, Caretaker):
     def _lose(self, rank: int, cause: str) -> None:
         assert self._station is not None
         error = self._failed.pop(rank, "")
-        cause = f"failed: {error}" if error else self._condemned.pop(rank, cause)
+        cause = self._condemned.pop(rank, f"failed: {error}" if error else cause)
         self._known_lost.add((rank, self._incarnations[rank]))
         mirrored = newest(self.run_dir, rank) if self._rules.mirror_every else -1
         self._report(self._station.lost(rank, cause, error, mirrored))

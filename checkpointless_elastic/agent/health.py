@@ -29,6 +29,7 @@ MIN_DISK = 4 << 20
 """Bytes: room for a socket, the slots of some ranks, and a few log lines."""
 LOOPBACK_TIMEOUT_S = 1.0
 COMMAND_LIMIT_S = 30.0
+KILL_WAIT_S = 0.2
 _TAIL = 1 << 14
 
 
@@ -157,4 +158,5 @@ class _Command:
         os.close(self._pidfd)
         assert self._process.stdout is not None
         self._process.stdout.close()
-        self._process.poll()  # one that hangs in the kernel is not waited for
+        with suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel is left behind
+            self._process.wait(KILL_WAIT_S)

@@ -404,7 +404,7 @@ class Coordinator(Judging):
         if self.state is State.RUNNING:
             return self._ended
         if self.state is State.FREEZING:
-            return self.whole - self._frozen.keys()
+            return self.whole - (self._frozen.keys() - self._ended)
         if self.state is State.SETTLING:
             here = self._reports.get(Stage.PUBLISHED, {}).keys() | self._reports.get(Stage.ARRIVED, {}).keys()
             return set(self.ranks) - here

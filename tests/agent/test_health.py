@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,3 +209,15 @@ def test_a_lost_worker_is_replaced_where_the_command_finds_the_node_fit(torchrun
         torchrun.folder / "asked"
     ).read_text() == "asked\nasked\n"  # at the start, and for the replacement
     assert "lost rank 1 at step 3" in done.err
+
+
+@pytest.mark.slow
+def test_a_replacement_whose_device_does_not_work_ends_its_nodes_part(torchrun: Launcher) -> None:
+    """No GPU is broken here: the answer of the question to the device is replaced."""
+    broken = """
+    from checkpointless_elastic.worker import recovery
+    recovery.broken_device = lambda: "cuda:0 does not compute (an illegal instruction)"
+    """
+    done = torchrun.run(torchrun.script(textwrap.dedent(broken) + textwrap.dedent(SCRIPT)))
+    assert done.code == 1, done.err
+    assert "traceback : This node is not fit to run workers: cuda:0 does not compute (an illegal" in done.err
