@@ -63,7 +63,7 @@ class Verifier:
         watched: list[tuple[torch.Tensor, int]],
         beside: AbstractContextManager[object],
     ) -> bytes:
-        """On the pool's thread. ``early``: digests of what was read before; ``watched``: the rest, with its versions."""
+        """On the pool's thread. ``early``: what is known already; ``watched``: the rest, with its versions."""
         found: dict[tuple[int, ...], dict[str, int]] = {}
         with beside:
             for piece in held:
