@@ -38,6 +38,10 @@ class Config:
         tls_ca: PEM file of the authority that signs the agents' certificates; empty: connections are plain.
         tls_cert: PEM file of this agent's certificate.
         tls_key: PEM file of its key.
+        verify_every: committed calls between two comparisons of replicas, which find silent corruption; 0: they are
+            compared once, after the first step.
+        health_check: command that says with its exit code 0 that this node may run workers; empty: only what is built
+            in is checked.
         active_nodes: nodes that get workers, the others wait as spares; 0: the smaller number of --nnodes MIN:MAX.
         on_loss: what is done about a lost node without a spare: wait for a node to come, or fail.
         on_loss_timeout: how long to wait for it.
@@ -70,6 +74,13 @@ class Config:
     )  # type: ignore[assignment]
     mirror_every: int = _setting(
         0, "copy the state to host memory every so many calls, for shards without a replica; 0: never"
+    )  # type: ignore[assignment]
+    verify_every: int = _setting(
+        0, "compare replicas bit for bit every so many calls; 0: once, after the first step"
+    )  # type: ignore[assignment]
+    health_check: str = _setting(
+        "",
+        "command that ends with code 0 where a node is fit for workers; its last line is the reason otherwise",
     )  # type: ignore[assignment]
     active_nodes: int = _setting(
         0, "nodes that get workers, others wait as spares; 0: the smaller number of --nnodes MIN:MAX"
@@ -135,6 +146,8 @@ class Config:
             raise ConfigError(f"active_nodes must be 0 or a number of nodes, not {self.active_nodes}.")
         if self.mirror_every < 0:
             raise ConfigError(f"mirror_every must be 0 or a number of steps, not {self.mirror_every}.")
+        if self.verify_every < 0:
+            raise ConfigError(f"verify_every must be 0 or a number of steps, not {self.verify_every}.")
 
         self._check_stores()
 

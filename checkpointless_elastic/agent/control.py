@@ -15,8 +15,10 @@ from collections.abc import Callable
 import msgspec
 
 from checkpointless_elastic import run_dir
+from checkpointless_elastic.agent.caretaker import Caretaker
 from checkpointless_elastic.agent.chair import Chair
 from checkpointless_elastic.agent.hangs import Hangs
+from checkpointless_elastic.agent.health import Health
 from checkpointless_elastic.agent.lifelines import Lifelines
 from checkpointless_elastic.agent.links import Links
 from checkpointless_elastic.agent.membership import Membership, Network
@@ -60,6 +62,7 @@ from checkpointless_elastic.protocol.messages import (
     Report,
     Restore,
     Stage,
+    Unhealthy,
     Welcome,
     encode,
 )
@@ -76,7 +79,7 @@ EXIT_LIMIT_S = 10.0
 """How long the end of a job waits for the exit of the worker that is to blame."""
 
 
-class AgentControl:
+class AgentControl(Chair, Caretaker):
     """See the module; implements runtime.ControlPlane and membership.Office.
 
     ``settings``, ``rules``: of the job. ``open_store``: see `protocol.board`. ``network``: None for one node.
@@ -100,6 +103,7 @@ class AgentControl:
         self._incarnations: dict[int, int] = {}
         self._tokens: dict[int, str] = {}
         self._pids: dict[int, int] = {}
+        self._condemned: dict[int, str] = {}  # workers that are being ended, and why
         self._known_lost: set[tuple[int, int]] = set()
         self._failed: dict[int, str] = {}
         self._learned = False
@@ -122,7 +126,8 @@ class AgentControl:
         network = self._network() if self._network is not None else None
         self._membership = Membership(loop, self._rules, size, self, network)
         self._chair = Chair(loop, self._settings, self._rules, self._recoveries, self._membership)
-        self._membership.begin()
+        self._health = Health(loop, self._settings.health_check, lambda: [self.run_dir, workers.log_dir()])
+        self._if_fit(self._membership.begin)
 
     def await_seat(self) -> bool:
         """Serve the loop until workers are to be started, those of `seat`; False: the job has ended before."""
@@ -148,7 +153,7 @@ class AgentControl:
         self._wards = self._membership.take_seat(
             seat, station.ranks, lambda copies: self._fetched(seat, station, copies)
         )
-        self._failed, self._culprits = {}, []
+        self._failed, self._condemned, self._culprits = {}, {}, []
         if not seat.taken:
             self._offer(seat)
         elif self._wards is None:
@@ -160,6 +165,12 @@ class AgentControl:
         for rank in self._station.ranks:
             Slot.create(slot_path(self.run_dir, rank)).close()
         self._hangs.begin(self.run_dir, self._station)
+        if seat.taken or seat.restarts:
+            self._if_fit(lambda: self._start(seat))
+        else:  # it was found to be fit when it came
+            self._start(seat)
+
+    def _start(self, seat: Seated) -> None:
         self._offered = seat
 
     def _fetched(self, seat: Seated, station: Station, copies: list[Copy]) -> None:
@@ -215,7 +226,7 @@ class AgentControl:
     def _lose(self, rank: int, cause: str) -> None:
         assert self._station is not None
         error = self._failed.pop(rank, "")
-        cause = self._hangs.why(rank) or (f"failed: {error}" if error else cause)
+        cause = self._condemned.pop(rank, f"failed: {error}" if error else cause)
         self._known_lost.add((rank, self._incarnations[rank]))
         mirrored = newest(self.run_dir, rank) if self._rules.mirror_every else -1
         self._report(self._station.lost(rank, cause, error, mirrored))
@@ -253,6 +264,7 @@ class AgentControl:
     def stopped(self) -> None:
         self._recoveries.close()
         self._membership.close(self._workers.ended)
+        self._health.close()
         self._lifelines.close()
         self._links.close()
 
@@ -278,6 +290,7 @@ class AgentControl:
             self._rules.mirror_every,
             tuple(station.seat.bases),
             station.store if shadow else "",
+            self._settings.verify_every,
         )
 
     def _catch_up(self, rank: int) -> None:
@@ -293,6 +306,8 @@ class AgentControl:
             self._loop.call_later(0.0, functools.partial(self._leaves, rank, self._incarnations[rank]))
         elif isinstance(message, Explained):
             self._hangs.answered(rank, message)
+        elif isinstance(message, Unhealthy):
+            self._unfit(message.reason)
         elif isinstance(message, Learned):
             if not self._learned:
                 self._learned = True
@@ -312,6 +327,15 @@ class AgentControl:
         over = station is None or station.stopped or station.released
         if station is not None and not known and not over and station.is_protected(rank):
             self._lose(rank, "was lost")
+
+    def _end(self, order: EndRank) -> None:
+        if order.rank in self._condemned:
+            return
+        self._condemned[order.rank] = order.reason
+        if order.stuck:
+            self._hangs.ended(order.rank, order.reason)
+        self._workers.kill(order.rank)
+        self._must_be_gone(order.rank, self._pids[order.rank])
 
     # ---- what the coordinator says
 
@@ -340,9 +364,7 @@ class AgentControl:
         if isinstance(message, ReplaceRank):
             self._replace(station, message)
         elif isinstance(message, EndRank):
-            if message.reason:
-                self._hangs.blame(message.rank, message.reason)
-            self._workers.kill(message.rank)
+            self._end(message)
         elif isinstance(message, Reseated):
             self._reseated(station, message)
         elif isinstance(message, RollCall):
@@ -368,7 +390,7 @@ class AgentControl:
     def _replace(self, station: Station, message: ReplaceRank) -> None:
         self._links.drain(message.rank)
         station.replaced(message.rank, message.store)
-        self._workers.replace(message.rank)
+        self._if_fit(lambda: self._workers.replace(message.rank))
 
     def _reseated(self, station: Station, message: Reseated) -> None:
         """The guardian of this seat may be another agent now."""

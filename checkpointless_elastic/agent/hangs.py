@@ -57,7 +57,6 @@ class Hangs:
         self._unknown = settings.hang_timeout.total_seconds()
         self._run_dir = ""
         self._station: Station | None = None
-        self._blamed: dict[int, str] = {}
         self._monitors: dict[int, Monitor] = {}
         self._answers: dict[int, Explained] = {}
         self._asked: dict[int, int] | None = None  # by rank, the process that was asked
@@ -71,7 +70,7 @@ class Hangs:
     def begin(self, run_dir: str, station: Station) -> None:
         """Look after the workers of this seat in this run of the script."""
         started, self._run_dir, self._station = bool(self._run_dir), run_dir, station
-        self._monitors, self._asked, self._blamed = {}, None, {}
+        self._monitors, self._asked = {}, None
         if self._factor and not started:
             self._looked = time.monotonic()
             self._tick()
@@ -85,10 +84,9 @@ class Hangs:
         """A worker has said where it is."""
         self._answers[rank] = answer
 
-    def blame(self, rank: int, reason: str) -> None:
+    def ended(self, rank: int, reason: str) -> None:
         """A worker is ended for being late. It may only have been slow: the next one is given longer at this step."""
         logger.error("Rank %d is ended, it %s.", rank, reason)
-        self._blamed[rank] = reason
         step = self._station.step if self._station is not None else 0
         self._ended_here = self._ended_here + 1 if step == self._ended_at else 1
         self._ended_at = step
@@ -97,10 +95,6 @@ class Hangs:
     def _doublings(self) -> int:
         here = self._station is not None and self._station.step == self._ended_at
         return min(MAX_DOUBLINGS, self._ended // MANY + (self._ended_here if here else 0))
-
-    def why(self, rank: int) -> str:
-        """Why this worker, which is gone now, was ended; empty if it was not."""
-        return self._blamed.pop(rank, "")
 
     def _limit(self, expected: int, activity: int) -> float:
         """Seconds that what a rank does may take."""

@@ -109,7 +109,7 @@ class Recoveries:
         """The exit status of a lost worker has come."""
         if self._current is None or rank not in self._current.lost:
             return
-        if self._current.causes.get(rank, "").startswith(("failed", "was ended", "was stuck")):
+        if self._current.causes.get(rank, "was lost") != "was lost":
             return
         self._current.causes[rank] = cause
         if self._current.cause == "was lost":

@@ -179,6 +179,9 @@ class Workforce(Protocol):
     def because(self, reason: str) -> None:
         """Why the job fails, for the summary on a node whose workers are not to blame."""
 
+    def withdraw(self, reason: str) -> None:
+        """This node leaves the job with an error; all workers are stopped. ``reason``: a sentence, for the summary."""
+
     def learn(self, modules: list[str]) -> None:
         """Start a successor of the fork server that has these third-party modules loaded too, in the background."""
 

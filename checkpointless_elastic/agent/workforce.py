@@ -68,6 +68,7 @@ class LocalWorkforce:
         self._context: ForkedContext | None = None
         self._leaving: VerdictKind | None = None  # the verdict once all workers have ended
         self._reason = ""
+        self._withdrawn = ""
         self._bad: list[int] = []  # ranks that had failed when the job did; others are stopped then
         self._guilty: dict[int, Child] = {}  # of the ranks that are to blame, those that had failed then
 
@@ -111,7 +112,7 @@ class LocalWorkforce:
         context = self._context
         if context is None:
             return {0: self._stopped()}
-        if not ranks and not self._bad:
+        if self._withdrawn or (not ranks and not self._bad):
             return {self.base: self._stopped()}
         failed = [
             rank for rank in self.ranks if context.children[rank - self.base].status and rank not in ranks
@@ -125,7 +126,8 @@ class LocalWorkforce:
     def _stopped(self) -> ProcessFailure:
         """What the summary says where no worker has failed: torchrun needs one."""
         failure = ProcessFailure(local_rank=0, pid=os.getpid(), exitcode=1, error_file="")
-        failure.message = f"No worker of this node has failed. The job stopped: {self._reason}"
+        stopped = f"No worker of this node has failed. The job stopped: {self._reason}"
+        failure.message = self._withdrawn or stopped
         failure.timestamp = int(time.time())
         return failure
 
@@ -206,6 +208,12 @@ class LocalWorkforce:
                 children = self._context.children
                 self._guilty = {rank: self._context.culprit(rank - self.base) for rank in ranks}
                 self._bad = [rank for rank in self.ranks if children[rank - self.base].status]
+
+    def withdraw(self, reason: str) -> None:
+        """See Workforce."""
+        if not self._decided():
+            self._withdrawn = reason
+            self.verdict = Verdict(VerdictKind.FAILED)
 
     def learn(self, modules: list[str]) -> None:
         """See Workforce."""

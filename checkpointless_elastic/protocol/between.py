@@ -285,10 +285,11 @@ class ReplaceRank(Message, frozen=True):
 
 
 class EndRank(Message, frozen=True):
-    """End this worker; its loss comes as any other. ``reason`` completes "rank 3 ..."; empty: it is not to blame."""
+    """End this worker; its loss comes as any other. ``reason`` completes "rank 3 ..."; ``stuck``: it was late."""
 
     rank: int
-    reason: str = ""
+    reason: str
+    stuck: bool
 
 
 class RollCall(Message, frozen=True):

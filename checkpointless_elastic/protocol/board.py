@@ -407,7 +407,7 @@ class Board(Roster):
         elif isinstance(action, Replace):
             self._tell_rank(action.rank, ReplaceRank(action.rank, self._store))
         elif isinstance(action, End):
-            self._tell_rank(action.rank, EndRank(action.rank, action.reason))
+            self._tell_rank(action.rank, EndRank(action.rank, action.reason, action.stuck > 0))
             self.acts.append(Perform(action))
         elif isinstance(action, Restart):
             self._run_again(action)

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol.between import RollCall
+from checkpointless_elastic.protocol.checks import judge, sentences
 from checkpointless_elastic.protocol.events import (
     Action,
     AllFrozen,
@@ -37,6 +38,7 @@ from checkpointless_elastic.protocol.events import (
     Succeed,
     Tally,
     Unfit,
+    Warn,
 )
 from checkpointless_elastic.protocol.halt import Halt
 from checkpointless_elastic.protocol.messages import (
@@ -119,18 +121,42 @@ class Coordinator(Ranks):
         return COMPLETED[event.stage](self) if self._expected(event.stage) <= reports.keys() else []
 
     def _commit(self) -> list[Action]:
-        if self.state is not State.RUNNING:
+        if self.state is not State.RUNNING or self.ended:
             return []
-        del self._reports[Stage.READY]
+        told = self._judge(self._reports.pop(Stage.READY))
+        if self.ended or self.state is not State.RUNNING:
+            return told
         commit = Commit(self.generation, self.step)
         self.step += 1
         self._faults_since_commit = self._endings = 0
         self.blamed = {}
-        actions: list[Action] = [Broadcast(commit)]
+        actions = [*told, Broadcast(commit)]
         if self.resumed:
             self.resumed = False
             actions.append(Reached(self.generation, "committed", {"step": commit.step}))
         return actions
+
+    def _judge(self, said: dict[int, bytes]) -> list[Action]:
+        """Ranks whose state is not that of their replicas are ended; the step must not be committed then.
+
+        Where nobody knows which bytes are right, no loss is answered live any more. ``said``: see `checks.pack`.
+        """
+        if not any(said.values()):
+            return []
+        found = judge(said, self.step)
+        self.holdings.distrust = self.holdings.distrust or found.unknown
+        where = f"[generation {self.generation}, step {self.step}] Replicas differ"
+        told: list[Action] = [Warn(f"{where}: {one}.") for one in sentences(found, self.protected)]
+        if not found.wrong or not self.protected:
+            return told
+        self.ended |= found.wrong.keys()
+        self._faults_since_commit += 1
+        self._blame(found.wrong)
+        self._fault = f"rank {min(found.wrong)} {found.wrong[min(found.wrong)]}"
+        choice = choose(self._facts(found.wrong.keys()))
+        if not choice.goes_on:
+            return told + self._end(choice)
+        return [*told, *(End(rank, cause) for rank, cause in found.wrong.items())]
 
     def _finish(self) -> list[Action]:
         self.state, self.released = State.ENDED, True
@@ -144,15 +170,15 @@ class Coordinator(Ranks):
     # ---- a fault
 
     def _lost(self, event: Lost) -> list[Action]:
-        joining, error, cause = event.rank in self.pending, "", "was ended"
+        joining, error = event.rank in self.pending, ""
         if event.rank not in self.ended:
             self._faults_since_commit += 1
             self._blame([event.rank])
-            error, cause = self._repeated(event), event.cause
+            error = self._repeated(event)
         self._mirrored[event.rank] = event.mirrored
-        newly = self._remove({event.rank}, f"rank {event.rank} {cause}")
+        newly = self._remove({event.rank}, f"rank {event.rank} {event.cause}")
         facts = replace(self._facts({event.rank}), error=error, joining=joining)
-        return self._answer(facts, cause, newly)
+        return self._answer(facts, event.cause, newly)
 
     def _node_lost(self, event: NodeLost) -> list[Action]:
         """Its ranks are started by whoever takes the node's place."""
@@ -225,7 +251,8 @@ class Coordinator(Ranks):
         if event.generation != self.generation:
             return []
         self._frozen.update(event.reports)
-        return self._answered(event) + (self._decide() if self.whole <= self._frozen.keys() else [])
+        known = self.whole <= self._frozen.keys() - self.ended  # a rank that was ended must not be a source
+        return self._answered(event) + (self._decide() if known else [])
 
     def _decide(self) -> list[Action]:
         if self._back is not None and self.whole:
@@ -252,7 +279,7 @@ class Coordinator(Ranks):
     def _end_ranks(self, choice: Choice) -> list[Action]:
         self.ended |= choice.ends
         self._endings += 1
-        return [*map(End, sorted(choice.ends)), self._deadline()]
+        return [*(End(rank, "was ended") for rank in sorted(choice.ends)), self._deadline()]
 
     def _settle(self, choice: Choice, kind: str) -> list[Action]:
         self.step = choice.step
@@ -266,21 +293,15 @@ class Coordinator(Ranks):
             self._deadline(),
         ]
 
-    def _published(self) -> list[Action]:
-        here: list[Action] = [Reached(self.generation, "published")] if self.state is State.SETTLING else []
-        return here + self._settled()
-
-    def _arrived(self) -> list[Action]:
-        here: list[Action] = [Reached(self.generation, "arrived")] if self.state is State.SETTLING else []
+    def _published(self, point: str = "published") -> list[Action]:
+        here: list[Action] = [Reached(self.generation, point)] if self.state is State.SETTLING else []
         return here + self._settled()
 
     def _settled(self) -> list[Action]:
         if self.state is not State.SETTLING:
             return []
-        published = self._reports.get(Stage.PUBLISHED, {})
-        if not (
-            self.whole <= published.keys() and self.pending <= self._reports.get(Stage.ARRIVED, {}).keys()
-        ):
+        published, arrived = (self._reports.get(stage, {}) for stage in (Stage.PUBLISHED, Stage.ARRIVED))
+        if not (self.whole <= published.keys() and self.pending <= arrived.keys()):
             return []
         self.state = State.RESTORING
         if not self.pending:  # nobody was lost: the coordinator was, or a connection
@@ -369,7 +390,7 @@ COMPLETED: dict[Stage, Callable[[Coordinator], list[Action]]] = {
     Stage.READY: Coordinator._commit,
     Stage.FINISHED: Coordinator._finish,
     Stage.PUBLISHED: Coordinator._published,
-    Stage.ARRIVED: Coordinator._arrived,
+    Stage.ARRIVED: lambda it: it._published("arrived"),
     Stage.RESTORED: Coordinator._restored,
     Stage.REBUILT: Coordinator._rebuilt,
     Stage.PRESENT: Coordinator._present,

@@ -121,12 +121,11 @@ class Replace(Action):
 class End(Action):
     """End this worker, whose loss then comes as any other.
 
-    ``reason`` completes "rank 3 ..."; empty: it is not to blame, all ranks go back to their mirrors. ``stuck``: seconds
-    for which it was.
+    ``reason`` completes "rank 3 ..."; ``stuck``: seconds for which it was.
     """
 
     rank: int
-    reason: str = ""
+    reason: str
     stuck: float = 0.0
 
 

@@ -118,6 +118,12 @@ class Explained(Message, frozen=True):
     compiles: bool
 
 
+class Unhealthy(Message, frozen=True):
+    """In a replacement, before it joins: the device that it has does not work; the sentence says why."""
+
+    reason: str
+
+
 class Learned(Message, frozen=True):
     """Third-party modules that the script imported: worth loading in the fork server."""
 
@@ -132,6 +138,7 @@ class Welcome(Message, frozen=True):
 
     ``mirror_every``: of which steps it keeps mirrors, see `protocol.mirrors`. ``bases``: the lowest rank of each node;
     a node's ranks follow each other. ``store``: as in Decision, for what the script of a replacement does before one.
+    ``verify_every``: at which steps it says what its state is, see `protocol.checks`.
     """
 
     generation: int
@@ -139,6 +146,7 @@ class Welcome(Message, frozen=True):
     mirror_every: int = 0
     bases: tuple[int, ...] = (0,)
     store: str = ""
+    verify_every: int = 0
 
 
 class Refused(Message, frozen=True):
@@ -209,7 +217,19 @@ class Release(Message, frozen=True):
     generation: int
 
 
-FromWorker = Hello | Protected | Report | Frozen | Left | Failed | Mismatch | Explained | Learned | Replicas
+FromWorker = (
+    Hello
+    | Protected
+    | Report
+    | Frozen
+    | Left
+    | Failed
+    | Mismatch
+    | Explained
+    | Unhealthy
+    | Learned
+    | Replicas
+)
 ToWorker = Welcome | Refused | Commit | Freeze | Explain | Decision | Restore | Rebuild | Resume | Release
 
 _encoder = msgspec.msgpack.Encoder()

@@ -89,7 +89,7 @@ class Ranks:
 
     def _missing(self) -> set[int]:
         if self.state is State.FREEZING:
-            return self.whole - self._frozen.keys()
+            return self.whole - (self._frozen.keys() - self.ended)
         if self.state is State.SETTLING:
             here = self._reports.get(Stage.PUBLISHED, {}).keys() | self._reports.get(Stage.ARRIVED, {}).keys()
             return set(self.ranks) - here

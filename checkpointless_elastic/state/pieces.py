@@ -37,6 +37,7 @@ GRADIENT = "gradient"
 OPTIMIZER = "optimizer"
 OBJECT = "object"
 MADE = (OPTIMIZER, GRADIENT)  # by a replacement, where its script has not made them
+STILL = (PARAMETER, OPTIMIZER)  # do not change before the first optimizer step
 _GRADIENT_SUFFIX = ":grad"
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 

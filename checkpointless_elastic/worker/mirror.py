@@ -20,7 +20,7 @@ import msgspec
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.protocol.mirrors import is_due
 from checkpointless_elastic.protocol.places import Nodes
-from checkpointless_elastic.state.pieces import OPTIMIZER, PARAMETER, Piece, carrier, make_tensor
+from checkpointless_elastic.state.pieces import STILL, Piece, carrier, make_tensor
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.slot import Content, Slot
 from checkpointless_elastic.state.transfer import publish
@@ -36,7 +36,6 @@ __all__ = ["Entry", "Mirror", "find", "lead", "newest"]
 logger = logging.getLogger(__name__)
 
 _version = attrgetter("_version")
-_STILL = (PARAMETER, OPTIMIZER)  # do not change before the first optimizer step
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -203,7 +202,7 @@ class Mirror:
 
 def _still(piece: Piece) -> Piece:
     """The piece itself where nothing writes it before the first optimizer step, else a copy."""
-    if piece.info.role in _STILL:
+    if piece.info.role in STILL:
         return piece
     made = make_tensor(piece.info, piece.tensor.device)
     carrier(made).copy_(carrier(piece.tensor))

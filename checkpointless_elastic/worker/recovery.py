@@ -38,6 +38,7 @@ from checkpointless_elastic.worker.exchange import (
     send_state,
     shared,
 )
+from checkpointless_elastic.worker.health import broken_device
 from checkpointless_elastic.worker.network import Network
 from checkpointless_elastic.worker.private import At, PrivateState, read_state, write_state
 from checkpointless_elastic.worker.session import Session, Superseded
@@ -193,6 +194,8 @@ class Recovery:
     def prepare(self) -> None:
         """In a replacement, at its first loop or replayable call: blocks until its state is there."""
         session = self._session
+        if session.shadow and session.resume is None and (reason := broken_device()):
+            session.unhealthy(reason)
         while session.shadow and session.resume is None:
             try:
                 self._decision = session.next_decision()

@@ -17,7 +17,7 @@ from checkpointless_elastic.protocol.hangs import Activity
 from checkpointless_elastic.state.digest import digest
 from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.modules import ModuleHolder
-from checkpointless_elastic.state.pieces import GRADIENT
+from checkpointless_elastic.state.pieces import GRADIENT, Piece
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks, group_ranks
 from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
@@ -25,6 +25,7 @@ from checkpointless_elastic.worker import gate, private_tensors, rng, session
 from checkpointless_elastic.worker.blocks import Shared
 from checkpointless_elastic.worker.channel import AgentGone
 from checkpointless_elastic.worker.recovery import Recovery
+from checkpointless_elastic.worker.verifier import Verifier
 
 __all__ = ["Run", "is_replacement"]
 
@@ -78,6 +79,7 @@ class Run:
         self._session = session.current()
         self._recovery: Recovery | None = None
         if self._session is not None:
+            self._verifier = Verifier(self._session.rank, self._session.channel.welcome.verify_every)
             self._recovery = Recovery(self._session, self)
             self._session.protect(self._recovery)
         _run = self
@@ -190,11 +192,12 @@ class Run:
         self._snapshot.begin(name)
         self.private = self.read_private()
         recovery.save_start(start)
+        self._verifier.begin(host.step, self._shared_pieces)
         self._communicates = False
         call = gate.Call(
             self._gates.get(name, 1),
             functools.partial(self._commit, host, recovery),
-            recovery.mirror.wait,
+            functools.partial(self._before_update, recovery),
             functools.partial(self._applied, host),
         )
         host.in_call, host.committed, host.late, host.void_memory = True, False, False, set()
@@ -226,17 +229,22 @@ class Run:
         recovery.mirror.wait()
         recovery.save_ready()
         host.pulse.turn(Activity.GATE)
-        if not host.vote():
+        if not host.vote(self._verifier.said()):
             raise gate.VoidAttempt
         host.pulse.turn(Activity.CALL)
         host.committed = True
         host.registry.committed(host.step)
+
+    def _before_update(self, recovery: Recovery) -> None:
+        recovery.mirror.wait()
+        self._verifier.wait()
 
     def _applied(self, host: session.Session) -> None:
         """An optimizer that needs its peers for its update (Muon on DTensors) has its gate at the end of the call."""
         self._communicates = self._communicates or host.late
 
     def _undo(self, host: session.Session, start: rng.RngState) -> object:
+        self._verifier.wait()
         self._snapshot.restore()
         rng.restore(start)
         return _VOID
@@ -278,9 +286,13 @@ class Run:
         private_tensors.write(self.inventory.pieces(), tensors)
         self.private = dict(tensors)
 
-    def _held(self) -> tuple[list[list[int]], dict[str, tuple[int, int]]]:
+    def _shared_pieces(self) -> list[Piece]:
         """What replicas must agree on; gradients may be each rank's own until they are reduced."""
-        pieces = [p for p in self.inventory.pieces() if p.info.role != GRADIENT and p.key not in self.private]
+        return [p for p in self.inventory.pieces() if p.info.role != GRADIENT and p.key not in self.private]
+
+    def _held(self) -> tuple[list[list[int]], dict[str, tuple[int, int]]]:
+        """The ranks and the digest of each piece, as `Replicas` has them."""
+        pieces = self._shared_pieces()
         claims = {
             ranks: number for number, ranks in enumerate(dict.fromkeys(p.info.replicas for p in pieces))
         }

@@ -45,6 +45,7 @@ from checkpointless_elastic.protocol.messages import (
     Restore,
     Stage,
     ToWorker,
+    Unhealthy,
 )
 from checkpointless_elastic.protocol.messages import Resume as Resumed
 from checkpointless_elastic.protocol.places import Nodes
@@ -52,6 +53,7 @@ from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker import lifeline
 from checkpointless_elastic.worker.channel import Channel
 from checkpointless_elastic.worker.exchange import expect
+from checkpointless_elastic.worker.health import broken_device
 from checkpointless_elastic.worker.private import lifeline_path, slot_path
 from checkpointless_elastic.worker.pulse import Pulse, pulse_path
 from checkpointless_elastic.worker.whereabouts import explain
@@ -191,13 +193,16 @@ class Session:
 
     # ---- main thread: the vote
 
-    def vote(self) -> bool:
-        """Say that this step is computed and wait for the verdict: True when it is committed, False when void."""
+    def vote(self, said: bytes = b"") -> bool:
+        """Say that this step is computed and wait for the verdict: True when it is committed, False when void.
+
+        ``said``: what this rank says of its state, see `protocol.checks`.
+        """
         with self.lock:
             if self.frozen > self.generation:
                 return False  # our answer to Freeze was "computing", so nobody can have committed this step
             self.phase = Phase.READY
-        self.channel.vote.send(Report(Stage.READY, self.generation, self.step))
+        self.channel.vote.send(Report(Stage.READY, self.generation, self.step, said))
         while True:
             message = self.channel.vote.receive()
             if isinstance(message, Commit) and self._committed_by(message):
@@ -284,6 +289,12 @@ class Session:
         """This rank cannot recover live: rung 3. Does not return, the agent ends this worker."""
         logger.error("[generation %d, rank %d, step %d] %s", self.frozen, self.rank, self.step, reason)
         self.channel.control.send(Mismatch(reason))
+        self.await_end()
+
+    def unhealthy(self, reason: str) -> None:
+        """The device of this replacement does not work: its node leaves the job. Does not return."""
+        logger.error("[rank %d] %s", self.rank, reason)
+        self.channel.control.send(Unhealthy(reason))
         self.await_end()
 
     # ---- groups.host.Host
@@ -417,6 +428,8 @@ class Session:
     def _fail(self, error: BaseException | None) -> None:
         if isinstance(error, ScriptMismatchError):
             self.unfit(str(error))
+        if self.shadow and (reason := broken_device()):
+            self.unhealthy(reason)
         if error is None or isinstance(error, (SystemExit, RankLostError)):
             return
         lines = traceback.format_exception_only(type(error), error)

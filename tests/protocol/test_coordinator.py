@@ -219,7 +219,7 @@ def test_a_rank_that_does_not_answer_a_freeze_in_time_is_ended_and_replaced() ->
     chosen, *actions = coordinator.handle(present(coordinator, 1, here={0}))
     assert isinstance(chosen, Chosen) and (chosen.rung, chosen.ends) == (1, {2})
     assert chosen.what == "ranks [2] did not come out of state freezing in time"
-    assert actions == [End(2), Deadline(1, "freezing", "settle_timeout")]
+    assert actions == [End(2, "was ended"), Deadline(1, "freezing", "settle_timeout")]
     assert only(coordinator.handle(Lost(2, "was killed by SIGKILL")), Replace) == [Replace(2)]
     recover(coordinator, {0}, {1, 2})
     assert coordinator.state is State.RUNNING
@@ -232,7 +232,7 @@ def test_a_second_deadline_restarts_all(gone: bool) -> None:
     coordinator.handle(Lost(1, "was lost"))
     coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING)))
     coordinator.handle(Overdue(1, "freezing"))
-    assert only(coordinator.handle(present(coordinator, 1, here={0})), End) == [End(2)]
+    assert only(coordinator.handle(present(coordinator, 1, here={0})), End) == [End(2, "was ended")]
     if gone:
         coordinator.handle(Lost(2, "was killed by SIGKILL"))
         coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING)))
@@ -244,7 +244,7 @@ def test_a_rank_that_waits_for_another_one_of_its_node_is_not_ended() -> None:
     coordinator = running()
     coordinator.handle(Lost(1, "was lost"))
     coordinator.handle(Overdue(1, "freezing"))
-    assert only(coordinator.handle(present(coordinator, 1, here={0})), End) == [End(2)]
+    assert only(coordinator.handle(present(coordinator, 1, here={0})), End) == [End(2, "was ended")]
     assert coordinator.handle(present(coordinator, 1, here=set())) == []  # said twice
 
 
@@ -280,7 +280,7 @@ def test_replacements_that_do_not_arrive_in_time_are_started_once_more() -> None
     coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING), r2=(5, Phase.COMPUTING)))
     coordinator.handle(Tally(Stage.PUBLISHED, 1, 5, {0: b"", 2: b""}))
     coordinator.handle(Overdue(1, "settling"))
-    assert only(coordinator.handle(present(coordinator, 1, here={0, 2})), End) == [End(1)]
+    assert only(coordinator.handle(present(coordinator, 1, here={0, 2})), End) == [End(1, "was ended")]
     assert only(coordinator.handle(Lost(1, "was killed by SIGKILL")), Replace) == [Replace(1)]
 
 
@@ -363,8 +363,8 @@ def test_all_go_back_to_an_older_mirror_and_the_reason_is_said_until_the_end() -
         coordinator.handle(ready(coordinator, step))
     coordinator.handle(Lost(1, "was lost", mirrored=4))
     actions = coordinator.handle(frozen(coordinator, r0=(5, Phase.COMPUTING)))
-    assert only(actions, End) == [End(0)]
-    _, decided = only(coordinator.handle(Lost(0, "was killed by SIGKILL", mirrored=4)), Chosen)
+    assert only(actions, End) == [End(0, "was ended")]
+    _, decided = only(coordinator.handle(Lost(0, "was ended", mirrored=4)), Chosen)
     assert isinstance(decided, Chosen)
     assert (decided.what, decided.rung, decided.ends) == ("rank 0 was ended", 2, frozenset())
     assert decided.reason.endswith("so every rank goes on from its mirror of step 4")
