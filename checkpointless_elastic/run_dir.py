@@ -15,10 +15,11 @@ import stat
 import tempfile
 from pathlib import Path
 
-__all__ = ["RunDir", "empty", "overflow", "remove", "remove_abandoned"]
+__all__ = ["RunDir", "empty", "overflow", "remove", "remove_abandoned", "scratch"]
 
 _PREFIX = "checkpointless-"
 _LOCK = "alive"
+_SCRATCH = "multiprocessing-"
 
 
 class RunDir:
@@ -47,12 +48,21 @@ def remove(path: str) -> None:
 
 
 def empty(path: str) -> None:
-    """Remove what workers that are gone have left in it; sockets stay, since the control plane listens on them."""
+    """Remove what workers have left in it, but for what is of a process, not of a run of the script.
+
+    Sockets stay too, since the control plane listens on them.
+    """
     for entry in os.scandir(path):
         if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
+            if not entry.name.startswith(_SCRATCH):
+                shutil.rmtree(entry.path)
         elif entry.name != _LOCK and not stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
             os.unlink(entry.path)
+
+
+def scratch(path: str, pid: int) -> str:
+    """Where the multiprocessing package of this worker, and of the processes that it starts, keeps its sockets."""
+    return f"{path}/{_SCRATCH}{pid}"
 
 
 def overflow(path: str) -> Path:

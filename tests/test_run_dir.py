@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from checkpointless_elastic import run_dir
-from checkpointless_elastic.run_dir import RunDir, empty, overflow
+from checkpointless_elastic.run_dir import RunDir, empty, overflow, scratch
 
 HOLD = """
 import signal, sys, tempfile
@@ -46,16 +46,17 @@ def test_it_is_private_and_removed_with_its_overflow() -> None:
     assert not more.exists()
 
 
-def test_emptying_it_leaves_its_sockets_and_its_lock() -> None:
+def test_emptying_it_leaves_its_sockets_its_lock_and_what_is_of_a_process() -> None:
     made = RunDir()
     path = Path(made.path)
     (path / "slot-0").touch()
     (path / "parts" / "deep").mkdir(parents=True)
+    Path(scratch(made.path, 1)).mkdir()
     (path / "link").symlink_to(path)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path / "agent.sock"))
     empty(made.path)
-    assert sorted(found.name for found in path.iterdir()) == ["agent.sock", "alive"]
+    assert sorted(found.name for found in path.iterdir()) == ["agent.sock", "alive", "multiprocessing-1"]
     made.remove()
 
 

@@ -247,13 +247,12 @@ class CheckpointlessAgent(LocalElasticAgent):
         """
         if self._workforce is not None and not self._workforce.ended:
             self._control.leave()
-        try:
-            super()._shutdown(death_sig, *args, **kwargs)
-        finally:  # a second signal may end the wait for workers
-            if self._workforce is not None:
-                self._workforce = None
-                self._control.stopped()
-                self._let_go()
+        super()._shutdown(death_sig, *args, **kwargs)
+        if self._workforce is None:
+            return
+        self._workforce = None
+        self._control.stopped()
+        self._let_go()
 
     def _let_go(self) -> None:
         self._servers.close()

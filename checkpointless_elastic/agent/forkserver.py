@@ -228,7 +228,7 @@ class _Server:
                 return
             if ended.si_code != os.CLD_EXITED or ended.si_status != 0:
                 kill_group(ended.si_pid)  # before the reaping, so that the number is still this child's
-                shutil.rmtree(_scratch(self._run_dir, ended.si_pid), ignore_errors=True)
+                shutil.rmtree(run_dirs.scratch(self._run_dir, ended.si_pid), ignore_errors=True)
             _, status = os.waitpid(ended.si_pid, 0)
             if ended.si_pid in self._children:
                 self._children.remove(ended.si_pid)
@@ -273,11 +273,6 @@ def _give_up(signum: int, stack: object) -> None:
     raise TimeoutError
 
 
-def _scratch(run_dir: str, pid: int) -> str:
-    """Where the multiprocessing package of this worker, and of the processes that it starts, keeps its sockets."""
-    return f"{run_dir}/multiprocessing-{pid}"
-
-
 def main() -> None:
     """Entry of the server process; arguments: place of the package, descriptor, run directory, modules."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)  # meant for the agent and the workers
@@ -293,6 +288,6 @@ def main() -> None:
     bootstrap.prepare(request.env, request.stdout, request.stderr, request.append, request.cpus)
     if request.mode == "exec":
         bootstrap.replace_process(request.argv)
-    bootstrap.keep_sockets_in(_scratch(run_dir, os.getpid()))
+    bootstrap.keep_sockets_in(run_dirs.scratch(run_dir, os.getpid()))
     bootstrap.set_title(request.mode, request.argv, request.unbuffered)
     sys.exit(bootstrap.run(request.mode, request.argv, request.unbuffered))

@@ -49,7 +49,7 @@ def keep_sockets_in(folder: str) -> None:
 
     Each loader process that hands tensors over listens on a socket, and removes it at its end, but not when it is
     killed, as it is with its worker. Private to multiprocessing: `Process._config`, which children inherit; read in
-    Python 3.10 to 3.14. Nothing happens where the path would be too long for a socket.
+    Python 3.11. Nothing happens where the path would be too long for a socket.
     """
     if len(os.fsencode(folder)) + len("/listener-12345678") < _SOCKET_PATH:
         os.mkdir(folder, mode=0o700)

@@ -215,3 +215,29 @@ def test_only_installed_modules_are_worth_learning() -> None:
 
 def test_a_successors_list_begins_with_its_own_modules_and_has_no_doubles() -> None:
     assert preload.learned(["torch", "rich", "rich"]) == [*preload.BASE, "rich"]
+
+
+def test_sockets_of_multiprocessing_are_in_the_run_directory_until_the_worker_is_killed(
+    small: None, tmp_path: Path
+) -> None:
+    text = """
+        import multiprocessing, signal
+        from multiprocessing.connection import Listener
+        def listen():
+            with Listener(family="AF_UNIX") as listener:
+                print(listener.address, flush=True)
+                signal.pause()
+        multiprocessing.get_context("fork").Process(target=listen).start()
+    """
+    with nursery(tmp_path) as nest:
+        pid = nest.start("script", [script(tmp_path, text)])
+        out = tmp_path / "out.0"
+        wait_until(lambda: out.exists() and out.read_text().endswith("\n"), "the address")
+        address = Path(out.read_text().strip())
+        assert address.parent == nest.run_dir / f"multiprocessing-{pid}", (
+            "multiprocessing.util.get_temp_dir() does not look at Process._config['tempdir'] any more"
+        )
+        assert address.is_socket()
+        os.kill(pid, signal.SIGKILL)
+        nest.finish(pid)
+        assert not address.parent.exists()
