@@ -38,7 +38,6 @@ from harness import etcd, hosts
 from harness.cluster import Cluster, start
 from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan, Running, ignore_gone
 from harness.layouts import LAYOUTS, Holders, holders, survivable
-from harness.machine import provenance
 from harness.node_faults import NodeFaults
 from harness.recoveries import Recovery, read_recoveries
 from harness.report import write_json
@@ -46,6 +45,8 @@ from harness.schedule import schedule, steps_needed, with_nodes
 from harness.steps import Logs, interruption, newest_process, progress, read_logs
 from harness.weights import folder_differences
 from jobs.faults import CLOCK, KINDS, NODE_KINDS, Fault, claim, marker, write_schedule
+
+from checkpointless_elastic.observe.machine import provenance
 
 DEFAULT_SCRIPT = Path(__file__).parent / "jobs" / "chaos_job.py"
 
