@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,8 +65,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    meanings = "\n".join(f"  {name:<14} {kind.meaning}" for name, kind in KINDS.items())
-    refused = "\n".join(f"  {name:<17} {reason}" for name, reason in REFUSED.items())
+    meanings = "\n".join(_row(name, kind.meaning) for name, kind in KINDS.items())
+    refused = "\n".join(_row(name, reason) for name, reason in REFUSED.items())
     parser = argparse.ArgumentParser(
         prog="checkpointless chaos",
         usage="checkpointless chaos [options] -- COMMAND ...",
@@ -106,6 +107,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _row(name: str, text: str) -> str:
+    return textwrap.fill(f"  {name:<18}{text}", 110, subsequent_indent=" " * 20)
+
+
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Our own options and the command."""
     words = list(arguments)
@@ -135,6 +140,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> int:
     if report["stuck"] or report["exit_code"]:
         print(f"The end of its output:\n{job.tail()}", file=sys.stderr)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0 if good(report) else 1
 

@@ -17,7 +17,7 @@ __all__ = ["ChaosError", "Job", "StuckError"]
 
 PAUSE_S = 0.02
 GRACE_S = 10.0
-"""How long a command that is told to end may take, and what it started when it has ended, before it is killed."""
+"""How long a command that is told to end may take, and then what it started, before it is killed."""
 
 
 class ChaosError(CheckpointlessError):
@@ -43,15 +43,19 @@ class Job:
         self._run_dirs: set[str] = set()
         self._mark = f"CHAOS_OUT={self.out}"
         events = {"CHECKPOINTLESS_EVENTS": str(self._events)}
+        words = [word.replace("{out}", str(self.out)) for word in command]
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [word.replace("{out}", str(self.out)) for word in command],
-                env={**os.environ, **events, "CHAOS_OUT": str(self.out)},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    words,
+                    env={**os.environ, **events, "CHAOS_OUT": str(self.out)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise ChaosError(f"The command cannot be run: {error}.") from error
 
     def __enter__(self) -> Job:
         return self
@@ -67,15 +71,18 @@ class Job:
         if self.running():
             for pid in members(self._mark):
                 _signal(pid, signal.SIGCONT)
-            self._process.terminate()
-            self._wait(lambda: not self.running(), GRACE_S)
+            os.killpg(self._process.pid, signal.SIGTERM)  # a shell that starts torchrun would not pass it on
+            self._wait(lambda: not members(self._mark), GRACE_S)
         self._wait(lambda: not self._leftovers(), GRACE_S)
         self.left = self._leftovers()
-        while found := members(self._mark):
-            for pid in found:
-                _signal(pid, signal.SIGKILL)
-            time.sleep(PAUSE_S)
+        self._wait(self._are_killed, GRACE_S)
         self._process.wait()
+
+    def _are_killed(self) -> bool:
+        found = members(self._mark)
+        for pid in found:
+            _signal(pid, signal.SIGKILL)
+        return not found
 
     @property
     def log(self) -> Path:
