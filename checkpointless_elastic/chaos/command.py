@@ -131,7 +131,7 @@ def _kinds(text: str) -> list[str]:
 def _measure(options: argparse.Namespace, folder: Path) -> int:
     calm_folder = options.oracle.absolute() if options.oracle else folder / "oracle"
     oracle = _oracle(options, calm_folder)
-    faults = draw(options.faults, options.seed, options.kinds, oracle.ranks)
+    faults = draw(options.faults, options.seed, options.kinds, oracle.ranks, oracle.spares)
     with Job(options.command, folder / "faults") as job:
         trial = Trial(job, oracle, Limits(options.stop_seconds, options.timeout), _say)
         trial.run(faults)
@@ -157,8 +157,17 @@ def _oracle(options: argparse.Namespace, folder: Path) -> Oracle:
             f"The job wrote no file {' or '.join(options.compare)} into its directory: have it write to {{out}} or "
             f"$CHAOS_OUT, or name the files to compare with --compare."
         )
+    needy = [name for name in options.kinds if KINDS[name].spare]
+    if needy == options.kinds and oracle.spares < options.faults:
+        raise ChaosError(
+            f"{options.faults} times {needy[0]} needs a command that starts the agents of several nodes, among them as "
+            f"many spares (--nnodes 2:3); this one has {oracle.spares}."
+        )
     what = f"{oracle.steps} steps" if oracle.steps else "no step of a Run"
-    _say(f"{oracle.ranks} ranks, {what} in {oracle.seconds:.1f} s; now with {options.faults} faults ...")
+    spares = f", {oracle.spares} spares" if oracle.spares else ""
+    _say(
+        f"{oracle.ranks} ranks{spares}, {what} in {oracle.seconds:.1f} s; now with {options.faults} faults ..."
+    )
     return oracle
 
 

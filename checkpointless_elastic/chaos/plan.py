@@ -6,6 +6,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from checkpointless_elastic.chaos.strikes import KINDS
+
 __all__ = ["Fault", "draw", "turns"]
 
 USED = 0.95
@@ -31,10 +33,11 @@ class Fault:
     late: float
 
 
-def draw(count: int, seed: int, kinds: Sequence[str], ranks: int) -> list[Fault]:
-    """The faults of a job, each at a random moment in a stretch of its own."""
+def draw(count: int, seed: int, kinds: Sequence[str], ranks: int, spares: int = 0) -> list[Fault]:
+    """The faults of a job, each at a random moment in a stretch of its own; those that need a spare, as often as there
+    is one. Some kind must need none."""
     source = random.Random(seed)
-    kind_of = turns(source, kinds)
+    kind_of = _affordable(turns(source, kinds), spares)
     return [
         Fault(
             number,
@@ -45,6 +48,15 @@ def draw(count: int, seed: int, kinds: Sequence[str], ranks: int) -> list[Fault]
         )
         for number in range(count)
     ]
+
+
+def _affordable(kinds: Iterator[str], spares: int) -> Iterator[str]:
+    for kind in kinds:
+        if not KINDS[kind].spare:
+            yield kind
+        elif spares:
+            spares -= 1
+            yield kind
 
 
 def turns(source: random.Random, names: Sequence[str]) -> Iterator[str]:

@@ -19,7 +19,9 @@ from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.private import PrivateState, glance, slot_path
 
-__all__ = ["Agent", "Process", "agents", "glance_at", "members", "written_at"]
+__all__ = ["Agent", "Process", "agents", "glance_at", "holds_store", "members", "written_at"]
+
+_LISTEN = "0A"  # in /proc/net/tcp
 
 
 class Process:
@@ -88,6 +90,24 @@ def agents(mark: str) -> list[Agent]:
     return [found[pid] for pid in sorted(found)]
 
 
+def holds_store(pid: int) -> bool:
+    """Whether this agent is the one whose process has the embedded store: it listens at the port of the endpoint."""
+    words = [os.fsdecode(word).replace("_", "-") for word in _strings(pid, "cmdline")]
+    given = " ".join(words).replace("--rdzv-endpoint=", "--rdzv-endpoint ").partition("--rdzv-endpoint ")[2]
+    port = given.partition(" ")[0].rpartition(":")[2]
+    return port.isdecimal() and not _listening(pid, int(port)).isdisjoint(_links(pid))
+
+
+def _listening(pid: int, port: int) -> set[str]:
+    """Sockets, as descriptors lead to them, that listen at this port in the network of the process."""
+    rows = [line.split() for name in ("tcp", "tcp6") for line in _lines(pid, f"net/{name}")[1:]]
+    return {
+        f"socket:[{row[9]}]"
+        for row in rows
+        if row[3] == _LISTEN and int(row[1].rpartition(":")[2], 16) == port
+    }
+
+
 def glance_at(path: str) -> PrivateState | None:
     """Where the rank of this slot is; None before its first step, or when the slot is being exchanged."""
     try:
@@ -122,6 +142,13 @@ def _strings(pid: int, file: str) -> list[bytes]:
     """The zero-terminated strings of a file in /proc/PID; none if the process is gone or another user's."""
     try:
         return Path(f"/proc/{pid}/{file}").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _lines(pid: int, file: str) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/{file}").read_text().splitlines()
     except OSError:
         return []
 

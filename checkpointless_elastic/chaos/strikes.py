@@ -28,11 +28,13 @@ class Kind:
         strike: does it to a process, for up to so many seconds if it is something that passes, and takes it back.
             Returns when it is over, or when the process has ended.
         agent: it is done to an agent and not to a worker.
+        spare: it takes a node away for good, so that there must be a spare for each.
     """
 
     meaning: str
     strike: Callable[[Process, float], object]
     agent: bool = False
+    spare: bool = False
 
 
 def _kill(process: Process, seconds: float) -> None:
@@ -108,12 +110,17 @@ KINDS = {
     "stop": Kind("SIGSTOP, until it is replaced or --stop-seconds are over", _stop),
     "slow": Kind("stands still for nine tenths of the time, for --stop-seconds", _slow),
     "stopped-agent": Kind("SIGSTOP of a torchrun process for --stop-seconds", _stop, agent=True),
+    "killed-agent": Kind(
+        "SIGKILL of a torchrun process; only where the command starts several, with a spare for each that is killed "
+        "(not the one that holds the embedded store)",
+        _kill,
+        agent=True,
+        spare=True,
+    ),
 }
 
 _HOSTS = "scripts/chaos --nodes in the repository does it to a job of ours, on network namespaces"
 REFUSED = {
-    "killed-agent": f"a job on one node ends with its agent, and of several nodes the torchrun would have to be "
-    f"started again by whoever runs it; {_HOSTS}",
     "cut-link": f"the agents would have to run on hosts of their own; {_HOSTS}",
     "lost-store": f"the agents would have to run on hosts of their own; {_HOSTS} with --store etcd",
     "corrupted-memory": "a bit of a tensor cannot be flipped from outside of the process",

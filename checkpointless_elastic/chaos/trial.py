@@ -11,7 +11,7 @@ from pathlib import Path
 
 from checkpointless_elastic.chaos.job import ChaosError, Job, StuckError, is_up, moved, steps, training
 from checkpointless_elastic.chaos.plan import Fault
-from checkpointless_elastic.chaos.processes import Agent, Process
+from checkpointless_elastic.chaos.processes import Agent, Process, holds_store
 from checkpointless_elastic.chaos.strikes import KINDS
 from checkpointless_elastic.observe.records import Recovery
 
@@ -29,11 +29,13 @@ class Oracle:
     Attributes:
         seconds: from the first step, or the first moment with all workers, to the end.
         ranks: workers.
+        spares: agents without workers.
         steps: that all ranks had committed when they were last looked at; 0 if the script has no Run.
     """
 
     seconds: float
     ranks: int
+    spares: int
     steps: int
 
     @property
@@ -93,12 +95,13 @@ def calm(command: Sequence[str], folder: Path) -> Oracle:
     """Runs the command to its end. Raises ChaosError when it fails or starts no workers under our agent."""
     up: float | None = None
     first: float | None = None
-    ranks = done = 0
+    ranks = spares = done = 0
     with Job(command, folder) as job:
         while job.running():
             found, now = job.agents(), time.monotonic()
             if is_up(found):
                 up, ranks = up or now, max(ranks, sum(len(agent.workers) for agent in found))
+                spares = max(spares, sum(not agent.workers for agent in found))
             done = max(done, steps(found))
             first = first or (now if done > 0 else None)
             time.sleep(LOOK_S)
@@ -110,7 +113,7 @@ def calm(command: Sequence[str], folder: Path) -> Oracle:
             f"No worker of an agent of checkpointless_elastic was seen: the command must start torchrun with "
             f"--rdzv-backend checkpointless. Its output:\n{job.tail()}"
         )
-    oracle = Oracle(end - (first or up), ranks, done)
+    oracle = Oracle(end - (first or up), ranks, spares, done)
     oracle.save(folder)
     return oracle
 
@@ -202,8 +205,11 @@ class Trial:
         """Opens the process to strike, once it is there."""
         self._nodes = found = self._job.agents()
         target = outcome.fault.target
-        if KINDS[outcome.fault.kind].agent:
+        kind = KINDS[outcome.fault.kind]
+        if kind.agent:
             places = [agent.pid for agent in found if agent.workers]
+            if kind.spare:
+                places = [pid for pid in places if not holds_store(pid)]
             outcome.who = f"agent {target % max(len(places), 1)}"
             pid = places[target % len(places)] if places else 0
         else:

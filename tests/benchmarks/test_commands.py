@@ -44,9 +44,16 @@ def test_several_runs_make_one_report() -> None:
     runs = [
         {
             **dict.fromkeys(("faults", "survived", "stranded", "node_faults", "faults_asked_for"), number),
-            "equal": number < 2, "seed": 7, "exit_code": number - 1, "rungs": {"1": number},
-            "longest_interruption_s": seconds, "longest_interruption_cause": f"cause {number}",
-            "layout": layout, "nodes": 1, "fault_list": [{"kind": "stop"}], "lines": [],
+            "equal": number < 2,
+            "seed": 7,
+            "exit_code": number - 1,
+            "rungs": {"1": number},
+            "longest_interruption_s": seconds,
+            "longest_interruption_cause": f"cause {number}",
+            "layout": layout,
+            "nodes": 1,
+            "fault_list": [{"kind": "stop"}],
+            "lines": [],
         }
         for number, seconds, layout in ((1, 0.5, "ddp"), (2, 2.0, "hsdp"), (3, None, "hsdp"))
     ]

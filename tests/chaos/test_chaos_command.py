@@ -19,6 +19,7 @@ from checkpointless_elastic.chaos.processes import members
 from checkpointless_elastic.chaos.strikes import KINDS, REFUSED
 from checkpointless_elastic.chaos.trial import Oracle
 from tests.conftest import wait_until
+from tests.directory.etcd_server import free_ports
 
 JOB = Path(__file__).with_name("job_chaos.py")
 PROGRAM = "import sys; from checkpointless_elastic.command.cli import main; sys.exit(main())"
@@ -27,7 +28,9 @@ LIMIT_S = 300
 
 
 def arguments(*options: object, script: Path = JOB, restarts: int = 0) -> list[str]:
-    """The command line of chaos, behind the program, for a job of two ranks."""
+    """The command line of chaos; if the options have no command, for a job of two ranks."""
+    if "--" in options:
+        return [sys.executable, "-c", PROGRAM, "chaos", *map(str, options)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "checkpointless"]
     job = [*torchrun, "--nproc-per-node", "2", "--max-restarts", str(restarts), str(script), "{out}"]
     return [sys.executable, "-c", PROGRAM, "chaos", *map(str, options), "--", *job]
@@ -66,7 +69,7 @@ def test_a_job_is_struck_and_ends_as_its_oracle(tmp_path: Path, monkeypatch: pyt
     weight = torch.full((1, 8), -float(sum(step % 3 + 1 for step in range(steps))))
     for rank in range(2):
         torch.save({"weight": weight}, tmp_path / "oracle" / "out" / f"final-{rank}.pt")
-    Oracle(steps * 0.025, 2, steps).save(tmp_path / "oracle")
+    Oracle(steps * 0.025, 2, 0, steps).save(tmp_path / "oracle")
     monkeypatch.setenv("STEPS", str(steps))
     options = ("--faults", 2, "--kinds", "kill,stop", "--stop-seconds", 0.3, "--seed", 4, "--json", report)
     assert main(arguments(*options, "--oracle", tmp_path / "oracle", script=EXACT)[4:]) == 0
@@ -85,6 +88,21 @@ def test_every_kind_is_survived(tmp_path: Path) -> None:
     assert {fault["kind"] for fault in found["fault_list"]} == set(KINDS)
     assert found["survived"] == len(KINDS)
     assert list(tmp_path.glob("chaos-*")) == []
+
+
+@pytest.mark.slow
+def test_an_agent_is_killed_where_a_spare_is_left(tmp_path: Path) -> None:
+    """Three torchruns in one command, two of them with a worker; the one with the store is left alone."""
+    (port,) = free_ports(1)
+    options = f"--rdzv-backend checkpointless --rdzv-endpoint localhost:{port} --rdzv-id job --nnodes 2:3"
+    torchrun = f"{sys.executable} -m torch.distributed.run {options} --local-addr 127.0.0.1 {JOB} {{out}} &"
+    found = chaos(
+        tmp_path,
+        *("--faults", 2, "--kinds", "killed-agent,kill", "--"),
+        *("sh", "-c", f"{torchrun * 3} wait"),
+        steps=150,
+    )
+    assert (found["faults"], found["survived"], found["rungs"]) == (2, 2, {"1": 2})
 
 
 @pytest.mark.slow
@@ -144,7 +162,7 @@ def test_a_command_that_starts_no_workers_of_ours_is_an_error(
     [
         (["--kinds", "kill,stab"], "there is no kind 'stab'; there are kill, segfault"),
         (["--kinds", "clock-jump"], REFUSED["clock-jump"].split(",")[0]),
-        (["--kinds", "killed-agent"], "scripts/chaos --nodes"),
+        (["--kinds", "cut-link"], "scripts/chaos --nodes"),
         ([], "after --"),
         (["--", "torchrun", "--rdzv-conf", "timeout=9,events=x"], "leave events= out"),
     ],
