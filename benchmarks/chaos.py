@@ -293,6 +293,8 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     options.node_faults = (every_fourth if options.node_faults is None else options.node_faults) * several
     if several:  # a paused agent is a fault of nodes
         options.kinds = [kind for kind in options.kinds if kind != "stopped-agent"]
+        if not options.kinds:
+            parser.error("with several nodes an agent that stands still is among --node-faults")
     if options.node_faults and not options.spares:
         parser.error("faults of nodes need --nodes 2 or more, and a spare")
     if several and options.ranks % options.nodes:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import sys
@@ -45,9 +46,8 @@ TENSORS = ["**/*.pt", "**/*.safetensors"]
 def main(arguments: Sequence[str]) -> int:
     """The exit code. When it raises KeyboardInterrupt or SystemExit, for a signal, nothing runs any more."""
     options = _parse(arguments)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell has it ignored for what it starts with &
+    # A shell has SIGINT ignored in what it starts with &, and workers would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder = (options.keep or Path(tempfile.mkdtemp(prefix="chaos-"))).absolute()
     code = 0
@@ -101,7 +101,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("give the command that starts the job, after --")
     if options.keep and options.keep.exists() and any(options.keep.iterdir()):
         parser.error(f"--keep {options.keep}: there is something in it already")
-    if any(one.startswith("events=") or ",events=" in one for one in command):
+    if re.search(r"--rdzv[-_]conf[= ]\S*\bevents=", " ".join(command)):
         parser.error("leave events= out of --rdzv-conf: the recoveries are read from a file of each run")
     options.command, options.compare = command, options.compare or TENSORS
     return options

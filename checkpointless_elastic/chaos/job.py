@@ -13,7 +13,7 @@ from checkpointless_elastic.chaos.processes import Agent, agents, glance_at, mem
 from checkpointless_elastic.errors import CheckpointlessError
 from checkpointless_elastic.observe.records import Recovery, read_recoveries
 
-__all__ = ["ChaosError", "Job", "StuckError"]
+__all__ = ["ChaosError", "Job", "StuckError", "is_up", "moved", "steps", "training"]
 
 PAUSE_S = 0.02
 GRACE_S = 10.0

@@ -82,7 +82,7 @@ def verdict(report: dict[str, Any]) -> str:
 
 def _cause(outcome: Outcome) -> str:
     answer = outcome.recovery
-    how = f"answered by rung {answer.rung} ({answer.reason})" if answer else "nothing was lost"
+    how = f"answered by rung {answer.rung} ({answer.reason})" if answer else "nobody was lost"
     return f"{outcome.fault.kind} of {outcome.who}, {how}"
 
 

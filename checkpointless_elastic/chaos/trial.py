@@ -235,8 +235,8 @@ class Trial:
 
 def sentence(outcome: Outcome) -> str:
     """What a fault did, in a line."""
-    rung = f"rung {outcome.recovery.rung}" if outcome.recovery else "nothing was lost"
-    seconds = (
-        f"{outcome.seconds:.2f} s" if outcome.seconds is not None else "the job had ended before it went on"
-    )
-    return f"{outcome.fault.kind} of {outcome.who} after {outcome.moment:.1f} s: {rung}, {seconds}"
+    head = f"{outcome.fault.kind} of {outcome.who} after {outcome.moment:.1f} s"
+    if outcome.seconds is None:
+        return f"{head}: the job has ended since"
+    how = f"rung {outcome.recovery.rung}" if outcome.recovery else "nobody was lost"
+    return f"{head}: {how}, {outcome.seconds:.2f} s"

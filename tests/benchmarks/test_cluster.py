@@ -58,6 +58,7 @@ def test_several_nodes_bring_a_spare_two_ranks_each_and_faults_of_their_own() ->
         (["--nodes", "1,2", "--layout", "hsdp", "--ranks", "3"], "hsdp takes a multiple of 2"),
         (["--nodes", "1,2", "--layout", "ddp,hsdp", "--faults", "3"], "4 runs need as many faults"),
         (["--nodes", "3", "--ranks", "4"], "multiple"),
+        (["--nodes", "3", "--kinds", "stopped-agent"], "among --node-faults"),
     ],
 )
 def test_chaos_refuses_what_several_nodes_cannot_do(

@@ -63,16 +63,28 @@ def _signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def test_a_job_is_struck_and_ends_as_its_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, report = 45, tmp_path / "report.json"
-    (tmp_path / "oracle" / "out").mkdir(parents=True)
-    weight = torch.full((1, 8), -float(sum(step % 3 + 1 for step in range(steps))))
+STEPS = 45
+
+
+@pytest.fixture
+def oracle(tmp_path: Path) -> Path:
+    """What a run of job_exact.py without faults would have left, by its own rule."""
+    folder = tmp_path / "oracle"
+    (folder / "out").mkdir(parents=True)
+    weight = torch.full((1, 8), -float(sum(step % 3 + 1 for step in range(STEPS))))
     for rank in range(2):
-        torch.save({"weight": weight}, tmp_path / "oracle" / "out" / f"final-{rank}.pt")
-    Oracle(steps * 0.025, 2, 0, steps).save(tmp_path / "oracle")
-    monkeypatch.setenv("STEPS", str(steps))
+        torch.save({"weight": weight}, folder / "out" / f"final-{rank}.pt")
+    Oracle(STEPS * 0.025, 2, 0, STEPS).save(folder)
+    return folder
+
+
+def test_a_job_is_struck_and_ends_as_its_oracle(
+    tmp_path: Path, oracle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "report.json"
+    monkeypatch.setenv("STEPS", str(STEPS))
     options = ("--faults", 2, "--kinds", "kill,stop", "--stop-seconds", 0.3, "--seed", 4, "--json", report)
-    assert main(arguments(*options, "--oracle", tmp_path / "oracle", script=EXACT)[4:]) == 0
+    assert main(arguments(*options, "--oracle", oracle, script=EXACT)[4:]) == 0
     found = json.loads(report.read_text())
     assert (found["faults"], found["survived"], found["equal"], found["seed"]) == (2, 2, True, 4)
     assert {"machine", "versions", "command"} <= found.keys()
@@ -82,10 +94,19 @@ def test_a_job_is_struck_and_ends_as_its_oracle(tmp_path: Path, monkeypatch: pyt
     assert found["longest_interruption_s"] == max(fault["seconds"] for fault in found["fault_list"])
 
 
+def test_a_job_that_does_not_go_on_is_stuck_and_ended(
+    tmp_path: Path, oracle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--oracle", str(oracle), "--timeout", "0.2", "--keep", str(tmp_path / "kept"))
+    assert main([*options, "--", "sleep", "600"]) == 1
+    assert "Stuck: For 0.2 s there was no first step." in capsys.readouterr().out
+    assert members(f"CHAOS_OUT={tmp_path / 'kept' / 'faults' / 'out'}") == []
+
+
 @pytest.mark.slow
 def test_every_kind_is_survived(tmp_path: Path) -> None:
     found = chaos(tmp_path, "--faults", len(KINDS), "--stop-seconds", 1, steps=200)
-    assert {fault["kind"] for fault in found["fault_list"]} == set(KINDS)
+    assert {fault["kind"] for fault in found["fault_list"]} == set(KINDS) - {"killed-agent"}
     assert found["survived"] == len(KINDS)
     assert list(tmp_path.glob("chaos-*")) == []
 
