@@ -19,7 +19,7 @@ Afterwards it comes back with a fresh agent, which is the next spare; half of th
 before that. The node of the embedded store is left alone; with --store etcd no node is.
 
 --layout and --nodes take several values (ddp,hsdp and 1,3): each combination is a run of its own, one after the other,
-and the faults are shared between them. The report is that of all runs together.
+and the faults are shared between them; each draws with the next seed. The report is that of all runs together.
 
 A --script of yours is struck by wall clock only, and judged by its files:"""
 
@@ -277,7 +277,7 @@ def runs_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> lis
     found = []
     for index, (layout, nodes) in enumerate(pairs):
         run = copy.copy(options)
-        run.layout, run.nodes = layout, nodes
+        run.layout, run.nodes, run.seed = layout, nodes, options.seed + index
         run.faults = options.faults // len(pairs) + (index < options.faults % len(pairs))
         settle(parser, run)
         found.append(run)

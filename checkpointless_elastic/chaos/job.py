@@ -61,11 +61,13 @@ class Job:
         return self
 
     def __exit__(self, *error: object) -> None:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not end the cleaning up
+        # A second Ctrl-C must not end the cleaning up that the first one caused.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._end()
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _end(self) -> None:
         if self.running():
@@ -132,7 +134,9 @@ class Job:
 
 def is_up(found: Sequence[Agent]) -> bool:
     """Whether there is a worker for each rank."""
-    return bool(found) and all(agent.workers.keys() >= agent.slots().keys() for agent in found)
+    return any(agent.workers for agent in found) and all(
+        agent.workers.keys() >= agent.slots().keys() for agent in found
+    )
 
 
 def steps(found: Sequence[Agent]) -> int:

@@ -99,9 +99,9 @@ def calm(command: Sequence[str], folder: Path) -> Oracle:
     with Job(command, folder) as job:
         while job.running():
             found, now = job.agents(), time.monotonic()
-            if is_up(found):
-                up, ranks = up or now, max(ranks, sum(len(agent.workers) for agent in found))
-                spares = max(spares, sum(not agent.workers for agent in found))
+            workers = sum(len(agent.workers) for agent in found)
+            if is_up(found) and workers >= ranks:  # agents come and go one after the other
+                up, ranks, spares = up or now, workers, sum(not agent.workers for agent in found)
             done = max(done, steps(found))
             first = first or (now if done > 0 else None)
             time.sleep(LOOK_S)
@@ -209,7 +209,8 @@ class Trial:
         if kind.agent:
             places = [agent.pid for agent in found if agent.workers]
             if kind.spare:
-                places = [pid for pid in places if not holds_store(pid)]
+                has_spare = len(places) < len(found)
+                places = [pid for pid in places if has_spare and not holds_store(pid)]
             outcome.who = f"agent {target % max(len(places), 1)}"
             pid = places[target % len(places)] if places else 0
         else:
