@@ -28,12 +28,12 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from harness.machine import provenance
 from harness.report import write_json
 from plane.process import JOB, Child, Settings, agents_process, raise_limits
 from plane.store_only import open_store, store_process
 
 from checkpointless_elastic.agent.directory_tcp import TcpDirectory
+from checkpointless_elastic.observe.machine import provenance
 
 PER_PROCESS = 128  # agents in one process, at most, unless --processes says otherwise
 START_S = 600.0  # for all agents of a process to be connected

@@ -31,8 +31,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from harness.machine import provenance
 from harness.report import write_json
+
+from checkpointless_elastic.observe.machine import provenance
 
 ROOT = Path(__file__).parents[1]
 NAME = "gpu_check"

@@ -21,7 +21,6 @@ from statistics import median
 from harness import etcd, hosts
 from harness.cluster import Cluster, Node, start
 from harness.job import OURS, TORCHRUN, JobFailedError, Plan
-from harness.machine import provenance
 from harness.recoveries import (
     Recovery,
     phase_medians,
@@ -32,6 +31,8 @@ from harness.recoveries import (
 from harness.report import Bar, print_bars, write_json
 from harness.steps import interruption, progress, read_logs
 from harness.weights import folder_differences
+
+from checkpointless_elastic.observe.machine import provenance
 
 LIMIT = 1.5  # seconds without detection, with a warm spare
 JOBS = Path(__file__).parent / "jobs"

@@ -38,12 +38,13 @@ import harness
 import lost_node
 from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan
 from harness.layouts import LAYOUTS, holders
-from harness.machine import provenance
 from harness.memcpy import memcpy_bandwidth
 from harness.recoveries import Recovery, phase_medians, read_recoveries, timeline, transfer_medians
 from harness.report import Bar, print_bars, write_json
 from harness.steps import Interruption, interruption, last_line, progress, read_logs
 from harness.weights import folder_differences
+
+from checkpointless_elastic.observe.machine import provenance
 
 JOBS = Path(__file__).parent / "jobs"
 SCRIPTS = {layout: JOBS / ("ddp.py" if layout == "ddp" else "layout.py") for layout in LAYOUTS}

@@ -43,9 +43,10 @@ from typing import Any
 
 import harness
 from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan, ignore_gone
-from harness.machine import provenance
 from harness.report import Bar, print_bars, write_json
 from harness.steps import progress, read_log, step_seconds
+
+from checkpointless_elastic.observe.machine import provenance
 
 JOBS = Path(__file__).parent / "jobs"
 WARM_UP = 10

@@ -24,10 +24,10 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from harness.machine import provenance
 from harness.memcpy import copy_seconds
 from harness.report import Bar, print_bars, write_json
 
+from checkpointless_elastic.observe.machine import provenance
 from checkpointless_elastic.state import digest
 from checkpointless_elastic.state.pieces import PARAMETER, Piece, piece_of
 from checkpointless_elastic.state.plan import PieceSize, Plan, plan

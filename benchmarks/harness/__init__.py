@@ -1,8 +1,8 @@
 """What the benchmarks, the demo and chaos share: start a job, read the files it writes, judge and report.
 
-Nothing in here imports checkpointless_elastic: a job is judged from outside, by its processes and its files,
-so the same measure serves our launcher, plain torchrun and training scripts that are not ours. The files are
-these, in the folder that the environment variable BENCH_DIR names:
+A job is judged from outside, by its processes and its files, so the same measure serves our launcher, plain
+torchrun and training scripts that are not ours; of checkpointless_elastic only observe and chaos are used, which
+do so too. The files are these, in the folder that the environment variable BENCH_DIR names:
 
     steps-<rank>.log   one line per committed step, appended and flushed when optimizer.step() has returned:
                        "<time.time_ns()> <step> <pid>", steps counted from 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from jobs.faults import CLOCK, KINDS, NODE_KINDS, READY, Fault
+from jobs.faults import CLOCK, KINDS, NODE_KINDS, OUTSIDE_KINDS, READY, Fault
 
+from checkpointless_elastic.chaos.plan import turns
 from harness.layouts import Holders, survivable
 
 MOMENTS = (
@@ -26,6 +27,7 @@ TAIL = 20  # steps at the end without new faults but for those of the end itself
 REPLACEMENT_MOMENTS = ("start", "built")
 EVERY = {"evaluation": 4, "saving": 7}  # steps between two of these moments in jobs/chaos_job.py
 CLOCK_REACH = 4  # steps that a job may do until the clock strikes
+LASTS = (0.3, 2.0)  # seconds until a fault passes that kills nobody
 
 
 def steps_needed(faults: int, per_epoch: int = 10) -> int:
@@ -49,19 +51,22 @@ def schedule(
     """
     source = random.Random(seed)
     targets = TARGETS[:-1] if clock_only else TARGETS
-    kind_of, moment_of, target_of = (_turns(source, names) for names in (kinds, MOMENTS, targets))
-    ends = 0 if clock_only else min(2, count)
+    kind_of, moment_of, target_of = (turns(source, names) for names in (kinds, MOMENTS, targets))
+    deadly = [kind for kind in kinds if kind not in OUTSIDE_KINDS]
+    ends = min(2, count) if deadly and not clock_only else 0
     faults: list[Fault] = []
     step = 0 if not clock_only else 2
     while len(faults) < count - ends:
-        moment = CLOCK if clock_only else next(moment_of)
-        target = next(target_of)
+        kind, moment, target = next(kind_of), CLOCK if clock_only else next(moment_of), next(target_of)
+        if kind in OUTSIDE_KINDS:
+            moment, target = CLOCK, "agent" if kind == "stopped-agent" else "one rank"
         chosen = _spared(_ranks(source, target, ranks, faults), source, step, faults, holders)
-        faults += _faults(source, len(faults), kind_of, moment, target, step, chosen)
+        first = _first(source, len(faults), kind, moment, target, step, chosen)
+        faults += [first, *(_second(source, first, deadly) if target == "replacement" else ())]
         step += SPACING + source.choice((-1, 0, 0, 1))
     faults = faults[: count - ends]
     for moment, at in (("forward", steps - 1), ("after the loop", steps))[:ends]:
-        kind = next(kind_of)
+        kind = source.choice(deadly)
         chosen = _spared((source.randrange(ranks),), source, at, faults, holders)
         faults.append(Fault(len(faults), kind, moment, at, chosen))
     return faults
@@ -70,7 +75,7 @@ def schedule(
 def with_nodes(workers: Sequence[Fault], count: int, seed: int, steps: int) -> list[Fault]:
     """The faults of workers and `count` of nodes, spread over the job, all ordered by step."""
     source = random.Random(f"nodes {seed}")
-    kinds = _turns(source, NODE_KINDS)
+    kinds = turns(source, NODE_KINDS)
     part = (steps - TAIL) / max(count, 1)
     nodes = [
         Fault(
@@ -116,22 +121,25 @@ def _spared(
     return tuple(sorted(kept)) or (source.choice(sorted(lost)),)
 
 
-def _faults(
+def _first(
     source: random.Random,
     number: int,
-    kinds: Iterator[str],
+    kind: str,
     moment: str,
     target: str,
     step: int,
     chosen: tuple[int, ...],
-) -> list[Fault]:
-    """One fault, or two where the second strikes the replacement that the first one causes."""
+) -> Fault:
     delay = source.uniform(0, 0.1) if moment == CLOCK else 0.003
-    first = Fault(number, _kind(kinds, moment), moment, step, chosen, target, delay)
-    if target != "replacement":
-        return [first]
+    lasts = source.uniform(*LASTS) if kind in OUTSIDE_KINDS else 0.0
+    return Fault(number, _possible(kind, moment), moment, step, chosen, target, delay, lasts=lasts)
+
+
+def _second(source: random.Random, first: Fault, deadly: Sequence[str]) -> list[Fault]:
+    """A fault that strikes the replacement which the first one causes."""
     where = source.choice(REPLACEMENT_MOMENTS)
-    return [first, Fault(number + 1, next(kinds), where, 0, chosen, target, after=number)]
+    kind = source.choice(deadly)
+    return [Fault(first.number + 1, kind, where, 0, first.ranks, first.target, after=first.number)]
 
 
 def _ranks(source: random.Random, target: str, ranks: int, before: Sequence[Fault]) -> tuple[int, ...]:
@@ -146,15 +154,8 @@ def _ranks(source: random.Random, target: str, ranks: int, before: Sequence[Faul
     return (source.randrange(ranks),)
 
 
-def _kind(kinds: Iterator[str], moment: str) -> str:
-    """From outside there are only signals, and an exception cannot be raised while the gate is waited for."""
-    kind = next(kinds)
-    if moment == CLOCK:
+def _possible(kind: str, moment: str) -> str:
+    """Who dies from outside dies of a signal, and an exception cannot be raised while the gate is waited for."""
+    if moment == CLOCK and kind not in OUTSIDE_KINDS:
         return "SIGSEGV" if kind == "SIGSEGV" else "SIGKILL"
     return "SIGKILL" if moment == READY and kind == "exception" else kind
-
-
-def _turns(source: random.Random, names: Sequence[str]) -> Iterator[str]:
-    """All names in random order, again and again."""
-    while True:
-        yield from source.sample(list(names), len(names))

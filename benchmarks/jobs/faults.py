@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 KINDS = ("SIGKILL", "SIGSEGV", "exit", "exception", "out-of-memory")
+OUTSIDE_KINDS = ("stop", "slow", "disk-full", "stopped-agent")  # of checkpointless_elastic.chaos.strikes
 CLOCK = "clock"  # struck from outside
 SLOW = "slow"  # no fault: the ranks wait for the delay instead
 READY = "ready"  # between ready and commit
@@ -34,13 +35,15 @@ class Fault:
 
     Attributes:
         number: its place in the schedule.
-        kind: how the ranks die, one of KINDS, or SLOW; or what is done to a node, one of NODE_KINDS.
+        kind: how the ranks die, one of KINDS, or SLOW; or what is done to a process or a node from outside, one of
+            OUTSIDE_KINDS or NODE_KINDS.
         moment: where in the script; CLOCK: at a time instead.
         step: it strikes at this step or, where the moment does not occur in it, the next time that it does.
         ranks: who dies; empty for a node's fault, whose node is chosen when it strikes.
         target: why these ranks, in a word.
         delay: seconds after the step was reached (CLOCK) or after the gate was entered (READY), or of waiting (SLOW).
         after: number of the fault whose replacement it strikes, or -1.
+        lasts: seconds until it passes, one of OUTSIDE_KINDS.
     """
 
     number: int
@@ -51,6 +54,7 @@ class Fault:
     target: str = "one rank"
     delay: float = 0.0
     after: int = -1
+    lasts: float = 0.0
 
 
 def write_schedule(folder: Path, faults: Sequence[Fault]) -> None:

@@ -40,6 +40,7 @@ __all__ = [
     "frame",
     "kill_group",
     "main",
+    "run_dir_of",
 ]
 
 _DEFERRED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
@@ -130,6 +131,12 @@ def command(fd: int, run_dir: str, modules: list[str]) -> list[str]:
     )
     home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     return [sys.executable, "-u", "-c", program, home, str(fd), run_dir, *modules]
+
+
+def run_dir_of(command_line: list[str]) -> str:
+    """The run directory that the command line of a server (see `command`) names; empty if it is none."""
+    ours = len(command_line) > 6 and "agent.forkserver import main" in command_line[3]
+    return command_line[6] if ours else ""
 
 
 class _Server:

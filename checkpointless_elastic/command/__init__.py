@@ -1,1 +1,1 @@
-"""The command `checkpointless`: looks at a running job and moves ranks between its nodes."""
+"""The command `checkpointless`: looks at a running job and moves ranks between its nodes; entry of `chaos`."""

@@ -1,11 +1,12 @@
-"""Looks at a running job of several nodes, and moves the ranks of a node to a spare.
+"""Looks at a running job of several nodes, and moves the ranks of a node to a spare; tries a job with faults.
 
     checkpointless status --rdzv-backend checkpointless-etcd --rdzv-endpoint HOST:PORT --rdzv-id ID
     checkpointless drain NODE ... (the same options)
+    checkpointless chaos [options] -- torchrun --rdzv-backend checkpointless ... train.py ... (chaos --help)
 
-The options are those that torchrun was given. NODE is a seat's number, or the name or address of an agent, or a part
-of it that no other agent has. Draining costs the step in flight, which is done again; all other ranks keep their
-processes. The drained node's torchrun ends with exit code 0, or waits as a spare with --keep.
+The options of the first two are those that torchrun was given. NODE is a seat's number, or the name or address of an
+agent, or a part of it that no other agent has. Draining costs the step in flight, which is done again; all other ranks
+keep their processes. The drained node's torchrun ends with exit code 0, or waits as a spare with --keep.
 """
 
 from __future__ import annotations
@@ -32,10 +33,15 @@ BACKENDS = ("checkpointless", "checkpointless-etcd")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 1 when nothing or not all was done, 2 for options that cannot be read."""
-    options = _parse(arguments)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch is loaded: errors are told once
-    logging.basicConfig(level=os.environ.get("LOGLEVEL", "ERROR"), format="%(levelname).1s %(message)s")
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words[:1] == ["chaos"]:  # what stands behind "--" is not for argparse
+            from checkpointless_elastic.chaos.command import main as chaos
+
+            return chaos(words[1:])
+        options = _parse(words)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch is loaded: errors are told once
+        logging.basicConfig(level=os.environ.get("LOGLEVEL", "ERROR"), format="%(levelname).1s %(message)s")
         return _run(options)
     except CheckpointlessError as error:
         print(error, file=sys.stderr)
@@ -44,13 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="checkpointless", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     status = commands.add_parser("status", help="who has which ranks, and how the job is")
     drain = commands.add_parser("drain", help="move the ranks of nodes to spares")
+    commands.add_parser("chaos", help="run a command with faults and compare what it writes", add_help=False)
     drain.add_argument(
         "nodes", metavar="NODE", nargs="+", help="seat, or a part of an agent's name or address"
     )

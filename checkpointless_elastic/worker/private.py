@@ -48,6 +48,11 @@ class PrivateState(msgspec.Struct, frozen=True, array_like=True):
     ready_tensors: dict[str, bytes] = {}
     issued: dict[str, int] = {}
 
+    @property
+    def in_loop(self) -> bool:
+        """Whether the rank was inside a loop or a step."""
+        return self.at is not At.BETWEEN or len(self.cursor.stack) > 1
+
     def states(self) -> Iterator[RngState | None]:
         """The random states in it."""
         yield from (self.rng, self.ready_rng, *self.cursor.states())
@@ -76,8 +81,11 @@ def read_state(slot: Slot) -> PrivateState | None:
 
 def in_loop(slot: Slot) -> bool:
     """Does the slot show its rank inside a loop or a step? Then its end, with whatever exit code, is a loss."""
+    state = glance(slot)
+    return state is not None and state.in_loop
+
+
+def glance(slot: Slot) -> PrivateState | None:
+    """The private state without its parts (random states, tensors), for one that only looks."""
     content = slot.read()
-    if content is None:
-        return False
-    state = msgspec.msgpack.decode(content.blob, type=PrivateState)
-    return state.at is not At.BETWEEN or len(state.cursor.stack) > 1
+    return None if content is None else msgspec.msgpack.decode(content.blob, type=PrivateState)

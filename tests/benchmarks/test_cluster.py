@@ -40,11 +40,12 @@ def test_the_coordinator_is_the_agent_of_the_highest_term() -> None:
 
 
 def test_several_nodes_bring_a_spare_two_ranks_each_and_faults_of_their_own() -> None:
-    options = chaos.parse(["--nodes", "3", "--faults", "30"])
+    (options,) = chaos.parse(["--nodes", "3", "--faults", "30"]).runs
     assert (options.ranks, options.spares, options.node_faults) == (6, 1, 7)
-    options = chaos.parse([])
+    (options,) = chaos.parse([]).runs
     assert (options.ranks, options.spares, options.node_faults) == (4, 0, 0)
-    calm, struck = chaos.plans(chaos.parse(["--nodes", "2", "--store", "etcd"]), Path("folder"), steps=10)
+    (options,) = chaos.parse(["--nodes", "2", "--store", "etcd"]).runs
+    calm, struck = chaos.plans(options, Path("folder"), steps=10)
     assert (calm.nodes, calm.spares) == (1, 0)
     assert (struck.nodes, struck.spares, struck.ranks, struck.store) == (2, 1, 4, "etcd")
 
@@ -54,8 +55,10 @@ def test_several_nodes_bring_a_spare_two_ranks_each_and_faults_of_their_own() ->
     [
         (["--node-faults", "2"], "need --nodes 2"),
         (["--nodes", "3", "--spares", "0"], "and a spare"),
-        (["--nodes", "2", "--layout", "hsdp"], "layout ddp"),
+        (["--nodes", "1,2", "--layout", "hsdp", "--ranks", "3"], "hsdp takes a multiple of 2"),
+        (["--nodes", "1,2", "--layout", "ddp,hsdp", "--faults", "3"], "4 runs need as many faults"),
         (["--nodes", "3", "--ranks", "4"], "multiple"),
+        (["--nodes", "3", "--kinds", "stopped-agent"], "among --node-faults"),
     ],
 )
 def test_chaos_refuses_what_several_nodes_cannot_do(

@@ -6,20 +6,62 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import chaos
+import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_chaos_ends_well_and_reports_each_fault(tmp_path: Path) -> None:
+def report_of(tmp_path: Path, *options: str) -> dict[str, Any]:
+    """The report of a run of chaos, which must end well."""
     report = tmp_path / "chaos.json"
-    options = ["--faults", "5", "--seed", "2", "--ranks", "2", "--json", str(report)]
-    command = [sys.executable, str(BENCHMARKS / "chaos.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, str(BENCHMARKS / "chaos.py"), *options, "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(report.read_text())
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def test_chaos_ends_well_and_reports_each_fault(tmp_path: Path) -> None:
+    found = report_of(tmp_path, "--faults", "5", "--seed", "2", "--ranks", "2")
     assert (found["faults"], found["survived"], found["equal"], found["seed"]) == (5, 5, True, 2)
     assert {"machine", "versions", "command"} <= found.keys()
     assert all(fault["rung"] in (1, 3, 4) and fault["seconds"] > 0 for fault in found["fault_list"])
+
+
+@pytest.mark.slow
+def test_chaos_shares_faults_of_all_kinds_between_layouts(tmp_path: Path) -> None:
+    found = report_of(tmp_path, "--faults", "20", "--seed", "2", "--kinds", "all", "--layout", "ddp,hsdp")
+    assert (found["faults"], found["survived"], found["equal"]) == (20, 20, True)
+    assert [(run["layout"], run["faults"]) for run in found["runs"]] == [("ddp", 10), ("hsdp", 10)]
+    assert {"stop", "slow", "disk-full", "stopped-agent"} < {fault["kind"] for fault in found["fault_list"]}
+    assert found["longest_interruption_s"] == max(fault["seconds"] for fault in found["fault_list"])
+
+
+def test_several_runs_make_one_report() -> None:
+    runs = [
+        {
+            **dict.fromkeys(("faults", "survived", "stranded", "node_faults", "faults_asked_for"), number),
+            "equal": number < 2,
+            "seed": 7,
+            "exit_code": number - 1,
+            "rungs": {"1": number},
+            "longest_interruption_s": seconds,
+            "longest_interruption_cause": f"cause {number}",
+            "layout": layout,
+            "nodes": 1,
+            "fault_list": [{"kind": "stop"}],
+            "lines": [],
+        }
+        for number, seconds, layout in ((1, 0.5, "ddp"), (2, 2.0, "hsdp"), (3, None, "hsdp"))
+    ]
+    found = chaos.together(runs)
+    assert (found["faults"], found["survived"], found["equal"], found["exit_code"]) == (6, 6, False, 1)
+    assert (found["longest_interruption_s"], found["longest_interruption_cause"]) == (2.0, "cause 2")
+    assert (found["layout"], found["rungs"], len(found["fault_list"])) == ("ddp,hsdp", {"1": 6}, 3)
+    assert {"machine", "versions", "command"} < found.keys()
 
 
 def test_recovery_time_reports_both_launchers(tmp_path: Path) -> None:

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 from harness.schedule import schedule, steps_needed
-from jobs.faults import CLOCK, KINDS, READY, Fault, Faults, InjectedError, read_schedule, write_schedule
+from jobs.faults import (
+    CLOCK,
+    KINDS,
+    OUTSIDE_KINDS,
+    READY,
+    Fault,
+    Faults,
+    InjectedError,
+    read_schedule,
+    write_schedule,
+)
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -30,6 +40,21 @@ def test_a_schedule_of_fifty_has_every_kind_moment_and_choice_of_ranks() -> None
         fault.moment for fault in faults
     }
     assert {"rank 0", "several", "all but one", "same again", "replacement"} <= {f.target for f in faults}
+
+
+def test_what_passes_is_done_to_one_rank_by_the_clock_and_has_no_replacement() -> None:
+    faults = schedule(60, 3, 4, steps_needed(60), (*KINDS, *OUTSIDE_KINDS))
+    outside = [fault for fault in faults if fault.kind in OUTSIDE_KINDS]
+    assert {fault.kind for fault in outside} == set(OUTSIDE_KINDS)
+    assert all(
+        fault.moment == CLOCK and len(fault.ranks) == 1 and 0.3 <= fault.lasts <= 2 for fault in outside
+    )
+    assert all(faults[fault.after].kind in KINDS for fault in faults if fault.after >= 0)
+    assert not any(fault.lasts for fault in faults if fault.kind in KINDS)
+
+
+def test_a_schedule_of_what_passes_only_has_no_deaths() -> None:
+    assert {fault.kind for fault in schedule(9, 0, 4, 100, ["stop", "slow"])} == {"stop", "slow"}
 
 
 def test_the_same_seed_gives_the_same_schedule() -> None:

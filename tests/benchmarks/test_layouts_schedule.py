@@ -58,8 +58,8 @@ def test_chaos_does_not_start_fsdp_without_mirrors(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         chaos.parse(["--layout", "fsdp"])
     assert "give --mirror-every K" in capsys.readouterr().err
-    options = chaos.parse(["--layout", "fsdp", "--mirror-every", "5"])
-    calm, struck = chaos.plans(options, Path("folder"), steps=10)
+    (run,) = chaos.parse(["--layout", "fsdp", "--mirror-every", "5"]).runs
+    calm, struck = chaos.plans(run, Path("folder"), steps=10)
     assert struck.environment["CHECKPOINTLESS_MIRROR_EVERY"] == "5"
     assert "CHECKPOINTLESS_MIRROR_EVERY" not in calm.environment
     assert calm.environment["BENCH_LAYOUT"] == struck.environment["BENCH_LAYOUT"] == "fsdp"

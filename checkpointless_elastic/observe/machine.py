@@ -9,6 +9,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+__all__ = ["provenance"]
+
 PACKAGES = ("torch", "checkpointless_elastic", "msgspec", "psutil", "numpy")
 
 
@@ -38,7 +40,7 @@ def command() -> str:
 
 
 def provenance() -> dict[str, object]:
-    """The three keys that every report of ours carries."""
+    """The three keys that every report of ours carries: machine, versions, command."""
     return {"machine": machine(), "versions": versions(), "command": command()}
 
 

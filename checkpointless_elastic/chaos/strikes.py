@@ -1,0 +1,130 @@
+"""What can be done to a process of a job from outside, and why other things cannot."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from signal import SIGCONT, SIGINT, SIGKILL, SIGSEGV, SIGSTOP
+
+from checkpointless_elastic.chaos.processes import Process
+
+__all__ = ["KINDS", "REFUSED", "Kind"]
+
+DEATH_S = 10.0
+"""How long a killed process may take to be gone."""
+STOPPED_S, RUNNING_S = 0.09, 0.01
+"""A slow rank stands still and runs in turns."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fault.
+
+    Attributes:
+        meaning: half a sentence for the help.
+        strike: does it to a process, for up to so many seconds if it is something that passes, and takes it back.
+            Returns when it is over, or when the process has ended.
+        agent: it is done to an agent and not to a worker.
+        spare: it takes a node away for good, so that there must be a spare for each.
+    """
+
+    meaning: str
+    strike: Callable[[Process, float], object]
+    agent: bool = False
+    spare: bool = False
+
+
+def _kill(process: Process, seconds: float) -> None:
+    process.send(SIGKILL)
+    process.ended(DEATH_S)
+
+
+def _segfault(process: Process, seconds: float) -> None:
+    with _limited(process, resource.RLIMIT_CORE):
+        process.send(SIGSEGV)
+        process.ended(DEATH_S)
+
+
+def _exception(process: Process, seconds: float) -> None:
+    process.send(SIGINT)
+    process.ended(seconds)
+
+
+def _memory(process: Process, seconds: float) -> None:
+    with _limited(process, resource.RLIMIT_AS):
+        if not process.ended(seconds):
+            _kill(process, seconds)
+
+
+def _disk(process: Process, seconds: float) -> None:
+    with _limited(process, resource.RLIMIT_FSIZE):
+        process.ended(seconds)
+
+
+def _stop(process: Process, seconds: float) -> None:
+    process.send(SIGSTOP)
+    try:
+        process.ended(seconds)
+    finally:
+        process.send(SIGCONT)
+
+
+def _slow(process: Process, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not process.ended(RUNNING_S):
+        _stop(process, STOPPED_S)
+
+
+@contextmanager
+def _limited(process: Process, which: int) -> Iterator[None]:
+    """Its soft limit of a resource is 0 meanwhile."""
+    try:
+        soft, hard = resource.prlimit(process.pid, which)
+        resource.prlimit(process.pid, which, (0, hard))
+    except ProcessLookupError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            if not process.ended(0):
+                resource.prlimit(process.pid, which, (soft, hard))
+
+
+KINDS = {
+    "kill": Kind("SIGKILL", _kill),
+    "segfault": Kind("SIGSEGV", _segfault),
+    "exception": Kind("SIGINT, which raises KeyboardInterrupt in the script", _exception),
+    "out-of-memory": Kind(
+        "no allocation that needs more address space succeeds (RLIMIT_AS); a worker that lives on for "
+        "--stop-seconds is killed then, as the kernel's killer would do it",
+        _memory,
+    ),
+    "disk-full": Kind(
+        "no write to a file succeeds (RLIMIT_FSIZE), in shared memory neither, for --stop-seconds", _disk
+    ),
+    "stop": Kind("SIGSTOP, until it is replaced or --stop-seconds are over", _stop),
+    "slow": Kind("stands still for nine tenths of the time, for --stop-seconds", _slow),
+    "stopped-agent": Kind("SIGSTOP of a torchrun process for --stop-seconds", _stop, agent=True),
+    "killed-agent": Kind(
+        "SIGKILL of a torchrun process; only where the command starts several, with a spare for each that is killed "
+        "(not the one that holds the embedded store)",
+        _kill,
+        agent=True,
+        spare=True,
+    ),
+}
+
+_HOSTS = "scripts/chaos --nodes in the repository does it to a job of ours, on network namespaces"
+REFUSED = {
+    "cut-link": f"the agents would have to run on hosts of their own; {_HOSTS}",
+    "lost-store": f"the agents would have to run on hosts of their own; {_HOSTS} with --store etcd",
+    "corrupted-memory": "a bit of a tensor cannot be flipped from outside of the process",
+    "clock-jump": "the wall clock is one for the whole machine, and a process cannot be given another one while it "
+    "runs (time namespaces shift only the other clocks, and only before a process starts)",
+}
+"""Faults that are known and cannot be had for a command of the user's, each with the reason."""
