@@ -35,6 +35,7 @@ class Config:
         tls_ca: PEM file of the authority that signs the agents' certificates; empty: connections are plain.
         tls_cert: PEM file of this agent's certificate.
         tls_key: PEM file of its key.
+        unprotected: how rung 3 is done: rerun (in the surviving processes) or restart (in new ones).
         active_nodes: nodes that get workers, the others wait as spares; 0: the smaller number of --nnodes MIN:MAX.
         on_loss: what is done about a lost node without a spare: wait for a node to come, or fail.
         on_loss_timeout: how long to wait for it.
@@ -61,6 +62,10 @@ class Config:
     )  # type: ignore[assignment]
     mirror_every: int = _setting(
         0, "copy the state to host memory every so many calls, for shards without a replica; 0: never"
+    )  # type: ignore[assignment]
+    unprotected: str = _setting(
+        "rerun",
+        "how rung 3 runs the script again: rerun (in the surviving processes) or restart (in new ones)",
     )  # type: ignore[assignment]
     active_nodes: int = _setting(
         0, "nodes that get workers, others wait as spares; 0: the smaller number of --nnodes MIN:MAX"
@@ -108,6 +113,8 @@ class Config:
             raise ConfigError(f"heartbeat_misses must be at least 2, not {self.heartbeat_misses}.")
         if self.on_loss not in ("wait", "fail"):
             raise ConfigError(f"on_loss must be wait or fail, not {self.on_loss!r}.")
+        if self.unprotected not in ("rerun", "restart"):
+            raise ConfigError(f"unprotected must be rerun or restart, not {self.unprotected!r}.")
         if self.active_nodes < 0:
             raise ConfigError(f"active_nodes must be 0 or a number of nodes, not {self.active_nodes}.")
         if self.mirror_every < 0:

@@ -12,8 +12,6 @@ import os
 import time
 from collections.abc import Callable
 
-import msgspec
-
 from checkpointless_elastic.agent.lifelines import Lifelines
 from checkpointless_elastic.agent.links import Links
 from checkpointless_elastic.agent.membership import Membership, Network
@@ -41,6 +39,7 @@ from checkpointless_elastic.protocol.between import (
 )
 from checkpointless_elastic.protocol.events import Action, Deadline, Overdue
 from checkpointless_elastic.protocol.messages import (
+    Afresh,
     Commit,
     Failed,
     Freeze,
@@ -55,6 +54,7 @@ from checkpointless_elastic.protocol.messages import (
     Report,
     Restore,
     Stage,
+    Unwound,
     Welcome,
     encode,
 )
@@ -276,6 +276,10 @@ class AgentControl:
             station.store if shadow else "",
         )
 
+    def tell(self, rank: int, message: Message) -> bool:
+        """See ControlPlane."""
+        return self._links.send(rank, "control", encode(message))
+
     def _catch_up(self, rank: int) -> None:
         if self._station is not None and self._station.decision is not None:
             self._links.send(rank, "vote", encode(self._station.decision))
@@ -284,7 +288,9 @@ class AgentControl:
         station = self._station
         if station is None:
             return
-        if isinstance(message, Failed):
+        if isinstance(message, (Unwound, Afresh)):
+            self._workers.answered(rank, message)
+        elif isinstance(message, Failed):
             self._failed[rank] = message.error
             self._loop.call_later(0.0, functools.partial(self._leaves, rank, self._incarnations[rank]))
         elif isinstance(message, Learned):
@@ -364,21 +370,14 @@ class AgentControl:
             self._wards.move(station.guardian)
 
     def _run_again(self, station: Station, message: RunAgain) -> None:
-        """All workers end, then this agent takes its seat again."""
+        """All workers end or leave the script, then this agent takes its seat again."""
         station.obey(message)
         self._membership.leave_seat(message.generation)
         self._offered, self._wards = None, None
-        again = msgspec.structs.replace(
-            station.seat,
-            store=message.store,
-            guardian=station.guardian,
-            generation=message.generation,
-            restarts=message.restarts,
-            taken=False,
-        )
+        again = station.again(message)
         if self._running:
             self._deferred.append(again)
-            self._workers.restart_all(message.reason, message.restarts)
+            self._workers.restart_all(message)
         else:
             self._take_seat(again)
 

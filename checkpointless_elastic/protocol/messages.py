@@ -112,6 +112,16 @@ class Learned(Message, frozen=True):
     modules: list[str]
 
 
+class Unwound(Message, frozen=True):
+    """Answer to Unwind: this worker is out of the script and left nothing of it; it waits for Again."""
+
+
+class Afresh(Message, frozen=True):
+    """The script failed in a process that had run it before, and has met no peer: run it in a new process."""
+
+    error: str
+
+
 # ---- agent to worker -------------------------------------------------------------------------------------------------
 
 
@@ -193,8 +203,24 @@ class Release(Message, frozen=True):
     generation: int
 
 
-FromWorker = Hello | Protected | Report | Frozen | Left | Failed | Mismatch | Learned | Replicas
-ToWorker = Welcome | Refused | Commit | Freeze | Decision | Restore | Rebuild | Resume | Release
+class Unwind(Message, frozen=True):
+    """The script is run again: leave it now, wherever it is."""
+
+
+class Again(Message, frozen=True):
+    """Run the script from its top with this environment and these log files; see `SpawnRequest`."""
+
+    env: dict[str, str]
+    stdout: str
+    stderr: str
+
+
+FromWorker = (
+    Hello | Protected | Report | Frozen | Left | Failed | Mismatch | Learned | Replicas | Unwound | Afresh
+)
+ToWorker = (
+    Welcome | Refused | Commit | Freeze | Decision | Restore | Rebuild | Resume | Release | Unwind | Again
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

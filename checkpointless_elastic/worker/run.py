@@ -24,6 +24,7 @@ from checkpointless_elastic.worker import gate, private_tensors, rng, session
 from checkpointless_elastic.worker.blocks import Shared
 from checkpointless_elastic.worker.channel import AgentGone
 from checkpointless_elastic.worker.recovery import Recovery
+from checkpointless_elastic.worker.unwind import Unwinding
 
 __all__ = ["Run", "is_replacement"]
 
@@ -32,6 +33,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _VOID = object()
 _run: Run | None = None
+
+
+def forget() -> None:
+    """The script is run again: it may make its Run again."""
+    global _run
+    _run = None
 
 
 def is_replacement() -> bool:
@@ -203,7 +210,7 @@ class Run:
                 call.gate()
         except gate.VoidAttempt:
             return self._undo(host, start)
-        except AgentGone:
+        except (AgentGone, Unwinding):
             raise
         except BaseException:
             if host.committed or not (host.is_frozen() or host.wait_for_freeze()):

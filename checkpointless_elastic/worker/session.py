@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -26,6 +28,8 @@ from checkpointless_elastic.errors import RankLostError, ScriptMismatchError
 from checkpointless_elastic.groups.host import LoggedCollective, Situation
 from checkpointless_elastic.groups.registry import Registry
 from checkpointless_elastic.protocol.messages import (
+    Afresh,
+    Again,
     Commit,
     Decision,
     Failed,
@@ -43,6 +47,8 @@ from checkpointless_elastic.protocol.messages import (
     Restore,
     Stage,
     ToWorker,
+    Unwind,
+    Unwound,
 )
 from checkpointless_elastic.protocol.messages import Resume as Resumed
 from checkpointless_elastic.protocol.places import Nodes
@@ -73,12 +79,13 @@ def current() -> Session | None:
     return _session
 
 
-def connect_from_env() -> Session | None:
-    """Connect to the agent that the environment names, before the user's script runs. None if it names none."""
+def connect_from_env(leave: Callable[[], None]) -> Session:
+    """Connect to the agent that the environment names, before the user's script runs.
+
+    ``leave``: has the main thread leave the script; called on the listener's thread.
+    """
     global _session
-    path = os.environ.get("CHECKPOINTLESS_SOCKET")
-    if not path or _session is not None:
-        return _session
+    path = os.environ["CHECKPOINTLESS_SOCKET"]
     rank = int(os.environ["RANK"])
     incarnation = int(os.environ["CHECKPOINTLESS_INCARNATION"])
     run_dir = os.environ["CHECKPOINTLESS_RUN_DIR"]
@@ -86,12 +93,18 @@ def connect_from_env() -> Session | None:
     channel = Channel(path, rank, incarnation, os.environ["CHECKPOINTLESS_TOKEN"])
     if channel.welcome.store:  # the store in which the job began may be lost
         os.environ["MASTER_ADDR"], _, os.environ["MASTER_PORT"] = channel.welcome.store.rpartition(":")
-    _session = Session(channel, rank, run_dir)
+    _session = Session(channel, rank, run_dir, leave)
     if _session.shadow:
         expect(_session.run_dir, rank)
     _session.registry.install()
     channel.listen(_session.take)
     return _session
+
+
+def forget() -> None:
+    """The script is run again: it gets a session of its own."""
+    global _session
+    _session = None
 
 
 class Superseded(Exception):
@@ -113,7 +126,7 @@ class Session:
         cursor, resume: see data.loops.LoopHost.
     """
 
-    def __init__(self, channel: Channel, rank: int, run_dir: str) -> None:
+    def __init__(self, channel: Channel, rank: int, run_dir: str, leave: Callable[[], None]) -> None:
         self.rank = rank
         self.run_dir = run_dir
         self.channel = channel
@@ -137,6 +150,8 @@ class Session:
         self.nodes = Nodes(channel.welcome.bases)
         self.freeze_seen = threading.Event()
         self.registry = Registry(self, shadow=self.shadow)
+        self._again: queue.SimpleQueue[Again] = queue.SimpleQueue()
+        self._leave = leave
         self._log = _read_log(self.slot) if self.shadow else {}
         self._logged = 0
         self._stashed: Decision | None = None
@@ -150,8 +165,22 @@ class Session:
 
     def take(self, message: ToWorker) -> None:
         """A control message has come."""
-        if not isinstance(message, Freeze):
-            return
+        if isinstance(message, Freeze):
+            self._freeze(message)
+        elif isinstance(message, Unwind):
+            self._unwind()
+        elif isinstance(message, Again):
+            self._again.put(message)
+
+    def _unwind(self) -> None:
+        with self.lock:
+            self.frozen = sys.maxsize
+            self._news.notify_all()
+        self.registry.abandon()
+        self.freeze_seen.set()
+        self._leave()
+
+    def _freeze(self, message: Freeze) -> None:
         with self.lock:
             self.frozen = max(self.frozen, message.generation)
             self._news.notify_all()
@@ -357,6 +386,25 @@ class Session:
     def replicas(self, claims: list[list[int]], pieces: dict[str, tuple[int, int]]) -> None:
         """What this rank holds after the first step, see `Replicas`: the agent compares it between ranks."""
         self.channel.control.send(Replicas(claims, pieces))
+
+    def unwound(self) -> Again:
+        """This worker is out of the script and left nothing of it: how it is to be run again. Blocks; main thread."""
+        self.channel.control.send(Unwound())
+        again = self._again.get()
+        self.channel.close()
+        return again
+
+    def release(self) -> None:
+        """Let go of all that belongs to the script; the connections stay."""
+        self.registry = Registry(self, shadow=False)
+        self.recovery = self.resume = self._stashed = None
+        self.cursor = Cursor.new()
+        self.slot.close()
+
+    def afresh(self, error: BaseException) -> None:
+        """The script fails in this process, which ran it before: have it run in a new one, once this one has ended."""
+        self.channel.control.send(Afresh(traceback.format_exception_only(type(error), error)[-1].strip()))
+        self.channel.close()
 
     def script_ended(self, error: BaseException | None) -> None:
         """The script's top level has ended, before the interpreter shuts down. Blocks until all ranks have finished."""
