@@ -42,6 +42,7 @@ class Child:
         status: exit code or negative signal; None until it is known.
         ended: wall clock of its end, in seconds.
         signal: to be sent as soon as it is forked.
+        again: it runs the script in a process that has run it before.
         out: it has left the script in rung 3, and waits to run it again.
         afresh: it is to be forked anew once it has ended: the script fails where it ran before.
     """
@@ -55,6 +56,7 @@ class Child:
     status: int | None = None
     ended: float = 0.0
     signal: signal.Signals | None = None
+    again: bool = False
     out: bool = False
     afresh: bool = False
 
@@ -63,7 +65,7 @@ class Child:
         number = self.incarnation + 1
         if not self.out or self.gone:
             return Child(self.local_rank, number)
-        return Child(self.local_rank, number, pid=self.pid, pidfd=self.pidfd)
+        return Child(self.local_rank, number, pid=self.pid, pidfd=self.pidfd, again=True)
 
 
 class Witness(Protocol):

@@ -96,7 +96,7 @@ class LocalWorkforce:
         return verdict
 
     def next_children(self) -> dict[int, Child]:
-        """By local rank, for a new set of workers: those that run the script again, and others that are to be forked."""
+        """By local rank, for a new set of workers: those that run the script again, others that are to be forked."""
         if self._context is None:
             return {}
         return {rank: child.next() for rank, child in self._context.children.items()}
@@ -153,6 +153,10 @@ class LocalWorkforce:
 
     def exited(self, child: Child, status: int) -> None:
         """Passed on; while all are being stopped, the last one makes the restart due."""
+        if child.again and status > 0:
+            self._unwind_limit = (
+                0.0  # perhaps because it is not as in a new process: from now on it is run in those
+            )
         if self._leaving is not None:
             self._look()
         elif child.afresh and self.verdict is None:
@@ -202,7 +206,7 @@ class LocalWorkforce:
         """See Workforce."""
         child = self._present().children[rank - self.base]
         if isinstance(message, Afresh):
-            child.afresh = True
+            child.afresh, self._unwind_limit = True, 0.0
             logger.warning(
                 "rank %s is forked anew: in its old process the script failed: %s", rank, message.error
             )

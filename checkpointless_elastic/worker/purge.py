@@ -1,7 +1,7 @@
 """Which modules are the script's own, and what becomes of them before it is run again.
 
-The script's own are imported anew, so that their globals are fresh; installed libraries stay, since loading them is what
-takes time. Extension modules stay too: C code cannot be loaded twice.
+The script's own are imported anew, so that their globals are fresh; installed libraries stay, since loading them takes
+time. Extension modules stay too: C code cannot be loaded twice.
 """
 
 from __future__ import annotations

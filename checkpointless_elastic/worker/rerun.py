@@ -6,7 +6,7 @@ itself instead, and its agent starts a new one.
 
 1. The listener gets `Unwind`: it makes all groups void and has the main thread leave the script (`unwind`).
 2. The main thread clears up, checks and says `Unwound`. All this has a limit, which the agent keeps.
-3. When all workers of the node are out of the script, or gone, the agent says `Again`: what a fresh fork would be given.
+3. When all workers of the node are out of the script, or gone, the agent says `Again`: what a fresh fork is given.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from checkpointless_elastic.data.cursor import Cursor
 from checkpointless_elastic.errors import CheckpointlessError
 from checkpointless_elastic.groups.leaving import leave
+from checkpointless_elastic.groups.registry import Registry
+from checkpointless_elastic.protocol.messages import Afresh, Unwound
 from checkpointless_elastic.state import arena, sharding
 from checkpointless_elastic.worker import bootstrap, exchange, lifeline, run, session, surroundings
 from checkpointless_elastic.worker.channel import AgentGone
@@ -68,8 +72,9 @@ class Process:
         error, code = script(self._await_news)
         present = _present()
         if error is not None and self._runs > 1 and not present.registry.used:
-            logger.warning("The script fails in a process that has run it before; it is run in a new one.")
-            present.afresh(error)
+            sentence = traceback.format_exception_only(type(error), error)[-1].strip()
+            present.channel.control.send(Afresh(sentence))
+            present.channel.close()
         else:
             present.script_ended(error)
         return code
@@ -86,9 +91,11 @@ class Process:
         if reason:
             self._give_up(present, reason)
         try:
-            again = present.unwound()
-        except AgentGone:
+            present.channel.control.send(Unwound())
+        except AgentGone:  # this worker had said its last word just before
             os._exit(1)
+        again = present.again.get()
+        present.channel.close()
         lifeline.let_go()
         session.forget()
         bootstrap.prepare(again.env, again.stdout, again.stderr, False, [])
@@ -97,10 +104,10 @@ class Process:
     def _clear(self, present: Session) -> str:
         """Nothing of the script is left, or the sentence says what is."""
         self._restore()
+        _forget()
         end_children()
         groups = leave(present.registry)
-        present.release()
-        _forget()
+        _release(present)
         self._modules.purge()
         stray = strays(self._threads)
         gc.collect()
@@ -125,6 +132,14 @@ def _present() -> Session:
     return found
 
 
+def _release(present: Session) -> None:
+    """The session lets go of all that belongs to the script; its connections stay."""
+    present.registry = Registry(present, shadow=False)
+    present.recovery = present.resume = None
+    present.cursor = Cursor.new()
+    present.slot.close()
+
+
 def _forget() -> None:
     """What this package, and torch, keep per process."""
     run.forget()
@@ -134,6 +149,9 @@ def _forget() -> None:
     loading: Any = sys.modules.get("torch.utils.data._utils.signal_handling")
     if loading is not None:
         loading._SIGCHLD_handler_set = False
+    compiling: Any = sys.modules.get("torch._inductor.async_compile")
+    if compiling is not None:
+        compiling.shutdown_compile_workers()
     dynamo: Any = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()

@@ -28,7 +28,6 @@ from checkpointless_elastic.errors import RankLostError, ScriptMismatchError
 from checkpointless_elastic.groups.host import LoggedCollective, Situation
 from checkpointless_elastic.groups.registry import Registry
 from checkpointless_elastic.protocol.messages import (
-    Afresh,
     Again,
     Commit,
     Decision,
@@ -48,7 +47,6 @@ from checkpointless_elastic.protocol.messages import (
     Stage,
     ToWorker,
     Unwind,
-    Unwound,
 )
 from checkpointless_elastic.protocol.messages import Resume as Resumed
 from checkpointless_elastic.protocol.places import Nodes
@@ -123,6 +121,7 @@ class Session:
         late: a collective was asked for after the gate of the present call.
         void_memory: addresses of what collectives after its gate left as NaN.
         nodes: which ranks are on which node.
+        again: how the script is to be run again, once this worker is out of it.
         cursor, resume: see data.loops.LoopHost.
     """
 
@@ -150,7 +149,7 @@ class Session:
         self.nodes = Nodes(channel.welcome.bases)
         self.freeze_seen = threading.Event()
         self.registry = Registry(self, shadow=self.shadow)
-        self._again: queue.SimpleQueue[Again] = queue.SimpleQueue()
+        self.again: queue.SimpleQueue[Again] = queue.SimpleQueue()
         self._leave = leave
         self._log = _read_log(self.slot) if self.shadow else {}
         self._logged = 0
@@ -170,7 +169,7 @@ class Session:
         elif isinstance(message, Unwind):
             self._unwind()
         elif isinstance(message, Again):
-            self._again.put(message)
+            self.again.put(message)
 
     def _unwind(self) -> None:
         with self.lock:
@@ -386,25 +385,6 @@ class Session:
     def replicas(self, claims: list[list[int]], pieces: dict[str, tuple[int, int]]) -> None:
         """What this rank holds after the first step, see `Replicas`: the agent compares it between ranks."""
         self.channel.control.send(Replicas(claims, pieces))
-
-    def unwound(self) -> Again:
-        """This worker is out of the script and left nothing of it: how it is to be run again. Blocks; main thread."""
-        self.channel.control.send(Unwound())
-        again = self._again.get()
-        self.channel.close()
-        return again
-
-    def release(self) -> None:
-        """Let go of all that belongs to the script; the connections stay."""
-        self.registry = Registry(self, shadow=False)
-        self.recovery = self.resume = self._stashed = None
-        self.cursor = Cursor.new()
-        self.slot.close()
-
-    def afresh(self, error: BaseException) -> None:
-        """The script fails in this process, which ran it before: have it run in a new one, once this one has ended."""
-        self.channel.control.send(Afresh(traceback.format_exception_only(type(error), error)[-1].strip()))
-        self.channel.close()
 
     def script_ended(self, error: BaseException | None) -> None:
         """The script's top level has ended, before the interpreter shuts down. Blocks until all ranks have finished."""

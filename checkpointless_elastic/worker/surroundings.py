@@ -1,13 +1,15 @@
 """What a script finds when it begins, apart from its environment: noted before the first run, put back before the next.
 
-Each keeper notes one part and returns the function that puts it back. What is not noted here either belongs to objects
-of the script, which go with it, or is a library's own; a script that meets a trace of its earlier run there fails before
-it has made a process group, and is then run in a new process (`rerun`).
+Each keeper notes one part and returns the function that puts it back. What is not noted here belongs to objects of the
+script, which go with it, or is a library's own; a script that fails on a trace of its earlier run there, before it has
+made a process group, is then run in a new process (`rerun`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import ctypes
 import gc
 import importlib
 import logging
@@ -24,6 +26,8 @@ from typing import Any
 import torch
 from torch.nn.modules import module as hooks
 from torch.optim import optimizer as optimizer_hooks
+
+from checkpointless_elastic.worker.purge import is_library
 
 __all__ = ["keep"]
 
@@ -80,7 +84,7 @@ def _interpreter() -> Restore:
         sys.setrecursionlimit(limit)
         sys.settrace(None)
         sys.setprofile(None)
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(None)
         threading.setprofile(None)
         os.umask(umask)
         os.chdir(directory)
@@ -107,6 +111,7 @@ def _flush() -> None:
             stream.flush()
         except (AttributeError, OSError, ValueError):  # the script has put something else there, or closed it
             continue
+    ctypes.CDLL(None).fflush(None)
 
 
 def _signals() -> Restore:
@@ -133,7 +138,7 @@ def _libraries() -> Restore:
         _contents(warnings.filters),  # type: ignore[arg-type]
         mutated,
         _attributes(warnings, "showwarning"),
-        _attributes(multiprocessing.context._default_context, "_actual_context"),  # type: ignore[attr-defined]
+        _attributes(multiprocessing.context._default_context, "_actual_context"),
         lambda: asyncio.set_event_loop_policy(None),
     )
 
@@ -160,19 +165,39 @@ def _logging() -> Restore:
     return restore
 
 
+def _exits() -> Restore:
+    """Functions that the script's own code registers are those of one run: no run but the last calls its own."""
+    registered: list[Callable[..., Any]] = []
+    original = atexit.register
+
+    def register(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        if not is_library(sys._getframe(1).f_code.co_filename):
+            registered.append(function)
+        return original(function, *args, **kwargs)
+
+    def restore() -> None:
+        for function in registered:
+            atexit.unregister(function)
+        registered.clear()
+
+    atexit.register = register  # type: ignore[assignment]
+    return restore
+
+
 # ---- torch
 
 
 def _switches() -> list[tuple[Any, Callable[[Any], Any]]]:
     """Values and what sets them."""
     cudnn, cuda, c = torch.backends.cudnn, torch.backends.cuda, torch._C
+    sharing: Any = torch.multiprocessing
     return [
         (torch.get_default_dtype(), torch.set_default_dtype),
         (torch.is_grad_enabled(), torch.set_grad_enabled),
         (torch.get_num_threads(), torch.set_num_threads),
         (torch.is_anomaly_enabled(), torch.set_anomaly_enabled),
         (torch.get_float32_matmul_precision(), torch.set_float32_matmul_precision),
-        (torch.multiprocessing.get_sharing_strategy(), torch.multiprocessing.set_sharing_strategy),
+        (sharing.get_sharing_strategy(), sharing.set_sharing_strategy),
         (cuda.flash_sdp_enabled(), cuda.enable_flash_sdp),  # type: ignore[no-untyped-call]
         (cuda.mem_efficient_sdp_enabled(), cuda.enable_mem_efficient_sdp),  # type: ignore[no-untyped-call]
         (cuda.math_sdp_enabled(), cuda.enable_math_sdp),  # type: ignore[no-untyped-call]
@@ -227,6 +252,7 @@ _KEEPERS: tuple[Callable[[], Restore], ...] = (
     _signals,
     _libraries,
     _logging,
+    _exits,
     _torch,
     _hooks,
 )

@@ -7,7 +7,7 @@ the script. What does not come out at all is the agent's to end.
 
 from __future__ import annotations
 
-import importlib._bootstrap as bootstrap  # type: ignore[import-not-found]
+import importlib
 import signal
 import threading
 from collections.abc import Callable
@@ -18,7 +18,7 @@ __all__ = ["Unwinder", "Unwinding"]
 SIGNAL = signal.SIGRTMAX
 """The last of those that no library is known to use: glibc takes its own from the other end."""
 AGAIN_S = 0.05
-_IMPORT: CodeType = bootstrap._load_unlocked.__code__  # read in CPython 3.10 to 3.13: runs once per module
+_IMPORT: CodeType = importlib._bootstrap._load_unlocked.__code__  # type: ignore[attr-defined]  # read in CPython 3.10 to 3.13: runs once per module
 
 
 class Unwinding(BaseException):
