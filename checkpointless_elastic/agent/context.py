@@ -163,9 +163,10 @@ class ForkedContext(PContext):
     def _run_again(self, child: Child) -> None:
         """The next incarnation in a process that lives."""
         rank = child.local_rank
-        self._watch(child)
         again = Again(self._environment(child, "script"), self.stdouts[rank], self.stderrs[rank])
-        if not self._launch.run_again(child, again):
+        told = self._launch.run_again(child, again)
+        self._watch(child)
+        if not told:
             self.send_signal(child, signal.SIGKILL)  # its loss is then one as any other
 
     def _environment(self, child: Child, mode: str) -> dict[str, str]:

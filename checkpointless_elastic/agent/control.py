@@ -192,6 +192,7 @@ class AgentControl:
         self._incarnations[rank] = incarnation
         self._tokens[rank] = token
         self._pids[rank] = pid
+        self._links.drain(rank)  # of the incarnation before
         self._membership.report(RankStarted(rank, pid))
         self._links.retry()
 

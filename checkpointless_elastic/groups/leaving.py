@@ -6,6 +6,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from checkpointless_elastic.groups import ddp, patch
 from checkpointless_elastic.groups.elastic import ElasticProcessGroup
@@ -28,6 +29,9 @@ def leave(registry: Registry) -> list[weakref.ref[ElasticProcessGroup]]:
     groups = [*registry.engine.groups.values()]
     if dist.is_initialized():
         dist.destroy_process_group()  # while `ending` holds, elastic groups are not shut down by it
+    c10d._world.group_count = (
+        0  # names of groups; not reset where the script was left while it made the first one
+    )
     registry.engine.groups.clear()
     retire([group.link for group in groups if group.link.native is not None])
     end_idle()

@@ -6,7 +6,6 @@ time. Extension modules stay too: C code cannot be loaded twice.
 
 from __future__ import annotations
 
-import gc
 import sys
 import sysconfig
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -34,12 +33,9 @@ class Modules:
         """Names of the script's modules that are loaded."""
         return [name for name, module in sys.modules.copy().items() if self._own(name, module)]
 
-    def purge(self) -> None:
-        """Unload the script's modules. Their objects go first, then what still hangs on their globals."""
-        modules = [sys.modules.pop(name) for name in self.own()]
-        gc.collect()
-        for module in modules:
-            vars(module).clear()
+    def purge(self) -> list[ModuleType]:
+        """Unload the script's modules; these are they. Their objects go when nothing else holds them."""
+        return [sys.modules.pop(name) for name in self.own()]
 
     def _own(self, name: str, module: ModuleType | None) -> bool:
         package = name.partition(".")[0]

@@ -108,11 +108,16 @@ class Process:
         end_children()
         groups = leave(present.registry)
         _release(present)
-        self._modules.purge()
-        stray = strays(self._threads)
+        modules = self._modules.purge()
         gc.collect()
+        stray = strays(self._threads)
         if stray:
             return f"threads of the script are still running: {stray}"
+        for (
+            module
+        ) in modules:  # a library may hold a function or a class of the script, and with it all of this
+            vars(module).clear()
+        gc.collect()
         if any(group() is not None for group in groups):
             return "a process group of the script is still held by a library"
         return self._memory.kept()

@@ -169,6 +169,7 @@ class Session:
         elif isinstance(message, Unwind):
             self._unwind()
         elif isinstance(message, Again):
+            self.channel.expect_end()
             self.again.put(message)
 
     def _unwind(self) -> None:
