@@ -139,6 +139,7 @@ def test_a_sleep_outside_of_anything_is_left(torchrun: Launcher) -> None:
 SURROUNDINGS = """
     import atexit, json, logging, multiprocessing, pathlib, random, threading, torch
     import helper, helper_package.part
+    from torch.optim import optimizer as hooks
     root = logging.getLogger()
     found = [
         helper.state, helper_package.part.state, "mine" in globals(), os.getcwd(), sys.argv, sys.path[:2],
@@ -146,7 +147,7 @@ SURROUNDINGS = """
         torch.are_deterministic_algorithms_enabled(), str(signal.getsignal(signal.SIGUSR1)), len(root.handlers),
         root.level, sys.stdout is sys.__stdout__, sys.excepthook is sys.__excepthook__, sys.getrecursionlimit(),
         multiprocessing.get_start_method(allow_none=True), str(torch.get_default_device()),
-        len(torch.optim.optimizer._global_optimizer_post_hooks), threading.active_count(),
+        len(hooks._global_optimizer_post_hooks), threading.active_count(),
     ]
     pathlib.Path(f"/proc/self/cwd/found.{rank}.{count}").write_text(json.dumps(found))
     here = os.getcwd()
@@ -161,7 +162,7 @@ SURROUNDINGS = """
     logging.basicConfig(level=10)
     sys.stdout = open(os.devnull, "w"); sys.excepthook = print; sys.setrecursionlimit(5000)
     multiprocessing.set_start_method("spawn")
-    torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: None)
+    hooks.register_optimizer_step_post_hook(lambda *_: None)
     atexit.register(lambda: open(f"{here}/exits", "a").write(f"{rank} {count}\\n"))
     if count == "0" and rank == "1":
         die_when(f"{here}/found.0.0")
