@@ -165,7 +165,10 @@ SURROUNDINGS = """
     hooks.register_optimizer_step_post_hook(lambda *_: None)
     atexit.register(lambda: open(f"{here}/exits", "a").write(f"{rank} {count}\\n"))
     if count == "0" and rank == "1":
-        die_when(f"{here}/found.0.0")
+        die_when(f"{here}/exits.soon")
+    elif count == "0":
+        open(f"{here}/exits.soon", "w").close()
+        time.sleep(1000)
     """
 
 
