@@ -210,6 +210,7 @@ class LocalWorkforce:
             logger.warning(
                 "rank %s is forked anew: in its old process the script failed: %s", rank, message.error
             )
+            self._signal(child, SIGKILL)
         elif self._leaving is VerdictKind.RESTART and child.signal is None:
             child.out = True
             self._look()

@@ -117,7 +117,7 @@ class Unwound(Message, frozen=True):
 
 
 class Afresh(Message, frozen=True):
-    """The script failed in a process that had run it before, and has met no peer: run it in a new process."""
+    """The script failed in a process that had run it before, and has met no peer: end this one, run it in a new one."""
 
     error: str
 

@@ -49,10 +49,9 @@ class Modules:
 
 def place_of(module: ModuleType) -> str:
     """File of a module, or folder of a package without one; empty if there is none."""
-    file = getattr(module, "__file__", None)
-    if isinstance(file, str):
-        return file
-    return next(iter(getattr(module, "__path__", [])), "")
+    names = getattr(module, "__dict__", {})  # some make attributes up when they are asked for
+    file = names.get("__file__")
+    return file if isinstance(file, str) else next(iter(names.get("__path__", ())), "")
 
 
 def is_library(path: str) -> bool:

@@ -73,8 +73,9 @@ class Process:
         present = _present()
         if error is not None and self._runs > 1 and not present.registry.used:
             sentence = traceback.format_exception_only(type(error), error)[-1].strip()
+            surroundings.flush()
             present.channel.control.send(Afresh(sentence))
-            present.channel.close()
+            present.again.get()  # does not come: the agent ends this process
         else:
             present.script_ended(error)
         return code
@@ -113,10 +114,8 @@ class Process:
         stray = strays(self._threads)
         if stray:
             return f"threads of the script are still running: {stray}"
-        for (
-            module
-        ) in modules:  # a library may hold a function or a class of the script, and with it all of this
-            vars(module).clear()
+        for module in modules:
+            vars(module).clear()  # a library may hold a class of the script, and with it all of this
         gc.collect()
         if any(group() is not None for group in groups):
             return "a process group of the script is still held by a library"
@@ -161,5 +160,4 @@ def _forget() -> None:
     if dynamo is not None:
         dynamo.reset()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.set_device(0)
         torch.cuda.seed_all()

@@ -174,7 +174,7 @@ class Session:
 
     def _unwind(self) -> None:
         with self.lock:
-            self.frozen = sys.maxsize
+            self.frozen = max(self.frozen, self.generation) + 1
             self._news.notify_all()
         self.registry.abandon()
         self.freeze_seen.set()

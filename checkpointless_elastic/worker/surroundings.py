@@ -29,7 +29,7 @@ from torch.optim import optimizer as optimizer_hooks
 
 from checkpointless_elastic.worker.purge import is_library
 
-__all__ = ["keep"]
+__all__ = ["flush", "keep"]
 
 Restore = Callable[[], None]
 
@@ -102,10 +102,11 @@ def _imports() -> Restore:
 
 def _streams() -> Restore:
     names = ("stdin", "stdout", "stderr", "excepthook", "displayhook", "unraisablehook")
-    return _together(_flush, _attributes(sys, *names), _attributes(threading, "excepthook"), _flush)
+    return _together(flush, _attributes(sys, *names), _attributes(threading, "excepthook"), flush)
 
 
-def _flush() -> None:
+def flush() -> None:
+    """Write what the script has printed, from Python or C."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
