@@ -42,6 +42,7 @@ class Config:
             compared once, after the first step.
         health_check: command that says with its exit code 0 that this node may run workers; empty: only what is built
             in is checked.
+        unprotected: how rung 3 is done: rerun (in the surviving processes) or restart (in new ones).
         active_nodes: nodes that get workers, the others wait as spares; 0: the smaller number of --nnodes MIN:MAX.
         on_loss: what is done about a lost node without a spare: wait for a node to come, or fail.
         on_loss_timeout: how long to wait for it.
@@ -81,6 +82,10 @@ class Config:
     health_check: str = _setting(
         "",
         "command that ends with code 0 where a node is fit for workers; its last line is the reason otherwise",
+    )  # type: ignore[assignment]
+    unprotected: str = _setting(
+        "rerun",
+        "how rung 3 runs the script again: rerun (in the surviving processes) or restart (in new ones)",
     )  # type: ignore[assignment]
     active_nodes: int = _setting(
         0, "nodes that get workers, others wait as spares; 0: the smaller number of --nnodes MIN:MAX"
@@ -142,6 +147,8 @@ class Config:
             raise ConfigError(f"hang_factor must be 0 or a positive number, not {self.hang_factor}.")
         if self.node_faults < 0:
             raise ConfigError(f"node_faults must be 0 or a number of lost workers, not {self.node_faults}.")
+        if self.unprotected not in ("rerun", "restart"):
+            raise ConfigError(f"unprotected must be rerun or restart, not {self.unprotected!r}.")
         if self.active_nodes < 0:
             raise ConfigError(f"active_nodes must be 0 or a number of nodes, not {self.active_nodes}.")
         if self.mirror_every < 0:

@@ -28,7 +28,8 @@ from checkpointless_elastic.agent.control import AgentControl
 from checkpointless_elastic.agent.rendezvous import CheckpointlessRendezvousHandler
 from checkpointless_elastic.agent.runtime import ControlPlane, EventLoop
 from checkpointless_elastic.agent.servers import ForkServers
-from checkpointless_elastic.agent.workforce import LocalWorkforce, Verdict, VerdictKind
+from checkpointless_elastic.agent.workforce import UNWIND_LIMIT_S, LocalWorkforce, Verdict, VerdictKind
+from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.layout import ranks
 from checkpointless_elastic.run_dir import RunDir
 
@@ -100,7 +101,14 @@ class CheckpointlessAgent(LocalElasticAgent):
         self._servers.start()  # loads torch while the rest gets ready
         try:
             self._control = make_control(handler, spec)
-            workforce = LocalWorkforce(self._loop, self._servers, self._control, path, self._patience())
+            workforce = LocalWorkforce(
+                self._loop,
+                self._servers,
+                self._control,
+                path,
+                self._patience(),
+                _unwind_limit(handler.config),
+            )
             self._control.attach(self._loop, workforce, spec.local_world_size)
         except BaseException:
             self._let_go()
@@ -163,8 +171,15 @@ class CheckpointlessAgent(LocalElasticAgent):
             args={rank: tuple(macros.substitute(list(spec.args), str(rank))) for rank in envs},
             envs=envs,
             logs_specs=self._logs_specs,
-            launch=Launch(self._loop, self._servers, workforce, workforce.environment, self._cpus),
-            incarnations=workforce.next_incarnations(),
+            launch=Launch(
+                self._loop,
+                self._servers,
+                workforce,
+                workforce.environment,
+                workforce.run_again,
+                self._cpus,
+            ),
+            children=workforce.next_children(),
             log_line_prefixes=self._prefixes(worker_group),
             **_filters(spec),
         )
@@ -265,6 +280,12 @@ class CheckpointlessAgent(LocalElasticAgent):
     def _present(self) -> LocalWorkforce:
         assert self._workforce is not None, "the run has not begun"
         return self._workforce
+
+
+def _unwind_limit(config: Config) -> float:
+    if config.unprotected == "restart":
+        return 0.0
+    return min(UNWIND_LIMIT_S, config.settle_timeout.total_seconds())
 
 
 def _filters(spec: WorkerSpec) -> dict[str, list[str]]:

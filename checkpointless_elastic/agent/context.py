@@ -24,6 +24,7 @@ from checkpointless_elastic.agent.credentials import without_secrets
 from checkpointless_elastic.agent.forkserver import SpawnRequest
 from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.agent.servers import ForkServers
+from checkpointless_elastic.protocol.messages import Again
 
 __all__ = ["Child", "ForkedContext", "Launch", "Witness", "parse_command"]
 
@@ -42,6 +43,9 @@ class Child:
         ended: wall clock of its end, in seconds.
         error_file: where it was put when the next incarnation came; empty: where torch wants it.
         signal: to be sent as soon as it is forked.
+        again: it runs the script in a process that has run it before.
+        out: it has left the script in rung 3, and waits to run it again.
+        afresh: it is to be forked anew once it has ended: the script fails where it ran before.
     """
 
     local_rank: int
@@ -54,6 +58,16 @@ class Child:
     ended: float = 0.0
     error_file: str = ""
     signal: signal.Signals | None = None
+    again: bool = False
+    out: bool = False
+    afresh: bool = False
+
+    def next(self) -> Child:
+        """The next incarnation: in the same process if that is out of the script."""
+        number = self.incarnation + 1
+        if not self.out or self.gone:
+            return Child(self.local_rank, number)
+        return Child(self.local_rank, number, pid=self.pid, pidfd=self.pidfd, again=True)
 
 
 class Witness(Protocol):
@@ -72,6 +86,7 @@ class Launch:
 
     Attributes:
         environment: additional variables for one incarnation, made when it is forked.
+        run_again: has a worker that is out of the script run it again, as the next incarnation; False: it cannot.
         cpus: CPUs that a local rank is bound to; empty for all.
     """
 
@@ -79,6 +94,7 @@ class Launch:
     servers: ForkServers
     witness: Witness
     environment: Callable[[Child], Mapping[str, str]]
+    run_again: Callable[[Child, Again], bool]
     cpus: Callable[[int], list[int]]
 
 
@@ -109,7 +125,7 @@ class ForkedContext(PContext):
         envs: dict[int, dict[str, str]],
         logs_specs: LogsSpecs,
         launch: Launch,
-        incarnations: dict[int, int],
+        children: dict[int, Child],
         **options: Any,
     ) -> None:
         super().__init__(name, entrypoint, args, envs, logs_specs, **options)
@@ -119,7 +135,7 @@ class ForkedContext(PContext):
         self._requests: dict[int, Child] = {}
         self._numbers = itertools.count(next(_first_numbers))
         self._by_pid: dict[int, Child] = {}
-        self.children = {rank: Child(rank, incarnations.get(rank, 0)) for rank in range(self.nprocs)}
+        self.children = {rank: children.get(rank) or Child(rank, 0) for rank in range(self.nprocs)}
         self._replaced: dict[int, Child] = {}  # by local rank, the worker before the present one
 
     # ---- starting ------------------------------
@@ -128,7 +144,10 @@ class ForkedContext(PContext):
         """Fork all workers; returns when all exist (the first time that includes the loading of the fork server)."""
         self._launch.servers.offspring = self
         for child in self.children.values():
-            self._request(child, append=False)
+            if child.pid:
+                self._run_again(child)
+            else:
+                self._request(child, append=False)
         self._launch.loop.run(until=lambda: not self._requests)
 
     def replace(self, local_rank: int) -> None:
@@ -145,12 +164,24 @@ class ForkedContext(PContext):
             old.error_file = f"{stem}.{old.incarnation}{suffix}"
             os.replace(path, old.error_file)
 
+    def _run_again(self, child: Child) -> None:
+        """The next incarnation in a process that lives."""
+        rank = child.local_rank
+        again = Again(self._environment(child, "script"), self.stdouts[rank], self.stderrs[rank])
+        told = self._launch.run_again(child, again)
+        self._watch(child)
+        if not told:
+            self.send_signal(child, signal.SIGKILL)  # its loss is then one as any other
+
+    def _environment(self, child: Child, mode: str) -> dict[str, str]:
+        ours = self._launch.environment(child) if mode != "exec" else {}
+        return {**without_secrets(os.environ), **self.envs[child.local_rank], **ours}
+
     def _request(self, child: Child, append: bool) -> None:
         rank = child.local_rank
         arguments = tuple(str(argument) for argument in self.args[rank])
         mode, argv, unbuffered = parse_command(self._program, arguments)
-        ours = self._launch.environment(child) if mode != "exec" else {}
-        env = {**without_secrets(os.environ), **self.envs[rank], **ours}
+        env = self._environment(child, mode)
         number = next(self._numbers)
         self._requests[number] = child
         self._launch.servers.spawn(
@@ -173,13 +204,17 @@ class ForkedContext(PContext):
         """A child exists: watch its process."""
         child = self._requests.pop(request)
         child.pid = pid
-        self._by_pid[pid] = child
+        self._watch(child)
+
+    def _watch(self, child: Child) -> None:
+        self._by_pid[child.pid] = child
         if self._witness is not None:
             self._witness.started(child)
         if child.signal is not None:
             self.send_signal(child, child.signal)
         try:
-            child.pidfd = os.pidfd_open(pid)
+            if child.pidfd < 0:
+                child.pidfd = os.pidfd_open(child.pid)
         except ProcessLookupError:  # ended and reaped already; its status is on its way
             self._lost(child)
             return
@@ -228,15 +263,15 @@ class ForkedContext(PContext):
         self._witness = None
 
     def all_ended(self) -> bool:
-        """Whether no process is left and each status is known."""
-        return all(child.status is not None for child in self.children.values())
+        """Whether no process is left, but for those out of the script, and each status is known."""
+        return all(child.status is not None or child.out for child in self.children.values())
 
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
         """Stop all workers; blocks for up to `timeout` seconds, while the loop goes on serving everything else."""
         self.quiet()
         loop = self._launch.loop
         for number, patience in ((death_sig, timeout), (signal.SIGKILL, _KILL_TIMEOUT_S)):
-            left = [child for child in self.children.values() if child.status is None]
+            left = [child for child in self.children.values() if child.status is None and not child.out]
             for child in left:
                 logger.warning(
                     "Sending process %s closing signal %s", child.pid or "(not forked yet)", number.name

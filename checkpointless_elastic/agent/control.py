@@ -12,11 +12,10 @@ import os
 import time
 from collections.abc import Callable
 
-import msgspec
-
 from checkpointless_elastic import run_dir
 from checkpointless_elastic.agent.caretaker import Caretaker
 from checkpointless_elastic.agent.chair import Chair
+from checkpointless_elastic.agent.failing import Failing
 from checkpointless_elastic.agent.hangs import Hangs
 from checkpointless_elastic.agent.health import Health
 from checkpointless_elastic.agent.lifelines import Lifelines
@@ -47,8 +46,8 @@ from checkpointless_elastic.protocol.between import (
 )
 from checkpointless_elastic.protocol.events import Action
 from checkpointless_elastic.protocol.messages import (
+    Afresh,
     Commit,
-    Explain,
     Explained,
     Failed,
     Freeze,
@@ -63,6 +62,7 @@ from checkpointless_elastic.protocol.messages import (
     Restore,
     Stage,
     Unhealthy,
+    Unwound,
     Welcome,
     encode,
 )
@@ -74,9 +74,6 @@ from checkpointless_elastic.worker.mirror import newest
 from checkpointless_elastic.worker.private import in_loop, lifeline_path, slot_path
 
 logger = logging.getLogger(__name__)
-
-EXIT_LIMIT_S = 10.0
-"""How long the end of a job waits for the exit of the worker that is to blame."""
 
 
 class AgentControl(Chair, Caretaker):
@@ -112,7 +109,6 @@ class AgentControl(Chair, Caretaker):
         self._deferred: list[Word] = []  # words about the seat that is taken then
         self._station: Station | None = None
         self._wards: Wards | None = None
-        self._culprits: list[int] = []
 
     def attach(self, loop: EventLoop, workers: Workforce, size: int) -> None:
         """See ControlPlane; from here on this agent takes part. ``size``: workers of this node."""
@@ -121,7 +117,8 @@ class AgentControl(Chair, Caretaker):
         self.run_dir = workers.run_dir
         self._links = Links(os.path.join(workers.run_dir, "agent.sock"), loop, self._accept, self._take)
         self._lifelines = Lifelines(loop, self.lost)
-        self._hangs = Hangs(loop, self._settings, self._pids, self._ask, self._report)
+        self._failing = Failing(loop, workers)
+        self._hangs = Hangs(loop, self._settings, self._pids, self.tell, self._report)
         self._recoveries = Recoveries(self._settings.events, workers.log_dir, self._pids)
         network = self._network() if self._network is not None else None
         self._membership = Membership(loop, self._rules, size, self, network)
@@ -153,7 +150,8 @@ class AgentControl(Chair, Caretaker):
         self._wards = self._membership.take_seat(
             seat, station.ranks, lambda copies: self._fetched(seat, station, copies)
         )
-        self._failed, self._condemned, self._culprits = {}, {}, []
+        self._failed, self._condemned = {}, {}
+        self._failing.begin()
         if not seat.taken:
             self._offer(seat)
         elif self._wards is None:
@@ -207,6 +205,7 @@ class AgentControl(Chair, Caretaker):
         self._incarnations[rank] = incarnation
         self._tokens[rank] = token
         self._pids[rank] = pid
+        self._links.drain(rank)  # of the incarnation before
         self._membership.report(RankStarted(rank, pid))
         self._links.retry()
 
@@ -235,8 +234,7 @@ class AgentControl(Chair, Caretaker):
         station = self._station
         if self._incarnations.get(rank) != incarnation or (rank, incarnation) in self._known_lost:
             self._report(RankExplained(rank, describe(status)))
-            if rank in self._culprits:
-                self._workers.fail(self._culprits)
+            self._failing.exited(rank)
             return
         if station is None:
             return
@@ -244,8 +242,7 @@ class AgentControl(Chair, Caretaker):
         if station.released:
             self._report(station.ended())
         elif station.stopped:
-            if rank in self._culprits:
-                self._workers.fail(self._culprits)
+            self._failing.exited(rank)
         elif status == 0 and not station.recovering:
             self._report(station.exited(rank))
         else:
@@ -293,6 +290,10 @@ class AgentControl(Chair, Caretaker):
             self._settings.verify_every,
         )
 
+    def tell(self, rank: int, message: Message) -> bool:
+        """See ControlPlane."""
+        return self._links.send(rank, "control", encode(message))
+
     def _catch_up(self, rank: int) -> None:
         if self._station is not None and self._station.decision is not None:
             self._links.send(rank, "vote", encode(self._station.decision))
@@ -301,7 +302,9 @@ class AgentControl(Chair, Caretaker):
         station = self._station
         if station is None:
             return
-        if isinstance(message, Failed):
+        if isinstance(message, (Unwound, Afresh)):
+            self._workers.answered(rank, message)
+        elif isinstance(message, Failed):
             self._failed[rank] = message.error
             self._loop.call_later(0.0, functools.partial(self._leaves, rank, self._incarnations[rank]))
         elif isinstance(message, Explained):
@@ -316,9 +319,6 @@ class AgentControl(Chair, Caretaker):
             if self._wards is not None and isinstance(message, Report) and message.stage is Stage.READY:
                 self._wards.ready(rank, message)
             self._report(station.said(rank, message))
-
-    def _ask(self, rank: int) -> None:
-        self._links.send(rank, "control", encode(Explain()))
 
     def _leaves(self, rank: int, incarnation: int) -> None:
         """A script has failed. Its process closes its connections now and ends later: peers must not wait for that."""
@@ -356,7 +356,7 @@ class AgentControl(Chair, Caretaker):
         elif isinstance(message, Done):
             self._workers.succeed()
         elif isinstance(message, Halt):
-            self._halt(message)
+            self._failing.halt(message, self._station)
         elif self._station is not None:
             self._obey(self._station, message)
 
@@ -399,39 +399,16 @@ class AgentControl(Chair, Caretaker):
             self._wards.move(station.guardian)
 
     def _run_again(self, station: Station, message: RunAgain) -> None:
-        """All workers end, then this agent takes its seat again."""
+        """All workers end or leave the script, then this agent takes its seat again."""
         station.obey(message)
         self._membership.leave_seat(message.generation)
         self._offered, self._wards = None, None
-        again = msgspec.structs.replace(
-            station.seat,
-            store=message.store,
-            guardian=station.guardian,
-            generation=message.generation,
-            restarts=message.restarts,
-            taken=False,
-        )
+        again = station.again(message)
         if self._running:
             self._deferred.append(again)
-            self._workers.restart_all(message.reason, message.restarts)
+            self._workers.restart_all(message)
         else:
             self._take_seat(again)
-
-    def _halt(self, message: Halt) -> None:
-        """The job has failed. The exit code of a worker that is to blame is named in the summary."""
-        if message.reason:
-            logger.error("The job stops: %s.", message.reason.rstrip("."))
-        station = self._station
-        own = sorted(station.ranks) if station is not None else []
-        bad = [rank for rank, status in station.gone.items() if status] if station is not None else []
-        self._culprits = [rank for rank in message.ranks if rank in own] or bad
-        if station is not None:
-            station.stopped = True
-        self._workers.because(message.reason)
-        if all(self._workers.has_ended(rank) for rank in self._culprits):
-            self._workers.fail(self._culprits)
-        else:
-            self._loop.call_later(EXIT_LIMIT_S, lambda: self._workers.fail(self._culprits))
 
     def give_way(self, reason: str) -> None:
         """See Office."""
@@ -456,9 +433,7 @@ class AgentControl(Chair, Caretaker):
 
     def cannot_go_on(self, reason: str) -> None:
         """See Office."""
-        logger.error("%s", reason)
-        self._workers.because(reason)
-        self._workers.fail([])
+        self._failing.cannot_go_on(reason)
 
     # ---- the coordinator's own agent
 

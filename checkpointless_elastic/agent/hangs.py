@@ -19,7 +19,7 @@ from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.between import Halted, Pace
 from checkpointless_elastic.protocol.hangs import Activity, Where
-from checkpointless_elastic.protocol.messages import Explained
+from checkpointless_elastic.protocol.messages import Explain, Explained, Message
 from checkpointless_elastic.protocol.station import Station
 from checkpointless_elastic.worker.pulse import Monitor, pulse_path
 
@@ -41,14 +41,14 @@ _STATE = 0  # field of /proc/PID/stat, counted from the one behind the name
 
 
 class Hangs:
-    """``ask(rank)``: have a worker say where it is. ``tell(halted)``: what was found. ``pids``: of workers, by rank."""
+    """``ask(rank, message)``: send it to a worker. ``tell(halted)``: what was found. ``pids``: of workers, by rank."""
 
     def __init__(
         self,
         loop: EventLoop,
         settings: Config,
         pids: Mapping[int, int],
-        ask: Callable[[int], None],
+        ask: Callable[[int, Message], object],
         tell: Callable[[Halted | Pace], None],
     ) -> None:
         self._loop, self._pids, self._ask, self._tell = loop, pids, ask, tell
@@ -138,7 +138,7 @@ class Hangs:
         self._waited = {pid: _waits_for_a_core(pid) for pid in judged.values()}
         for rank, pid in judged.items():
             if not _is_stopped(pid):  # it would not read
-                self._ask(rank)
+                self._ask(rank, Explain())
         self._loop.call_later(ANSWER_S, self._report)
 
     def _report(self) -> None:

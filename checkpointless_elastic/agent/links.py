@@ -147,15 +147,20 @@ class Links:
                 logger.warning("Dropped a connection of rank %d: %s", hello.rank, error)
                 self._drop(link)
 
-    def send(self, rank: int, channel: str, data: bytes) -> None:
-        """Send encoded bytes to a rank; one that is not connected, or does not read, is passed over with a log line."""
+    def send(self, rank: int, channel: str, data: bytes) -> bool:
+        """Send encoded bytes to a rank; one that is not connected, or does not read, is passed over with a log line.
+
+        Have they been sent?
+        """
         link = self._links.get((rank, channel))
         if link is None:
-            return
+            return False
         try:
             link.send(data)
         except OSError as error:
             logger.warning("rank %d does not take messages (%s)", rank, error)
+            return False
+        return True
 
     def drain(self, rank: int) -> None:
         """Take what a worker that is gone still sent, then forget its connections."""

@@ -24,6 +24,7 @@ BASE = (
     "checkpointless_elastic.worker.bootstrap",
     "checkpointless_elastic.worker.session",
     "checkpointless_elastic.worker.run",
+    "checkpointless_elastic.worker.rerun",
     "checkpointless_elastic.groups.patch",
 )
 """What every server loads: enough for any script that trains. The job waits for it, but each worker would load the same

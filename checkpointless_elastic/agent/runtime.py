@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from checkpointless_elastic.protocol.between import Seated
+    from checkpointless_elastic.protocol.between import RunAgain, Seated
+    from checkpointless_elastic.protocol.messages import Afresh, Message, Unwound
 
 __all__ = [
     "ControlPlane",
@@ -154,12 +155,15 @@ class Workforce(Protocol):
     def replace(self, rank: int) -> None:
         """Fork the next incarnation of a rank whose worker is gone; `started` follows."""
 
-    def restart_all(self, reason: str, restarts: int) -> None:
-        """Stop all workers; when they are gone `ControlPlane.await_seat` is called again. ``restarts``: with this one.
+    def restart_all(self, order: RunAgain) -> None:
+        """Stop all workers; when they are gone `ControlPlane.await_seat` is called again.
 
-        Nothing more is heard of the present incarnations (no `lost`, no `exited`); the next calls are `started` for the
-        new ones.
+        With rung 3 those that can leave the script stay, and run it again as new incarnations. Nothing more is heard of
+        the present ones (no `lost`, no `exited`); the next calls are `started` for the new ones.
         """
+
+    def answered(self, rank: int, message: Unwound | Afresh) -> None:
+        """A worker has left the script, or is to be replaced."""
 
     def give_up(self) -> None:
         """End all workers at once: this node's seat is another's. Else as `restart_all`."""
@@ -213,6 +217,9 @@ class ControlPlane(Protocol):
 
     def started(self, rank: int, incarnation: int, pid: int, token: str) -> None:
         """A worker was forked. Comes before anything that this worker itself sends."""
+
+    def tell(self, rank: int, message: Message) -> bool:
+        """Send a control message to a worker, if it is connected: was it sent?"""
 
     def lost(self, rank: int, incarnation: int) -> None:
         """The worker's process is gone (whatever the reason, also a normal exit); its status is not known yet."""

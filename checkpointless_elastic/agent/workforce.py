@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from signal import SIGKILL, SIGTERM, Signals
@@ -15,10 +15,15 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from checkpointless_elastic.agent.context import Child, ForkedContext
 from checkpointless_elastic.agent.runtime import ControlPlane, EventLoop
 from checkpointless_elastic.agent.servers import ForkServers
+from checkpointless_elastic.protocol.between import RunAgain
+from checkpointless_elastic.protocol.messages import Afresh, Again, Unwind, Unwound
 
-__all__ = ["LocalWorkforce", "Verdict", "VerdictKind"]
+__all__ = ["UNWIND_LIMIT_S", "LocalWorkforce", "Verdict", "VerdictKind"]
 
 logger = logging.getLogger(__name__)
+
+UNWIND_LIMIT_S = 5.0
+"""How long a worker may take to leave the script and clear up, before it is killed and forked anew."""
 
 
 class VerdictKind(Enum):
@@ -46,7 +51,8 @@ class LocalWorkforce:
     """Implements `Workforce` for the control plane and `Witness` for the context.
 
     Global rank = `base` + local rank. Orders that come after the verdict, or while the job is being stopped, change
-    nothing: a control plane may send them before it has heard of the end.
+    nothing: a control plane may send them before it has heard of the end. `unwind_limit`: seconds in which a worker
+    leaves the script in rung 3; 0: all workers are forked anew then.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class LocalWorkforce:
         control: ControlPlane,
         run_dir: str,
         patience: float,
+        unwind_limit: float = 0.0,
     ) -> None:
         self.run_dir = run_dir
         self.ranks: list[int] = []
@@ -65,6 +72,7 @@ class LocalWorkforce:
         self._servers = servers
         self._control = control
         self._patience = patience
+        self._unwind_limit = unwind_limit
         self._context: ForkedContext | None = None
         self._leaving: VerdictKind | None = None  # the verdict once all workers have ended
         self._reason = ""
@@ -89,11 +97,15 @@ class LocalWorkforce:
             self.ranks = []  # those of this set do not count any more, however they ended
         return verdict
 
-    def next_incarnations(self) -> dict[int, int]:
-        """By local rank, for a new set of workers."""
+    def next_children(self) -> dict[int, Child]:
+        """By local rank, for a new set of workers: those that run the script again, others that are to be forked."""
         if self._context is None:
             return {}
-        return {rank: child.incarnation + 1 for rank, child in self._context.children.items()}
+        return {rank: child.next() for rank, child in self._context.children.items()}
+
+    def run_again(self, child: Child, again: Again) -> bool:
+        """Tell a worker that is out of the script to run it again; False: it is not connected."""
+        return self._control.tell(self.base + child.local_rank, again)
 
     def environment(self, child: Child) -> Mapping[str, str]:
         """Variables through which a worker finds the control plane; none if that serves no workers."""
@@ -140,15 +152,21 @@ class LocalWorkforce:
 
     def lost(self, child: Child) -> None:
         """Passed on, unless all are being stopped anyway."""
-        if self._leaving is None:
+        if self._leaving is None and not child.afresh:
             self._control.lost(self.base + child.local_rank, child.incarnation)
 
     def exited(self, child: Child, status: int) -> None:
         """Passed on; while all are being stopped, the last one makes the restart due."""
-        if self._leaving is None:
+        if child.again and status > 0:
+            self._unwind_limit = (
+                0.0  # perhaps because it is not as in a new process: from now on it is run in those
+            )
+        if self._leaving is not None:
+            self._look()
+        elif child.afresh and self.verdict is None:
+            self._present().replace(child.local_rank)
+        else:
             self._control.exited(self.base + child.local_rank, child.incarnation, status)
-        elif self._present().all_ended():
-            self.verdict = Verdict(self._leaving)
 
     # ---- Workforce ------------------------------
 
@@ -161,25 +179,69 @@ class LocalWorkforce:
         """See Workforce."""
         self._signal(self._present().children[rank - self.base], SIGKILL)
 
-    def restart_all(self, reason: str, restarts: int) -> None:
+    def restart_all(self, order: RunAgain) -> None:
         """See Workforce."""
-        if not self._decided():
-            logger.warning("All workers are restarted (restart %s): %s.", restarts, reason)
-            self._leave(VerdictKind.RESTART, SIGTERM)
+        if self._decided():
+            return
+        logger.warning("All workers are restarted (restart %s): %s.", order.restarts, order.reason)
+        self._leave(VerdictKind.RESTART, SIGTERM, self._unwind() if order.rung == 3 else [])
+
+    def _unwind(self) -> list[Child]:
+        """Have all workers leave the script that can; those that were asked."""
+        if not self._unwind_limit:
+            return []
+        children = [child for child in self._present().children.values() if not child.gone and child.pid]
+        asked = [child for child in children if self._control.tell(self.base + child.local_rank, Unwind())]
+        self._loop.call_later(self._unwind_limit, lambda: self._end_late(asked))
+        return asked
+
+    def _end_late(self, asked: list[Child]) -> None:
+        for child in asked:
+            if not child.out and not child.gone:
+                rank = self.base + child.local_rank
+                logger.warning(
+                    "rank %s did not leave the script within %g s: it is forked anew.",
+                    rank,
+                    self._unwind_limit,
+                )
+                self._signal(child, SIGKILL)
+
+    def answered(self, rank: int, message: Unwound | Afresh) -> None:
+        """See Workforce."""
+        child = self._present().children[rank - self.base]
+        if isinstance(message, Afresh):
+            child.afresh, self._unwind_limit = True, 0.0
+            logger.warning(
+                "rank %s is forked anew: in its old process the script failed: %s", rank, message.error
+            )
+            self._signal(child, SIGKILL)
+        elif self._leaving is VerdictKind.RESTART and child.signal is None:
+            child.out = True
+            self._look()
 
     def give_up(self) -> None:
         """See Workforce."""
+        if self._leaving is VerdictKind.RESTART:
+            for child in self._present().children.values():
+                child.out = False
+            self._signal_all(self._present(), SIGKILL)
         if not self._decided():
             self._leave(VerdictKind.GAVE_WAY, SIGKILL)
 
-    def _leave(self, kind: VerdictKind, number: Signals) -> None:
+    def _leave(self, kind: VerdictKind, number: Signals, spared: Sequence[Child] = ()) -> None:
         self._leaving = kind
         context = self._present()
-        if context.all_ended():
-            self.verdict = Verdict(kind)
-            return
-        self._signal_all(context, number)
-        self._loop.call_later(self._patience, lambda: self._signal_all(context, SIGKILL))
+        for child in context.children.values():
+            if child not in spared:
+                self._signal(child, number)
+        self._loop.call_later(self._patience, lambda: self._signal_all(context, SIGKILL, spared))
+        self._look()
+
+    def _look(self) -> None:
+        """Is nobody left to wait for?"""
+        assert self._leaving is not None
+        if all(child.out or child.status is not None for child in self._present().children.values()):
+            self.verdict = Verdict(self._leaving)
 
     @property
     def ended(self) -> str:
@@ -233,6 +295,7 @@ class LocalWorkforce:
     def _signal(self, child: Child, number: Signals) -> None:
         self._present().send_signal(child, number)
 
-    def _signal_all(self, context: ForkedContext, number: Signals) -> None:
+    def _signal_all(self, context: ForkedContext, number: Signals, spared: Sequence[Child] = ()) -> None:
         for child in context.children.values():
-            context.send_signal(child, number)
+            if child not in spared:
+                context.send_signal(child, number)

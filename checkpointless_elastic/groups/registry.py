@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -38,6 +39,7 @@ class Registry:
     Attributes:
         engine: what becomes of their collectives.
         aborts: how often `abort` was called; see `rebuild`.
+        used: a group was asked for, so peers may have met this rank.
     """
 
     def __init__(self, host: Host, *, shadow: bool, limit: float = _LIMIT) -> None:
@@ -45,6 +47,7 @@ class Registry:
         self.engine = Engine(host, shadow=shadow)
         self.engine.wake = self._wake
         self.aborts = 0
+        self.used = False
         self._limit = limit
         self._lost: frozenset[int] = frozenset()
         self._lock = threading.Lock()
@@ -75,6 +78,7 @@ class Registry:
         `store` stands under the group's own prefix; after a recovery its members meet in the store of that. Raises
         RankLostError if a member is lost meanwhile.
         """
+        self.used = True
         link = Link(None, self.engine.generation, void=True)
         if not self.engine.shadow:
             self._recover_first(spec)
@@ -152,6 +156,16 @@ class Registry:
                     running.give_up()
             links = _void(link for link in self._beside if link.generation < self._newest)
         self._end(links)
+
+    def abandon(self) -> None:
+        """The script is being left: all groups are void for good, and what is under way ends. Any thread."""
+        self.engine.ending = True
+        with self._lock:
+            named = [group.spec.ranks for group in self.engine.groups.values()]
+            named += [tuple(running.ranks or ()) for running in self._running]
+        self.supersede(sys.maxsize)
+        self.forget_lazy()
+        self.abort(frozenset().union(*named))
 
     def forget_lazy(self) -> None:
         """The store in which lazy groups wait for their next use is lost: they are void. Any thread."""

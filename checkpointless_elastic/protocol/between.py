@@ -304,12 +304,13 @@ class RollCall(Message, frozen=True):
 
 
 class RunAgain(Message, frozen=True):
-    """Stop all workers and run the script from its top; its workers meet in ``store``."""
+    """Run the script from its top, by rung 3 or 4; its workers meet in ``store``."""
 
     generation: int
     restarts: int
     reason: str
     store: str
+    rung: int = 4
 
 
 class Halt(Message, frozen=True):

@@ -435,4 +435,5 @@ class Board(Roster):
         self.coordinator = self._new_coordinator(old.generation + 1, restart.rung)
         self._ended = {}
         self._taken = [False] * len(self._seats)
-        self._order(RunAgain(self.coordinator.generation, self._restarts, reason, self._store))
+        order = RunAgain(self.coordinator.generation, self._restarts, reason, self._store, restart.rung)
+        self._order(order)

@@ -131,7 +131,7 @@ class End(Action):
 
 @dataclass(frozen=True)
 class Restart(Action):
-    """Rung 3 or 4: the script is run again from its top. Counts as a restart."""
+    """The script runs from its top: in the surviving processes (rung 3) or new ones (4). Counts as a restart."""
 
     rung: int
     reason: str

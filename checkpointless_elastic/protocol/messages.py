@@ -130,6 +130,16 @@ class Learned(Message, frozen=True):
     modules: list[str]
 
 
+class Unwound(Message, frozen=True):
+    """Answer to Unwind: this worker is out of the script and left nothing of it; it waits for Again."""
+
+
+class Afresh(Message, frozen=True):
+    """The script failed in a process that had run it before, and has met no peer: end this one, run it in a new one."""
+
+    error: str
+
+
 # ---- agent to worker -------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +227,18 @@ class Release(Message, frozen=True):
     generation: int
 
 
+class Unwind(Message, frozen=True):
+    """The script is run again: leave it now, wherever it is."""
+
+
+class Again(Message, frozen=True):
+    """Run the script from its top with this environment and these log files; see `SpawnRequest`."""
+
+    env: dict[str, str]
+    stdout: str
+    stderr: str
+
+
 FromWorker = (
     Hello
     | Protected
@@ -229,8 +251,23 @@ FromWorker = (
     | Unhealthy
     | Learned
     | Replicas
+    | Unwound
+    | Afresh
 )
-ToWorker = Welcome | Refused | Commit | Freeze | Explain | Decision | Restore | Rebuild | Resume | Release
+ToWorker = (
+    Welcome
+    | Refused
+    | Commit
+    | Freeze
+    | Explain
+    | Decision
+    | Restore
+    | Rebuild
+    | Resume
+    | Release
+    | Unwind
+    | Again
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

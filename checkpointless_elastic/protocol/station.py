@@ -6,6 +6,8 @@ also what a new coordinator is told when the last one is gone (`standing`).
 
 from __future__ import annotations
 
+import msgspec
+
 from checkpointless_elastic.protocol.between import (
     Answers,
     Between,
@@ -214,6 +216,17 @@ class Station:
         self._lost, self._left = set(freeze.lost), set(freeze.left)
         for rank in (self._lost - known) & self._wards():
             self._gone_wards[rank] = freeze.generation
+
+    def again(self, order: RunAgain) -> Seated:
+        """The seat in the next run of the script."""
+        return msgspec.structs.replace(
+            self.seat,
+            store=order.store,
+            guardian=self.guardian,
+            generation=order.generation,
+            restarts=order.restarts,
+            taken=False,
+        )
 
     def replaced(self, rank: int, store: str) -> None:
         """The next incarnation of a rank is being started, to meet the others in ``store``.

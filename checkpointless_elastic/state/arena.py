@@ -19,7 +19,7 @@ import torch
 from checkpointless_elastic.state.pieces import PieceInfo, dtype_of
 from checkpointless_elastic.state.plan import ALIGNMENT
 
-__all__ = ["Arena", "prepare", "size_of"]
+__all__ = ["Arena", "forget", "prepare", "size_of"]
 
 _WORTH_IT = 2 << 20
 _STRETCH = 4 << 20  # touched in one call, so that other threads can map memory in between
@@ -45,6 +45,12 @@ def prepare(arena: int, heap: int) -> Callable[[], None]:
     return functools.partial(
         _touch, stretches, _prepared
     )  # holds the mapping, whose addresses stay its own then
+
+
+def forget() -> None:
+    """The script is run again: nothing is to be received into what was prepared."""
+    global _prepared
+    _prepared = None
 
 
 def _free_heap(nbytes: int) -> list[tuple[int, int]]:

@@ -27,6 +27,7 @@ __all__ = [
     "accumulates",
     "ddp_of",
     "fsdp_roots",
+    "forget",
     "group_ranks",
     "is_sharded",
     "local",
@@ -84,6 +85,11 @@ def sharding(tensor: torch.Tensor) -> Sharding | None:
 @functools.cache
 def _words(mesh: Any, placements: tuple[Any, ...]) -> tuple[tuple[str, ...], str]:
     return tuple(map(str, placements)), _mesh_words(mesh)
+
+
+def forget() -> None:
+    """The script is run again: its meshes are not kept."""
+    _words.cache_clear()
 
 
 def wrap(data: torch.Tensor, wanted: Sharding, near: torch.Tensor | None, key: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import ctypes
+import functools
 import io
 import os
 import pkgutil
@@ -17,14 +18,13 @@ import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.machinery import SourceFileLoader
 from multiprocessing import process
 from types import CodeType, ModuleType, TracebackType
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
-if TYPE_CHECKING:
-    from checkpointless_elastic.worker.session import Session
+from checkpointless_elastic.worker.unwind import Unwinding
 
 __all__ = ["keep_sockets_in", "prepare", "replace_process", "run", "set_title"]
 
@@ -103,28 +103,21 @@ def run(mode: str, argv: list[str], unbuffered: bool) -> int:
     """Run the script or module and return the exit code; does not return when a signal is its proper end."""
     if not unbuffered and not os.environ.get("PYTHONUNBUFFERED"):
         sys.stdout, sys.stderr = _buffered(1, sys.stdout), _buffered(2, sys.stderr)
-    session = _connect()
-    error, code = _outcome(mode, argv)
-    if session is not None:
-        from checkpointless_elastic.worker.ending import leave_if_stuck
-
-        session.script_ended(error)
-        leave_if_stuck(code)
-    return code
-
-
-def _connect() -> Session | None:
     if "CHECKPOINTLESS_SOCKET" not in os.environ:
-        return None
-    from checkpointless_elastic.worker.session import connect_from_env
+        return _outcome(mode, argv, lambda _error: None)[1]
+    from checkpointless_elastic.worker.rerun import Process
 
-    return connect_from_env()
+    return Process().run(functools.partial(_outcome, mode, argv))
 
 
-def _outcome(mode: str, argv: list[str]) -> tuple[BaseException | None, int]:
+def _outcome(
+    mode: str, argv: list[str], before_report: Callable[[BaseException], None]
+) -> tuple[BaseException | None, int]:
     """What the script ended with and the exit code that follows from it."""
     try:
         _execute(mode, argv)
+    except Unwinding:
+        raise
     except SystemExit as error:
         code = _exit_code(error)
         return (error if code else None), code
@@ -134,6 +127,7 @@ def _outcome(mode: str, argv: list[str]) -> tuple[BaseException | None, int]:
         os.kill(os.getpid(), signal.SIGINT)
         return error, 130
     except BaseException as error:
+        before_report(error)
         _record(error)
         _show(error)
         return error, 1

@@ -111,6 +111,10 @@ class Channel:
                 logger.error("The agent is gone: this worker ends.")
                 os._exit(1)
 
+    def expect_end(self) -> None:
+        """The agent has said its last word on these connections. Any thread."""
+        self._closing = True
+
     def close(self) -> None:
         """Close both connections and end the listener thread."""
         self._closing = True

@@ -199,6 +199,11 @@ def expect(run_dir: str, rank: int) -> None:
         threading.Thread(target=_get_ready, args=arguments, name="checkpointless-ready", daemon=True).start()
 
 
+def forget() -> None:
+    """The script is run again: nothing is to be received."""
+    _mapped.clear()
+
+
 def _get_ready(make_pages: Callable[[], None], segments: list[Segment]) -> None:
     digest.get_ready()
     make_pages()

@@ -14,7 +14,7 @@ import mmap
 import os
 from pathlib import Path
 
-__all__ = ["dies_by_signal", "hold", "wait"]
+__all__ = ["dies_by_signal", "hold", "let_go", "wait"]
 
 _SHARED, _ROBUST = 1, 1  # PTHREAD_PROCESS_SHARED, PTHREAD_MUTEX_ROBUST
 _ATTRIBUTES, _MUTEX = 64, 128  # bytes; larger than glibc's types are on any processor
@@ -45,6 +45,16 @@ def hold(path: str) -> None:
     _libc.pthread_mutex_init(mutex, attributes)
     _libc.pthread_mutex_lock(mutex)
     partial.rename(path)
+
+
+def let_go() -> None:
+    """Give the lifeline up while this worker lives; its agent stops waiting for it. By the thread that holds it."""
+    global _held
+    if _held is not None:
+        _libc.pthread_mutex_unlock(
+            _mutex(_held)
+        )  # also takes it off the thread's list, which the kernel reads
+    _held = None
 
 
 def wait(path: str) -> bool:

@@ -25,6 +25,7 @@ from checkpointless_elastic.worker import gate, private_tensors, rng, session
 from checkpointless_elastic.worker.blocks import Shared
 from checkpointless_elastic.worker.channel import AgentGone
 from checkpointless_elastic.worker.recovery import Recovery
+from checkpointless_elastic.worker.unwind import Unwinding
 from checkpointless_elastic.worker.verifier import Verifier
 
 __all__ = ["Run", "is_replacement"]
@@ -34,6 +35,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _VOID = object()
 _run: Run | None = None
+
+
+def forget() -> None:
+    """The script is run again: it may make its Run again."""
+    global _run
+    _run = None
 
 
 def is_replacement() -> bool:
@@ -210,7 +217,7 @@ class Run:
             as_usual = not host.is_frozen()
         except gate.VoidAttempt:
             return self._undo(host, start)
-        except AgentGone:
+        except (AgentGone, Unwinding):
             raise
         except BaseException:
             if host.committed or not (host.is_frozen() or host.wait_for_freeze()):

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import sys
 import threading
-import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -22,15 +23,14 @@ import torch
 
 from checkpointless_elastic.agent.preload import third_party
 from checkpointless_elastic.data.cursor import Cursor, Frame
-from checkpointless_elastic.errors import RankLostError, ScriptMismatchError
 from checkpointless_elastic.groups.host import LoggedCollective, Situation
 from checkpointless_elastic.groups.registry import Registry
 from checkpointless_elastic.protocol.hangs import Activity
 from checkpointless_elastic.protocol.messages import (
+    Again,
     Commit,
     Decision,
     Explain,
-    Failed,
     Freeze,
     Frozen,
     Learned,
@@ -46,6 +46,7 @@ from checkpointless_elastic.protocol.messages import (
     Stage,
     ToWorker,
     Unhealthy,
+    Unwind,
 )
 from checkpointless_elastic.protocol.messages import Resume as Resumed
 from checkpointless_elastic.protocol.places import Nodes
@@ -53,9 +54,9 @@ from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker import lifeline
 from checkpointless_elastic.worker.channel import Channel
 from checkpointless_elastic.worker.exchange import expect
-from checkpointless_elastic.worker.health import broken_device
 from checkpointless_elastic.worker.private import lifeline_path, slot_path
 from checkpointless_elastic.worker.pulse import Pulse, pulse_path
+from checkpointless_elastic.worker.startup_log import StartupLog
 from checkpointless_elastic.worker.whereabouts import explain
 
 if TYPE_CHECKING:
@@ -67,7 +68,6 @@ logger = logging.getLogger(__name__)
 GRACE_S = 0.5
 """How long a collective that failed waits for the agent to name a lost rank. The kernel closes a dead process's
 sockets a moment before it reports the death."""
-MAX_LOG_ENTRIES = 20_000
 
 M = TypeVar("M", Restore, Rebuild, Resumed, Release)
 
@@ -79,12 +79,13 @@ def current() -> Session | None:
     return _session
 
 
-def connect_from_env() -> Session | None:
-    """Connect to the agent that the environment names, before the user's script runs. None if it names none."""
+def connect_from_env(leave: Callable[[], None]) -> Session:
+    """Connect to the agent that the environment names, before the user's script runs.
+
+    ``leave``: has the main thread leave the script; called on the listener's thread.
+    """
     global _session
-    path = os.environ.get("CHECKPOINTLESS_SOCKET")
-    if not path or _session is not None:
-        return _session
+    path = os.environ["CHECKPOINTLESS_SOCKET"]
     rank = int(os.environ["RANK"])
     incarnation = int(os.environ["CHECKPOINTLESS_INCARNATION"])
     run_dir = os.environ["CHECKPOINTLESS_RUN_DIR"]
@@ -92,12 +93,18 @@ def connect_from_env() -> Session | None:
     channel = Channel(path, rank, incarnation, os.environ["CHECKPOINTLESS_TOKEN"])
     if channel.welcome.store:  # the store in which the job began may be lost
         os.environ["MASTER_ADDR"], _, os.environ["MASTER_PORT"] = channel.welcome.store.rpartition(":")
-    _session = Session(channel, rank, run_dir)
+    _session = Session(channel, rank, run_dir, leave)
     if _session.shadow:
         expect(_session.run_dir, rank)
     _session.registry.install()
     channel.listen(_session.take)
     return _session
+
+
+def forget() -> None:
+    """The script is run again: it gets a session of its own."""
+    global _session
+    _session = None
 
 
 class Superseded(Exception):
@@ -117,10 +124,11 @@ class Session:
         void_memory: addresses of what collectives after its gate left as NaN.
         nodes: which ranks are on which node.
         pulse: tells the agent what the main thread does.
+        again: how the script is to be run again, once this worker is out of it.
         cursor, resume: see data.loops.LoopHost.
     """
 
-    def __init__(self, channel: Channel, rank: int, run_dir: str) -> None:
+    def __init__(self, channel: Channel, rank: int, run_dir: str, leave: Callable[[], None]) -> None:
         self.rank = rank
         self.run_dir = run_dir
         self.channel = channel
@@ -147,8 +155,9 @@ class Session:
         self.pulse = Pulse(pulse_path(run_dir, rank))
         engine, pulse = self.registry.engine, self.pulse
         engine.counts, engine.place, engine.first = pulse.counts, pulse.place, pulse.first
-        self._log = _read_log(self.slot) if self.shadow else {}
-        self._logged = 0
+        self.again: queue.SimpleQueue[Again] = queue.SimpleQueue()
+        self._leave = leave
+        self._log = StartupLog(self.slot, replays=self.shadow)
         self._stashed: Decision | None = None
         self._affecting = threading.Lock()
         self._affected: frozenset[int] = frozenset()
@@ -160,10 +169,23 @@ class Session:
 
     def take(self, message: ToWorker) -> None:
         """A control message has come."""
-        if isinstance(message, Explain):
-            self.channel.control.send(explain())
-        elif isinstance(message, Freeze):
+        if isinstance(message, Freeze):
             self._freeze(message)
+        elif isinstance(message, Explain):
+            self.channel.control.send(explain())
+        elif isinstance(message, Unwind):
+            self._unwind()
+        elif isinstance(message, Again):
+            self.channel.expect_end()
+            self.again.put(message)
+
+    def _unwind(self) -> None:
+        with self.lock:
+            self.frozen = max(self.frozen, self.generation) + 1
+            self._news.notify_all()
+        self.registry.abandon()
+        self.freeze_seen.set()
+        self._leave()
 
     def _freeze(self, message: Freeze) -> None:
         with self.lock:
@@ -330,9 +352,8 @@ class Session:
             output = None if entry.outputs is None else msgspec.msgpack.encode(entry.outputs)
             self.cursor.issued(entry.group, entry.op, output)
             self.save()
-        elif self._logged < MAX_LOG_ENTRIES:
-            self._logged += 1
-            self.slot.append(msgspec.msgpack.encode((entry.group, entry.op, entry.outputs)))
+        else:
+            self._log.append(entry)
 
     def replay(self, group: str, op: str) -> LoggedCollective | None:
         """In shadow: what the lost rank got from the same collective, None if it must be answered locally."""
@@ -341,9 +362,9 @@ class Session:
             if found is None:
                 return None
             kept = found.output
-            return LoggedCollective(group, op, None if kept is None else _decode_outputs(kept))
-        queue = self._log.get(group)
-        return queue.pop(0) if queue else None
+            outputs = None if kept is None else msgspec.msgpack.decode(kept, type=tuple[bytes, ...])
+            return LoggedCollective(group, op, outputs)
+        return self._log.next(group)
 
     def void_after_commit(self, outputs: list[torch.Tensor]) -> None:
         """Outputs of collectives after the gate that were filled with NaN."""
@@ -394,55 +415,3 @@ class Session:
     def replicas(self, claims: list[list[int]], pieces: dict[str, tuple[int, int]]) -> None:
         """What this rank holds after the first step, see `Replicas`: the agent compares it between ranks."""
         self.channel.control.send(Replicas(claims, pieces))
-
-    def script_ended(self, error: BaseException | None) -> None:
-        """The script's top level has ended, before the interpreter shuts down. Blocks until all ranks have finished."""
-        good = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
-        if good and self.recovery is not None:
-            self._finish()
-            self.registry.all_finished()
-            self.registry.close()
-        elif not good:
-            self._fail(error)
-        self.channel.close()
-
-    def _finish(self) -> None:
-        assert self.recovery is not None
-        if self.shadow:
-            self.recovery.prepare()
-            if self.resume is not None:
-                self.resume.check()
-            self.recovery.join()
-        while True:
-            if self.is_frozen():
-                self.settle()
-            self.registry.settle()
-            self.pulse.idle(Activity.GATE, self.stretch)
-            self.report(Stage.FINISHED, self.generation)
-            try:
-                self.next_message(Release, self.generation)
-                return
-            except Superseded:
-                continue
-
-    def _fail(self, error: BaseException | None) -> None:
-        if isinstance(error, ScriptMismatchError):
-            self.unfit(str(error))
-        if self.shadow and (reason := broken_device()):
-            self.unhealthy(reason)
-        if error is None or isinstance(error, (SystemExit, RankLostError)):
-            return
-        lines = traceback.format_exception_only(type(error), error)
-        self.channel.control.send(Failed(self.step, lines[-1].strip()))
-
-
-def _decode_outputs(kept: bytes) -> tuple[bytes, ...]:
-    return msgspec.msgpack.decode(kept, type=tuple[bytes, ...])
-
-
-def _read_log(slot: Slot) -> dict[str, list[LoggedCollective]]:
-    log: dict[str, list[LoggedCollective]] = {}
-    for entry in slot.entries():
-        group, op, outputs = msgspec.msgpack.decode(entry, type=tuple[str, str, tuple[bytes, ...] | None])
-        log.setdefault(group, []).append(LoggedCollective(group, op, outputs))
-    return log
