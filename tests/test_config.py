@@ -33,3 +33,9 @@ def test_a_time_limit_must_be_a_positive_number_of_seconds(value: str) -> None:
 
 def test_every_setting_is_described() -> None:
     assert all(meaning for _, _, meaning in Config.describe())
+
+
+@pytest.mark.parametrize("name", ["mirror_every", "verify_every"])
+def test_a_number_of_steps_is_not_negative(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be 0 or a number of steps, not -1"):
+        Config.parse({name: "-1"}, {})
