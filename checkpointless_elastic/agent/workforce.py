@@ -158,9 +158,7 @@ class LocalWorkforce:
     def exited(self, child: Child, status: int) -> None:
         """Passed on; while all are being stopped, the last one makes the restart due."""
         if child.again and status > 0:
-            self._unwind_limit = (
-                0.0  # perhaps because it is not as in a new process: from now on it is run in those
-            )
+            self._unwind_limit = 0.0  # perhaps it minds that: from now on all are forked anew
         if self._leaving is not None:
             self._look()
         elif child.afresh and self.verdict is None:
@@ -192,17 +190,16 @@ class LocalWorkforce:
             return []
         children = [child for child in self._present().children.values() if not child.gone and child.pid]
         asked = [child for child in children if self._control.tell(self.base + child.local_rank, Unwind())]
-        self._loop.call_later(self._unwind_limit, lambda: self._end_late(asked))
+        limit = self._unwind_limit
+        self._loop.call_later(limit, lambda: self._end_late(asked, limit))
         return asked
 
-    def _end_late(self, asked: list[Child]) -> None:
+    def _end_late(self, asked: list[Child], limit: float) -> None:
         for child in asked:
             if not child.out and not child.gone:
                 rank = self.base + child.local_rank
                 logger.warning(
-                    "rank %s did not leave the script within %g s: it is forked anew.",
-                    rank,
-                    self._unwind_limit,
+                    "rank %s did not leave the script within %g s: it is forked anew.", rank, limit
                 )
                 self._signal(child, SIGKILL)
 

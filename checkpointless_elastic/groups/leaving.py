@@ -1,11 +1,16 @@
-"""The end of all groups while the process lives on: torch.distributed is then as in a fresh process."""
+"""The end of all groups while the process lives on: torch.distributed is then as in a fresh process.
+
+Read in torch 2.13: `destroy_process_group` in `torch/distributed/distributed_c10d.py`. It shuts each group down,
+which may wait for peers, and does nothing where the script was left while it made or destroyed its first group; so what
+it does to torch's tables is done here.
+"""
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import _unregister_all_process_groups
 from torch.distributed import distributed_c10d as c10d
 
 from checkpointless_elastic.groups import ddp, patch
@@ -18,6 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = ["leave"]
 
+_TABLES = (
+    "comms",
+    "pg_map",
+    "pg_names",
+    "pg_group_ranks",
+    "pg_backend_config",
+    "pg_to_tag",
+    "tags_to_pg",
+    "pg_coalesce_state",
+)
+
 
 def leave(registry: Registry) -> list[weakref.ref[ElasticProcessGroup]]:
     """After `Registry.abandon`, on the main thread: torch forgets its groups, without a word to peers.
@@ -27,11 +43,12 @@ def leave(registry: Registry) -> list[weakref.ref[ElasticProcessGroup]]:
     patch.uninstall()
     ddp.uninstall()
     groups = [*registry.engine.groups.values()]
-    if dist.is_initialized():
-        dist.destroy_process_group()  # while `ending` holds, elastic groups are not shut down by it
-    c10d._world.group_count = (
-        0  # names of groups; not reset where the script was left while it made the first one
-    )
+    world: Any = c10d._world
+    for name in _TABLES:
+        getattr(world, name, {}).clear()
+    world.group_count = 0  # the number in the name of the next group
+    c10d._update_default_pg(None)
+    _unregister_all_process_groups()
     registry.engine.groups.clear()
     retire([group.link for group in groups if group.link.native is not None])
     end_idle()

@@ -176,11 +176,12 @@ def _objects(registry: Registry, original: Callable[..., None], *args: Any, **kw
 def _destroy(registry: Registry, original: Callable[..., None], group: Any = None) -> None:
     """`destroy_process_group`: a rank that has come to its end may be needed by one that is lost before."""
     whole = group is None or group == dist.group.WORLD
-    registry.engine.ending = whole and registry.engine.calls > 0
+    before = registry.engine.ending
+    registry.engine.ending = before or (whole and registry.engine.calls > 0)
     try:
         original(group)
     finally:
-        registry.engine.ending = False
+        registry.engine.ending = before
 
 
 def _barrier(registry: Registry, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

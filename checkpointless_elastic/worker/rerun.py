@@ -42,7 +42,7 @@ __all__ = ["Process"]
 logger = logging.getLogger(__name__)
 
 NEWS_S = 1.0
-"""How long a script that failed, perhaps because a peer was lost, waits for the news of that before it says so."""
+"""How long a script without a Run that failed, perhaps because a peer was lost, waits for the news of that."""
 
 Script = Callable[[Callable[[BaseException], None]], tuple[BaseException | None, int]]
 
@@ -82,8 +82,8 @@ class Process:
         return code
 
     def _await_news(self, error: BaseException) -> None:
-        """A peer that is lost shows as an error here, before the agent can say what follows."""
-        explained = isinstance(error, (RuntimeError, CheckpointlessError))
+        """Without a Run a peer that is lost shows as an error here, before the agent can say what follows."""
+        explained = isinstance(error, (RuntimeError, CheckpointlessError)) and _present().recovery is None
         if explained and self._unwinder.asked.wait(NEWS_S):
             raise Unwinding
 

@@ -18,7 +18,8 @@ __all__ = ["Unwinder", "Unwinding"]
 SIGNAL = signal.SIGRTMAX
 """The last of those that no library is known to use: glibc takes its own from the other end."""
 AGAIN_S = 0.05
-_IMPORT: CodeType = importlib._bootstrap._load_unlocked.__code__  # type: ignore[attr-defined]  # read in CPython 3.10 to 3.13: runs once per module
+_IMPORT: CodeType = importlib._bootstrap._load_unlocked.__code__  # type: ignore[attr-defined]
+"""Runs once for each module that is imported. Read in CPython 3.11; test_unwind.py fails where it is not so."""
 
 
 class Unwinding(BaseException):
@@ -74,7 +75,9 @@ class Unwinder:
             out.wait(AGAIN_S)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._armed and frame is not None and frame.f_code is not _GUARD and not self._imports(frame):
+        if not self._armed or not self.asked.is_set() or frame is None or frame.f_code is _GUARD:
+            return
+        if not self._imports(frame):
             raise Unwinding
 
     def _imports(self, frame: FrameType | None) -> bool:
