@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from harness.machine import provenance
 from harness.report import write_json
+
+from checkpointless_elastic.observe.machine import provenance
 
 SCRIPT = """
 import os, time
