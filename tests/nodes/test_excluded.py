@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.nodes.cluster import Nodes, slow
+import pytest
+
+from tests.nodes.cluster import Nodes
 
 
-@slow
+@pytest.mark.slow
 def test_a_node_that_fails_again_and_again_is_excluded_and_a_spare_takes_its_place(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:
