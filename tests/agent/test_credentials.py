@@ -141,7 +141,9 @@ def test_workers_do_not_get_the_token(tmp_path: Path, monkeypatch: pytest.Monkey
     command = ("/usr/bin/env", sys.executable) if program else (sys.executable, "-u")
     logs = DefaultLogsSpecs(log_dir=str(tmp_path / "logs"), redirects=Std.OUT)
     with nursery(tmp_path) as nest:
-        launch = Launch(nest.loop, nest.servers, Silent(), lambda child: {}, lambda rank: [])
+        launch = Launch(
+            nest.loop, nest.servers, Silent(), lambda child: {}, lambda child, again: False, lambda rank: []
+        )
         args = {0: (*command[1:], str(tmp_path / "look.py"))}
         context = ForkedContext("worker", command[0], args, {0: {}}, logs, launch, {})
         nest.servers.offspring = context

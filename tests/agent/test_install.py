@@ -128,6 +128,7 @@ def test_torchrun_of_other_backends_does_not_load_the_library() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_with_another_backend_in_the_same_process_our_agent_is_torchs(tmp_path: object) -> None:
     program = textwrap.dedent(
         r"""

@@ -9,6 +9,8 @@ import sys
 import uuid
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import MARK, Job, Launcher
 
 DRIVER = Path(__file__).with_name("replacing.py")
@@ -63,6 +65,7 @@ def test_a_replacement_continues_the_logs_while_its_peer_keeps_its_process(torch
     ]
 
 
+@pytest.mark.slow
 def test_each_incarnation_is_announced_lost_and_ended_in_order(torchrun: Launcher) -> None:
     torchrun.script(
         """

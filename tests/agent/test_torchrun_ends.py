@@ -219,6 +219,7 @@ def test_what_a_killed_worker_leaves_behind_is_killed_with_it(torchrun: Launcher
     assert torchrun.run("train.py", ranks=1).code == 1
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_well_may_leave_a_helper_running(torchrun: Launcher) -> None:
     torchrun.script(
         """

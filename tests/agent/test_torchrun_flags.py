@@ -95,7 +95,7 @@ def tree(folder: Path) -> dict[str, str]:
     "options",
     [
         ["--tee", "0:3,1:1", "--local-ranks-filter", "0"],
-        ["--redirects", "0:1,1:2"],
+        pytest.param(["--redirects", "0:1,1:2"], marks=pytest.mark.slow),
         pytest.param(["--redirects", "3"], marks=pytest.mark.slow),
         pytest.param(["--tee", "3"], marks=pytest.mark.slow),
         pytest.param(["--local-ranks-filter", "1"], marks=pytest.mark.slow),
@@ -161,6 +161,7 @@ def test_one_to_one_nodes_are_one_node(torchrun: Launcher) -> None:
     assert (torchrun.folder / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_script_inside_run_path_runs_as_under_plain_torchrun(torchrun: Launcher) -> None:
     torchrun.script("import os; open(f'ran.{os.environ[\"RANK\"]}', 'w')")
     finished = torchrun.run("--run-path", "train.py", ranks=2)

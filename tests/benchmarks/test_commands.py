@@ -64,6 +64,7 @@ def test_several_runs_make_one_report() -> None:
     assert {"machine", "versions", "command"} < found.keys()
 
 
+@pytest.mark.slow
 def test_recovery_time_reports_both_launchers(tmp_path: Path) -> None:
     report = tmp_path / "recovery.json"
     options = ["--ranks", "2", "--repeats", "1", "--steps", "24", "--warm-up", "6", "--json", str(report)]

@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from checkpointless_elastic.data import loops
-from checkpointless_elastic.data.cursor import Cursor
+from checkpointless_elastic.data.cursor import Cursor, Frame
 from checkpointless_elastic.data.resume import Resume, Skip
 from checkpointless_elastic.state.slot import Content
 from checkpointless_elastic.worker import rng
@@ -71,6 +71,12 @@ class Session:
         ):
             torch.manual_seed(12345)  # a record decides about the random state, not the script's top
         self._fresh = False
+
+    def fetch_begins(self, frame: Frame) -> None:
+        """No agent looks."""
+
+    def fetch_ended(self) -> None:
+        """No agent looks."""
 
     def iteration_started(self) -> None:
         self.moment()

@@ -13,6 +13,7 @@ from tests.nodes.cluster import Nodes
 from tests.recovery.launching import Ended
 
 
+@pytest.mark.slow
 def test_a_worker_lost_on_another_node_than_the_coordinators_is_replaced_there(
     job: Callable[..., Nodes], check: Callable[..., None]
 ) -> None:

@@ -71,6 +71,7 @@ def test_another_agent_coordinates_when_the_coordinators_node_is_lost(
     assert it.codes == [-9, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_coordinator_with_the_embedded_store_ends_the_job_with_a_clear_error(
     job: Callable[..., Nodes],
 ) -> None:

@@ -22,7 +22,7 @@ NCCL = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: NCCL is not verified here"),
 ]
-ON_CPU = [("cpu", layout) for layout in (FAULTS if SLOW else ("hsdp",))]
+ON_CPU = [("cpu", layout) for layout in (FAULTS if SLOW else ())]
 ON_CUDA = [pytest.param("cuda", layout, marks=NCCL) for layout in FAULTS]
 
 

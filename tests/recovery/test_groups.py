@@ -42,6 +42,7 @@ def test_groups_in_use_are_rebuilt_or_kept_and_others_are_connected_when_they_ar
     assert record["groups_lazy"] == 2, "on ranks 1 and 2: all, and the pair"
 
 
+@pytest.mark.slow
 def test_a_rank_that_hears_of_the_loss_before_its_step_does_not_leave_one_waiting_in_a_group_without_loss(
     whole: Ended, tmp_path: Path
 ) -> None:

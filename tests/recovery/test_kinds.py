@@ -10,6 +10,7 @@ from tests.recovery.launching import Ended, difference, launch
 
 SCRIPT = Path(__file__).with_name("job_kinds.py")
 LIKE_OTHERS = (
+    ("gan", "between"),
     ("gan", "late"),
     ("scaler", "backward"),
     ("accumulate", "forward"),
@@ -32,7 +33,6 @@ def wholes() -> dict[str, Ended]:
 @pytest.mark.parametrize(
     ("kind", "moment"),
     [
-        ("gan", "between"),
         ("closure", "backward"),
         ("several", "gathered"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in LIKE_OTHERS),

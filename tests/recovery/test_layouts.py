@@ -45,6 +45,7 @@ def test_lost_ranks_change_no_bit(layout: str, tmp_path: Path) -> None:
         assert difference(mine, theirs, f"rank {rank}") == "", ended.text
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_a_survivor_that_had_not_begun_the_step(tmp_path: Path) -> None:
     """Rank 0 waits for rank 1 in a group without a lost rank, and rank 1 hears of the loss before its step."""
     late = {"kind": "slow", "moment": "data", "step": 2, "ranks": (1,), "delay": 1.0}

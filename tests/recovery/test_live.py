@@ -78,6 +78,7 @@ def test_several_ranks_lost_at_once_and_all_but_one_are_replaced(oracle: Ended, 
     assert lost == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_the_same_rank_again_and_again_and_a_replacement_lost_while_it_starts(
     oracle: Ended, tmp_path: Path
 ) -> None:

@@ -73,6 +73,7 @@ def test_without_mirrors_the_first_step_warns_and_a_loss_ends_the_job_when_no_re
     assert "no survivor holds the state of rank 1" in ended.text
 
 
+@pytest.mark.slow
 def test_before_the_first_mirror_a_loss_runs_the_script_again(oracle: Ended, tmp_path: Path) -> None:
     options = ("--rdzv-conf", "mirror_every=4", "--max-restarts=1")
     ended = launch(tmp_path, ranks=2, script=SCRIPT, options=options, DIE="0:forward:2")

@@ -70,7 +70,8 @@ def test_a_rank_lost_in_the_middle_of_a_transfer_holds_up_nobody(
     }
 
 
-@pytest.mark.parametrize("how", ["told", pytest.param("untold", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["told", "untold"])
+@pytest.mark.slow
 def test_workers_meet_in_another_store_when_theirs_is_lost(how: str, oracle: Ended, tmp_path: Path) -> None:
     faults = "2:3:forward:kill,1:8:stepped:kill,3:15:outside:kill"
     check(train(tmp_path, faults, NODE_DIES="1", MOVES=how), oracle, 1, 2, 3)
