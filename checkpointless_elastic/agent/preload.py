@@ -44,12 +44,10 @@ def load(module: str) -> str:
 
 def unsafe() -> str:
     """Why this process must not be forked; empty if it may."""
-    threads = len(os.listdir("/proc/self/task"))
-    if threads > 1:
-        return f"it leaves the process with {threads} threads"
     if any(target.startswith("/dev/nvidia") for target in _open_files()):
         return "it opens the GPU"
-    return ""
+    threads = len(os.listdir("/proc/self/task"))
+    return f"it leaves the process with {threads} threads" if threads > 1 else ""
 
 
 def _open_files() -> Iterable[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +30,7 @@ class Nursery:
 
     def __init__(self, folder: Path) -> None:
         self.loop = EventLoop()
-        self.run_dir = folder / "run"
-        self.run_dir.mkdir()
+        self.run_dir = Path(tempfile.mkdtemp(prefix="nursery-"))  # sockets in it must have short names
         self.servers = ForkServers(self.loop, str(self.run_dir))
         self.servers.offspring = self
         self.pids: dict[int, int] = {}
@@ -80,3 +81,4 @@ def nursery(folder: Path) -> Iterator[Nursery]:
         os.chdir(present)
         made.servers.close()
         made.loop.close()
+        shutil.rmtree(made.run_dir, ignore_errors=True)
