@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from checkpointless_elastic.agent.peers import Peer, Peers
 from checkpointless_elastic.agent.runtime import EventLoop, Timer
-from checkpointless_elastic.protocol.between import Between, Copy, Kept, Seated, Ward
+from checkpointless_elastic.protocol.between import Between, Copy, Kept, Lacking, Seated, Ward
 from checkpointless_elastic.protocol.messages import Report, encode_body
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.private import slot_path
@@ -51,20 +51,22 @@ class Keeper:
                 kept = [self._kept[rank] for rank in message.ranks if rank in self._kept]
                 peer.send(encode_body(Kept(kept)))
         elif isinstance(message, Copy) and self._from.get(message.rank) is peer:
-            if self._keeps(message.rank, message.generation):
-                self._keep(message)
+            if self._keeps(message.rank, message.generation) and not self._keep(message):
+                peer.send(encode_body(Lacking(message.rank)))
 
-    def _keep(self, message: Copy) -> None:
+    def _keep(self, message: Copy) -> bool:
+        """False: parts are missing; what the copy builds on was refused, or forgotten with the seat of this agent."""
         known = self._kept.get(message.rank)
         have = {**known.parts, **message.parts} if known is not None else message.parts
         if not have.keys() >= set(message.numbers):
-            return  # what it builds on was forgotten, with the seat of this agent
+            return False
         log = message.log if message.log is not None or known is None else known.log
         parts = {number: have[number] for number in message.numbers}
         self._kept[message.rank] = Copy(
             message.rank, message.generation, message.step, message.blob, message.numbers, parts, log
         )
         self._copied(message.rank, message.generation, message.step)
+        return True
 
     def forget(self, generation: int) -> None:
         """What is from before this generation does not count any more."""
@@ -133,6 +135,9 @@ class Wards:
         if isinstance(message, Kept) and self._fetched is not None:
             fetched, self._fetched = self._fetched, None
             fetched(message.copies)
+        elif isinstance(message, Lacking) and message.rank in self._ready:
+            self._sent.pop(message.rank, None)
+            self._copy(message.rank, *self._ready[message.rank])
 
     def closed(self, reason: str) -> None:
         """The guardian is gone, and the coordinator names its successor; or only the connection is."""

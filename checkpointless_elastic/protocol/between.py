@@ -371,6 +371,12 @@ class Copy(Message, frozen=True):
     log: list[bytes] | None = None
 
 
+class Lacking(Message, frozen=True):
+    """The guardian lacks parts that the last Copy of this rank builds on: send it whole."""
+
+    rank: int
+
+
 class Kept(Message, frozen=True):
     """All that the guardian has of a seat's ranks, whole."""
 
@@ -420,6 +426,7 @@ Between = (
     | Beat
     | Ward
     | Copy
+    | Lacking
     | Kept
     | Inquiry
     | Overview

@@ -70,19 +70,28 @@ def culprits(ranks: Mapping[int, Where], running: bool) -> dict[int, str]:
         return {rank: _sentence(late[rank], "none of its threads gets to run") for rank in silent}
     working = {rank: where for rank, where in late.items() if where.activity in WORKING}
     if not running:
-        return {rank: _sentence(where, "the others recover") for rank, where in working.items()}
+        return _few({rank: _sentence(where, "the others recover") for rank, where in working.items()}, ranks)
     free = {
         rank: where
         for rank, where in working.items()
         if not any(_behind(other, where) for other in ranks.values())
     }
     if len(free) < len(ranks):
-        return {rank: _sentence(where, "the others wait for it") for rank, where in free.items()}
+        found = {rank: _sentence(where, "the others wait for it") for rank, where in free.items()}
+        return _few(found, ranks)
     busy = {rank: where for rank, where in free.items() if not where.waits}
     if busy and len(busy) < len(free):
-        return {rank: _sentence(where, "the others wait for it") for rank, where in busy.items()}
+        found = {rank: _sentence(where, "the others wait for it") for rank, where in busy.items()}
+        return _few(found, ranks)
+    if any(where.activity is not Activity.CALL for where in free.values()):
+        return {}  # all wait for data, or do the same between calls
     first = min(free)
     return {first: _sentence(free[first], "all ranks wait in the same collective, and no one is to blame")}
+
+
+def _few(found: dict[int, str], ranks: Mapping[int, Where]) -> dict[int, str]:
+    """Most of the ranks are not to blame: what they wait for, such as a file system, is the same for all."""
+    return found if 2 * len(found) <= len(ranks) else {}
 
 
 def _behind(other: Where, where: Where) -> bool:

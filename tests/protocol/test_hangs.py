@@ -74,3 +74,11 @@ def test_the_sentence_says_where_and_how_long() -> None:
     assert sentence == (
         "was stuck for 2.0 s (its limit is 1.5 s) in a call, train.py:7 in step: the others wait for it"
     )
+
+
+def test_what_holds_most_ranks_up_is_no_ranks_fault() -> None:
+    loading = replace(CALL, activity=Activity.DATA, stretch=8, issued={})
+    assert blamed(loading, loading, loading) == set()
+    assert blamed(loading, loading, replace(loading, late=False)) == set()
+    assert blamed(loading, CALL, CALL) == {0}
+    assert blamed(loading, loading, replace(CALL, activity=Activity.RECOVERY), running=False) == set()
