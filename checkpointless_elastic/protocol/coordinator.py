@@ -338,6 +338,11 @@ class Coordinator(Ranks):
         if (event.generation, event.step) != (self.generation, self.step) or not self.protected:
             return []
         found = self._halt.heard(event, frozenset(self.whole), self.state is State.RUNNING)
+        if self._halt.votes_lost and self.state is State.RUNNING:
+            self._halt = Halt()
+            return self._reopened(
+                Reopened("all ranks were ready for a minute, and not all of their votes came")
+            )
         return [End(rank, reason, seconds) for rank, (reason, seconds) in sorted(found.items())]
 
     def _unfit(self, event: Unfit) -> list[Action]:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from checkpointless_elastic.protocol.events import Late
-from checkpointless_elastic.protocol.hangs import Where, culprits
+from checkpointless_elastic.protocol.hangs import Activity, Where, culprits
 
 __all__ = ["Halt"]
 
 
+VOTES_LIMIT_S = 60.0
+"""How long all ranks may be ready without a commit: longer than the copies to guardians take that come before it."""
+
+
 class Halt:
-    """Gathers what agents say of their ranks, until all that count are there."""
+    """Gathers what agents say of their ranks, until all that count are there.
+
+    Attributes:
+        votes_lost: as was heard last, all ranks have been ready for VOTES_LIMIT_S.
+    """
 
     def __init__(self) -> None:
+        self.votes_lost = False
         self._moment = (-1, -1)
         self._wheres: dict[int, Where] = {}
 
@@ -27,4 +36,7 @@ class Halt:
         if not expected <= self._wheres.keys():
             return {}
         wheres, self._wheres = {rank: self._wheres[rank] for rank in expected}, {}
+        self.votes_lost = all(
+            where.activity == Activity.GATE and where.seconds > VOTES_LIMIT_S for where in wheres.values()
+        )
         return {rank: (why, wheres[rank].seconds) for rank, why in culprits(wheres, running).items()}
