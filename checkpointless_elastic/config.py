@@ -56,7 +56,8 @@ class Config:
         etcd_cert, etcd_key: files with the certificate and key that the agent shows to etcd.
         hang_factor: a step is late after so many times what steps take at most, and `hang_slack`; 0: no hang is looked
             for.
-        hang_slack: see `hang_factor`; doubled each time that a late worker was ended, since it may only have been slow.
+        hang_slack: see `hang_factor`; doubled for the next try of a step at which a late worker was ended, since it may
+            only have been slow, and for good after each fourth such worker of a node.
         hang_timeout: limit for what no limit is learned for: first calls, compilation, and between calls.
         events: file for the JSON lines of recoveries; empty: ``recoveries.jsonl`` in the log directory.
     """
@@ -124,7 +125,8 @@ class Config:
         "a step is late after so many times what steps take at most, and hang_slack; 0: hangs are not looked for",
     )  # type: ignore[assignment]
     hang_slack: timedelta = _setting(  # type: ignore[assignment]
-        timedelta(seconds=0.7), "added to that; doubled each time that a late worker was ended"
+        timedelta(seconds=0.7),
+        "added to that; doubled for the next try where a late worker was ended, for good after each fourth",
     )
     hang_timeout: timedelta = _setting(  # type: ignore[assignment]
         timedelta(seconds=1800), "limit for what no limit is learned for: first calls, and between calls"

@@ -46,7 +46,9 @@ class Caretaker:
         """A worker was killed. One that the kernel cannot end, as it waits for a device, would hold the job up."""
 
         def look() -> None:
-            if rank in self._condemned and self._pids[rank] == pid:
+            station = self._station
+            over = station is None or station.stopped or station.released
+            if not over and rank in self._condemned and self._pids[rank] == pid:
                 self._unfit(f"the worker of rank {rank}, process {pid}, does not end after SIGKILL")
 
         self._loop.call_later(KILL_LIMIT_S, look)

@@ -76,7 +76,7 @@ from checkpointless_elastic.worker.private import in_loop, lifeline_path, slot_p
 logger = logging.getLogger(__name__)
 
 
-class AgentControl(Chair, Caretaker):
+class AgentControl(Caretaker):
     """See the module; implements runtime.ControlPlane and membership.Office.
 
     ``settings``, ``rules``: of the job. ``open_store``: see `protocol.board`. ``network``: None for one node.

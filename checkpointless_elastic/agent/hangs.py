@@ -17,6 +17,7 @@ from pathlib import Path
 
 from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.config import Config
+from checkpointless_elastic.process_stat import STATE, stat_fields
 from checkpointless_elastic.protocol.between import Halted, Pace
 from checkpointless_elastic.protocol.hangs import Activity, Where
 from checkpointless_elastic.protocol.messages import Explain, Explained, Message
@@ -37,7 +38,6 @@ STARVED = 4
 MANY = 4
 """After so many ended workers the slack is doubled for good; at the same step it is for each one."""
 MAX_DOUBLINGS = 8
-_STATE = 0  # field of /proc/PID/stat, counted from the one behind the name
 
 
 class Hangs:
@@ -193,7 +193,6 @@ def _waits_for_a_core(pid: int) -> dict[int, int]:
 def _is_stopped(pid: int) -> bool:
     """By SIGSTOP or its like; a process that a debugger has stopped is another matter."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return stat_fields(pid)[STATE] == "T"
     except OSError:
         return False
-    return fields[_STATE] == "T"

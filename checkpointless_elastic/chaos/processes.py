@@ -16,6 +16,7 @@ from pathlib import Path
 
 from checkpointless_elastic.agent.forkserver import run_dir_of
 from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.process_stat import PARENT, stat_fields
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.private import PrivateState, glance, slot_path
 
@@ -155,7 +156,7 @@ def _lines(pid: int, file: str) -> list[str]:
 
 def _parent(pid: int) -> int:
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(stat_fields(pid)[PARENT])
     except (OSError, IndexError):
         return 0
 

@@ -37,7 +37,7 @@ from checkpointless_elastic.protocol.requests import (
     Overview,
 )
 
-VERSION = 1
+VERSION = 2
 
 Said = Protected | Left | Mismatch | Replicas
 """What one worker has to say to the coordinator."""

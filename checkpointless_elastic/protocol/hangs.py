@@ -59,39 +59,33 @@ class Where(Message, frozen=True):
 def culprits(ranks: Mapping[int, Where], running: bool) -> dict[int, str]:
     """The ranks that the job waits for, with a sentence that completes "rank 3 ..."; none if it may go on by itself.
 
-    ``running``: no recovery goes on. In one, collectives end at once and nobody waits in them.
+    Never more than half of the ranks: what holds up most of them, such as a file system or a pause of all, is no rank's
+    fault. ``running``: no recovery goes on. In one, collectives end at once and nobody waits in them.
     """
+    found, why = _suspects(ranks, running)
+    return {rank: _sentence(ranks[rank], why) for rank in found} if 2 * len(found) <= len(ranks) else {}
+
+
+def _suspects(ranks: Mapping[int, Where], running: bool) -> tuple[list[int], str]:
     late = {rank: where for rank, where in ranks.items() if where.late}
-    stopped = [rank for rank, where in late.items() if where.stopped]
-    if stopped:
-        return {rank: _sentence(late[rank], "its process is stopped by a signal") for rank in stopped}
-    silent = [rank for rank, where in late.items() if not where.answers and where.activity in WORKING]
-    if silent:
-        return {rank: _sentence(late[rank], "none of its threads gets to run") for rank in silent}
+    if stopped := [rank for rank, where in late.items() if where.stopped]:
+        return stopped, "its process is stopped by a signal"
     working = {rank: where for rank, where in late.items() if where.activity in WORKING}
+    if silent := [rank for rank, where in working.items() if not where.answers]:
+        return silent, "none of its threads gets to run"
     if not running:
-        return _few({rank: _sentence(where, "the others recover") for rank, where in working.items()}, ranks)
-    free = {
-        rank: where
-        for rank, where in working.items()
-        if not any(_behind(other, where) for other in ranks.values())
-    }
+        return [*working], "the others recover"
+    free = [
+        rank for rank, where in working.items() if not any(_behind(other, where) for other in ranks.values())
+    ]
     if len(free) < len(ranks):
-        found = {rank: _sentence(where, "the others wait for it") for rank, where in free.items()}
-        return _few(found, ranks)
-    busy = {rank: where for rank, where in free.items() if not where.waits}
-    if busy and len(busy) < len(free):
-        found = {rank: _sentence(where, "the others wait for it") for rank, where in busy.items()}
-        return _few(found, ranks)
-    if any(where.activity is not Activity.CALL for where in free.values()):
-        return {}  # all wait for data, or do the same between calls
-    first = min(free)
-    return {first: _sentence(free[first], "all ranks wait in the same collective, and no one is to blame")}
-
-
-def _few(found: dict[int, str], ranks: Mapping[int, Where]) -> dict[int, str]:
-    """Most of the ranks are not to blame: what they wait for, such as a file system, is the same for all."""
-    return found if 2 * len(found) <= len(ranks) else {}
+        return free, "the others wait for it"
+    busy = [rank for rank in free if not ranks[rank].waits]
+    if 0 < len(busy) < len(free):
+        return busy, "the others wait for it"
+    if any(ranks[rank].activity != Activity.CALL for rank in free):
+        return [], ""  # all wait for data, or do the same between calls
+    return [min(free)], "all ranks wait in the same collective, and no one is to blame"
 
 
 def _behind(other: Where, where: Where) -> bool:

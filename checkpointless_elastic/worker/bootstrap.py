@@ -24,6 +24,7 @@ from multiprocessing import process
 from types import CodeType, ModuleType, TracebackType
 from typing import NoReturn, TextIO
 
+from checkpointless_elastic.process_stat import ARG_END, ARG_START, stat_fields
 from checkpointless_elastic.worker.unwind import Unwinding
 
 __all__ = ["keep_sockets_in", "prepare", "replace_process", "run", "set_title"]
@@ -80,9 +81,8 @@ def set_title(mode: str, argv: list[str], unbuffered: bool) -> None:
     Writes over the process' own arguments; a last byte that is not zero tells Linux to take the text before it. What
     does not fit is cut off.
     """
-    with open("/proc/self/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end of proc(5)
+    fields = stat_fields(os.getpid())
+    start, end = int(fields[ARG_START]), int(fields[ARG_END])
     flags = ["-u"] * unbuffered + ["-m"] * (mode == "module")
     text = os.fsencode(" ".join([sys.executable, *flags, *argv]))[: end - start - 2]
     ctypes.memmove(start, text.ljust(end - start - 1, b"\0") + b"\1", end - start)

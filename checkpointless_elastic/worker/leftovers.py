@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from checkpointless_elastic.process_stat import GROUP, STATE, stat_fields
 from checkpointless_elastic.worker.purge import is_library
 
 __all__ = ["Memory", "end_children", "strays"]
@@ -23,7 +24,6 @@ SLACK = 64 << 20
 PART = 10
 """Kept memory that is tolerated: a tenth of what the run had used, and always 64 MiB."""
 _END_LIMIT_S = 1.0
-_PGRP = 2  # field of /proc/PID/stat, counted from the one behind the name
 
 
 # ---- processes
@@ -48,12 +48,9 @@ def _group() -> Iterator[int]:
     own = os.getpid()
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != own:
-            with (
-                contextlib.suppress(FileNotFoundError, ProcessLookupError),
-                open(f"/proc/{name}/stat", "rb") as file,
-            ):
-                fields = file.read().rpartition(b")")[2].split()
-                if int(fields[_PGRP]) == own and fields[0] != b"Z":
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                fields = stat_fields(int(name))
+                if int(fields[GROUP]) == own and fields[STATE] != "Z":
                     yield int(name)
 
 

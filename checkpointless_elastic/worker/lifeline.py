@@ -14,12 +14,13 @@ import mmap
 import os
 from pathlib import Path
 
+from checkpointless_elastic.process_stat import EXIT_CODE, FLAGS, stat_fields
+
 __all__ = ["dies_by_signal", "hold", "let_go", "wait"]
 
 _SHARED, _ROBUST = 1, 1  # PTHREAD_PROCESS_SHARED, PTHREAD_MUTEX_ROBUST
 _ATTRIBUTES, _MUTEX = 64, 128  # bytes; larger than glibc's types are on any processor
 _PF_EXITING = 0x4
-_FLAGS, _EXIT_CODE = 6, 49  # fields of /proc/PID/stat, counted from the one behind the name
 
 _libc = ctypes.CDLL(None)
 _held: mmap.mmap | None = None
@@ -71,8 +72,8 @@ def wait(path: str) -> bool:
 def dies_by_signal(pid: int) -> bool:
     """Whether a process is on its way out because of a signal. False if it is not known, or gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return bool(int(fields[_FLAGS]) & _PF_EXITING and int(fields[_EXIT_CODE]) & 0x7F)
+        fields = stat_fields(pid)
+        return bool(int(fields[FLAGS]) & _PF_EXITING and int(fields[EXIT_CODE]) & 0x7F)
     except (OSError, IndexError, ValueError):
         return False
 

@@ -82,3 +82,9 @@ def test_what_holds_most_ranks_up_is_no_ranks_fault() -> None:
     assert blamed(loading, loading, replace(loading, late=False)) == set()
     assert blamed(loading, CALL, CALL) == {0}
     assert blamed(loading, loading, replace(CALL, activity=Activity.RECOVERY), running=False) == set()
+
+
+def test_when_all_processes_are_stopped_somebody_meant_it() -> None:
+    stopped = replace(CALL, stopped=True, answers=False)
+    assert blamed(stopped, stopped, stopped) == set()
+    assert blamed(stopped, CALL, CALL) == {0}
