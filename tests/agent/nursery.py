@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from checkpointless_elastic.agent.forkserver import SpawnRequest
 from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.agent.servers import ForkServers
@@ -37,6 +39,12 @@ class Nursery:
         self.statuses: dict[int, int] = {}
         self._folder = folder
         self._numbers = itertools.count()
+        self._strangers = set(psutil.Process().children())  # of tests that ran before in this process
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """The fork servers that are there."""
+        return [child for child in psutil.Process().children() if child not in self._strangers]
 
     def spawned(self, request: int, pid: int) -> None:
         self.pids[request] = pid

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from checkpointless_elastic.agent import preload
-from tests.agent.nursery import Nursery, nursery
+from tests.agent.nursery import Ended, Nursery, nursery
 from tests.conftest import wait_until
 
 SMALL = ("checkpointless_elastic.worker.bootstrap",)
@@ -114,9 +114,9 @@ def test_what_is_already_loaded_needs_no_successor(small: None, tmp_path: Path) 
     with nursery(tmp_path) as nest:
         nest.servers.learn(["fractions"])
         until_loaded(nest, "fractions")
-        (server,) = psutil.Process().children()
+        (server,) = nest.processes
         nest.servers.learn(["fractions"])
-        assert psutil.Process().children() == [server]
+        assert nest.processes == [server]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_module_that_makes_forking_unsafe_is_dropped(
         assert nest.servers.loaded == [*SMALL, "good"]
         assert nest.servers.dropped["bad"].startswith(reason)
         path = script(tmp_path, "import sys; print('good' in sys.modules, 'bad' in sys.modules)")
-        assert nest.run("script", [path]).out == "True False\n"
+        assert nest.run("script", [path]) == Ended(0, "True False\n", "")
 
 
 def test_a_module_that_opens_the_gpu_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_a_retired_server_leaves_the_run_directory_alone(small: None, tmp_path: 
         nest.run("script", [script(tmp_path, "print()")])
         nest.servers.learn(["fractions"])
         until_loaded(nest, "fractions")
-        assert nest.loop.run(lambda: len(psutil.Process().children()) == 1, 5.0)
+        assert nest.loop.run(lambda: len(nest.processes) == 1, 5.0)
         assert nest.run_dir.exists()
 
 
