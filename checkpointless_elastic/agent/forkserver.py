@@ -245,6 +245,8 @@ class _Server:
         try:
             self._connection.sendall(frame(message))
         except ConnectionError:
+            while self._read():  # it may be retired, with the agent alive
+                pass
             self._end()
 
     def _end(self) -> None:
