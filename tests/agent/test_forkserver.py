@@ -205,7 +205,9 @@ def test_a_server_that_is_retired_while_it_loads_leaves_the_run_directory_alone(
     tmp_path: Path, modules: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = tmp_path / "begun"
-    slow_once = f"import os, time; os.path.exists({str(begun)!r}) or (open({str(begun)!r}, 'x'), time.sleep(1))"
+    slow_once = (
+        f"import os, time; os.path.exists({str(begun)!r}) or (open({str(begun)!r}, 'x'), time.sleep(1))"
+    )
     (modules / "slow.py").write_text(slow_once + "\n")
     (modules / "after.py").write_text("")
     monkeypatch.setattr(preload, "BASE", (*SMALL, "slow", "after"))
@@ -215,7 +217,9 @@ def test_a_server_that_is_retired_while_it_loads_leaves_the_run_directory_alone(
         until_loaded(nest, "fractions")
         (server,) = nest.processes
         assert nest.run_dir.exists()
-        assert nest.run("script", [script(tmp_path, "import os; print(os.getppid())")]).out == f"{server.pid}\n"
+        assert (
+            nest.run("script", [script(tmp_path, "import os; print(os.getppid())")]).out == f"{server.pid}\n"
+        )
 
 
 def test_only_installed_modules_are_worth_learning() -> None:
