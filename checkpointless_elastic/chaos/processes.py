@@ -18,7 +18,7 @@ from checkpointless_elastic.agent.forkserver import run_dir_of
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.process_stat import PARENT, stat_fields
 from checkpointless_elastic.state.slot import Slot
-from checkpointless_elastic.worker.private import PrivateState, glance, slot_path
+from checkpointless_elastic.worker.private import PrivateState, read_state, slot_path
 
 __all__ = ["Agent", "Process", "agents", "glance_at", "holds_store", "members", "written_at"]
 
@@ -113,7 +113,7 @@ def glance_at(path: str) -> PrivateState | None:
     """Where the rank of this slot is; None before its first step, or when the slot is being exchanged."""
     try:
         with Slot.open(path) as slot:
-            return glance(slot)
+            return read_state(slot)
     except (FileNotFoundError, StateMismatchError):
         return None
 
