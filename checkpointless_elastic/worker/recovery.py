@@ -77,6 +77,7 @@ class Recovery:
         self._stale = -1  # the last generation in which workers met in another store
         self._state: PrivateState | None = None
         self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
+        self._ready: PrivateState | None = None  # what it held when this rank was last ready
         self._groups: dict[int, list[GroupSignature]] = {}
         every = session.channel.welcome.mirror_every
         self.mirror = mirror.Mirror(run, session.run_dir, session.rank, every, session.nodes)
@@ -288,7 +289,7 @@ class Recovery:
             state = kept.private_state()
         cursor = state.cursor
         if state.step == step - 1 and state.at is At.READY:
-            cursor.commit(None, state.ready_rng)
+            cursor.commit(session.pulse.kept(state.step), state.ready_rng)
         elif state.step != step:
             raise StateMismatchError(
                 f"rank {session.rank} was lost at step {state.step} ({state.at.value}), the others go on at step {step}"
@@ -354,25 +355,37 @@ class Recovery:
         assert start is not None
         ready, tensors = rng.capture(), self._run.read_private()
         self._between = None
-        write_state(
-            self._session.slot,
-            PrivateState(
-                start.step,
-                At.READY,
-                start.cursor,
-                start.rng,
-                start.tensors,
-                ready,
-                tensors,
-                start.issued,
-            ),
+        self._session.pulse.forget_kept()
+        self._ready = PrivateState(
+            start.step,
+            At.READY,
+            start.cursor,
+            start.rng,
+            start.tensors,
+            ready,
+            tensors,
+            start.issued,
         )
+        write_state(self._session.slot, self._ready)
 
     def save_end(self, value: Any) -> None:
         """The call has returned ``value``."""
         self.last_value = encode_value(value)
-        self._session.cursor.commit(self.last_value, rng.capture())
-        self.save_between()
+        state = rng.capture()
+        self._session.cursor.commit(self.last_value, state)
+        if not self._follows_from_ready(state):
+            self.save_between()
+
+    def _follows_from_ready(self, state: rng.RngState) -> bool:
+        """Whether all that has changed since this rank was ready is known without another write to the slot."""
+        session, ready = self._session, self._ready
+        return (
+            ready is not None
+            and len(session.cursor.stack) > 1  # else the script may end now, which is no loss
+            and state is ready.ready_rng
+            and self._run.private == ready.ready_tensors
+            and session.pulse.keep(ready.step, self.last_value)
+        )
 
 
 def _open_store(address: str) -> Store:
