@@ -302,7 +302,11 @@ class AgentControl(Caretaker):
         station = self._station
         if station is None:
             return
-        if isinstance(message, (Unwound, Afresh)):
+        if isinstance(message, Report):
+            if self._wards is not None and message.stage is Stage.READY:
+                self._wards.ready(rank, message)
+            self._report(station.said(rank, message))
+        elif isinstance(message, (Unwound, Afresh)):
             self._workers.answered(rank, message)
         elif isinstance(message, Failed):
             self._failed[rank] = message.error
@@ -316,8 +320,6 @@ class AgentControl(Caretaker):
                 self._learned = True
                 self._workers.learn(message.modules)
         else:
-            if self._wards is not None and isinstance(message, Report) and message.stage is Stage.READY:
-                self._wards.ready(rank, message)
             self._report(station.said(rank, message))
 
     def _leaves(self, rank: int, incarnation: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
@@ -95,7 +96,7 @@ class Links:
             return
         connection.setblocking(False)
         link = Link(connection)
-        self._loop.watch(connection.fileno(), lambda: self._read(link))
+        self._loop.watch(connection.fileno(), functools.partial(self._read, link))
 
     def _read(self, link: Link) -> None:
         try:
