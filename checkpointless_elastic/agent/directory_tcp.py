@@ -116,7 +116,9 @@ class TcpDirectory(Directory):
         if leader.term < 1:
             raise ValueError(f"Terms begin at 1, not {leader.term}.")
         if leader.term == 1 and not self.hosts:
-            self.wait_newer(0, self._limit / 2)  # a start for the host: the fewer agents that must live, the better
+            self.wait_newer(
+                0, self._limit / 2
+            )  # a start for the host: the fewer agents that must live, the better
         mine = msgspec.json.encode(leader)
 
         def claim(store: PrefixStore) -> bool:
