@@ -28,7 +28,6 @@ from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.acts import Word
 from checkpointless_elastic.protocol.between import (
     Between,
-    Copy,
     Done,
     EndRank,
     Halt,
@@ -45,6 +44,7 @@ from checkpointless_elastic.protocol.between import (
     Standing,
 )
 from checkpointless_elastic.protocol.events import Action
+from checkpointless_elastic.protocol.guarding import Copy
 from checkpointless_elastic.protocol.messages import (
     Afresh,
     Commit,
@@ -58,9 +58,7 @@ from checkpointless_elastic.protocol.messages import (
     Mismatch,
     Refused,
     Release,
-    Report,
     Restore,
-    Stage,
     Unhealthy,
     Unwound,
     Welcome,
@@ -148,7 +146,10 @@ class AgentControl(Caretaker):
     def _take_seat(self, seat: Seated) -> None:
         self._station = station = Station(seat)
         self._wards = self._membership.take_seat(
-            seat, station.ranks, lambda copies: self._fetched(seat, station, copies)
+            seat,
+            station.ranks,
+            lambda copies: self._fetched(seat, station, copies),
+            lambda rank, report: self._report(station.said(rank, report)),
         )
         self._failed, self._condemned = {}, {}
         self._failing.begin()
@@ -315,9 +316,7 @@ class AgentControl(Caretaker):
             if not self._learned:
                 self._learned = True
                 self._workers.learn(message.modules)
-        else:
-            if self._wards is not None and isinstance(message, Report) and message.stage is Stage.READY:
-                self._wards.ready(rank, message)
+        elif self._wards is None or not self._wards.heard(rank, message):
             self._report(station.said(rank, message))
 
     def _leaves(self, rank: int, incarnation: int) -> None:
@@ -377,6 +376,7 @@ class AgentControl(Caretaker):
     def _deliver(self, station: Station, message: Ordered) -> None:
         """For this node's workers."""
         station.obey(message)
+        self._membership.ordered(message)
         ranks = sorted(station.pending if isinstance(message, Restore) else station.ranks)
         channel = "control" if isinstance(message, Freeze) else "vote"
         data = encode(message)

@@ -192,7 +192,7 @@ class Station:
         elif isinstance(message, Freeze):
             self._opened(message)
         elif isinstance(message, Decision):
-            self.decision, self.step = message, max(self.step, message.step)
+            self.decision, self.step = message, message.step  # all may have gone back
             self.pending = set(message.pending) & self.ranks
             self._node.decided(message)
             self.store = message.store or self.store

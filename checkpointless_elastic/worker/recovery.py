@@ -78,8 +78,7 @@ class Recovery:
         self._state: PrivateState | None = None
         self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
         self._groups: dict[int, list[GroupSignature]] = {}
-        every = session.channel.welcome.mirror_every
-        self.mirror = mirror.Mirror(run, session.run_dir, session.rank, every, session.nodes)
+        self.mirror = mirror.Mirror(run, session)
         self.last_value: bytes | None = None
 
     # ---- following a decision

@@ -1,10 +1,15 @@
-"""Trains with state that no other rank holds: shards of FSDP2, or of an optimizer. Dies as DIE says: moment:step,..."""
+"""Trains with state that no other rank holds: shards of FSDP2. Dies as DIE says: rank:moment:step,...
+
+With LOSES=node the rank's agent dies, and all of its node with it. With LOSES=torn the agent of the other node, its
+guardian, is stopped before that step, and the rank's own dies as soon as it has bytes of a mirror that nobody reads.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +22,9 @@ from checkpointless_elastic.state.sharding import local
 
 OUT = Path(os.environ["OUT"])
 STEPS = 9
+WIDTH = int(os.environ.get("WIDTH", "24"))
+LOSES = os.environ.get("LOSES", "rank")
+AGENT = int(os.environ.get("CHECKPOINTLESS_RUN_DIR", "checkpointless-0-").split("checkpointless-")[1].split("-")[0])
 
 
 def die_if(moment: str) -> None:
@@ -24,10 +32,25 @@ def die_if(moment: str) -> None:
     for fault in filter(None, os.environ.get("DIE", "").split(",")):
         rank, at, step = fault.split(":")
         mark = OUT / fault.replace(":", "-")
-        if (int(rank), at, int(step)) == (dist.get_rank(), moment, run.step) and not mark.exists():
+        here = (int(rank), int(step)) == (dist.get_rank(), run.step) and not mark.exists()
+        if here and LOSES == "torn" and moment == "outside":
+            guardian = OUT / f"agent-{(dist.get_rank() + 1) % dist.get_world_size()}"
+            os.kill(int(guardian.read_text()), signal.SIGSTOP)
+        if here and at == moment:
+            while LOSES == "torn" and not unread_bytes(AGENT):
+                time.sleep(0.005)
             mark.touch()
             sys.stdout.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid() if LOSES == "rank" else AGENT, signal.SIGKILL)
+            signal.pause()
+
+
+def unread_bytes(pid: int) -> bool:
+    """Has a socket of this process sent more than its peer reads, and more than the kernels hold for both?"""
+    links = (os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir())
+    sockets = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    return any(row[9] in sockets and int(row[4].split(":")[0], 16) > 1 << 20 for row in rows)
 
 
 class Slow(torch.optim.AdamW):
@@ -56,8 +79,9 @@ def main() -> None:
     global run
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    (OUT / f"agent-{rank}").write_text(str(AGENT))
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(8, 24), Layer(24), Layer(24), nn.Linear(24, 8))
+    model = nn.Sequential(nn.Linear(8, WIDTH), Layer(WIDTH), Layer(WIDTH), nn.Linear(WIDTH, 8))
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
