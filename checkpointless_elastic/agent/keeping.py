@@ -46,6 +46,7 @@ class Keeping:
         if wire not in self._wires or not self._keeps(put.rank, put.generation):
             self.shelf.drop(book)  # this agent, or the other one, has lost its seat
         elif self.shelf.keep(book):
+            logger.debug("[rank %d] its mirror of step %d is kept here", put.rank, book.step)
             self._arrived(put.rank)
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""Plain FSDP2 over several nodes: no other rank holds a shard, and a lost node's come back from its guardian's mirrors."""
+"""Plain FSDP2 over several nodes: no other rank holds a shard, and those of a lost node come back from mirrors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import tests.recovery.launching as single
+from benchmarks.harness.hosts import Hosts, supported
 from tests.conftest import wait_until
 from tests.directory.etcd_server import Cluster
 from tests.nodes.cluster import Nodes
@@ -53,21 +54,96 @@ def check(it: Nodes, whole: Callable[..., Ended], ranks: int, *lost: int) -> lis
     return found
 
 
+def test_a_shard_of_a_lost_node_comes_back_on_the_spare(
+    job: Callable[..., Nodes], whole: Callable[..., Ended]
+) -> None:
+    it = job("2:3", 1, **mirrored(1, "1:backward:5"))
+    it.start(3)
+    check(it, whole, 2, 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "die"),
     [
         (1, "2:backward:5"),
-        pytest.param(1, "3:forward:3", marks=pytest.mark.slow),
-        pytest.param(1, "2:update:4", marks=pytest.mark.slow),
-        pytest.param(1, "3:after:6", marks=pytest.mark.slow),
-        pytest.param(1, "2:outside:7", marks=pytest.mark.slow),
-        pytest.param(3, "2:backward:4", marks=pytest.mark.slow),
-        pytest.param(3, "3:forward:7", marks=pytest.mark.slow),
+        (1, "3:forward:3,0:update:5"),
+        (1, "2:update:4"),
+        (1, "3:after:6"),
+        (1, "2:outside:7"),
+        (3, "2:backward:4"),
+        (3, "3:forward:7"),
     ],
 )
-def test_shards_of_a_lost_node_come_back_on_the_spare(
-    every: int, die: str, job: Callable[..., Nodes], whole: Callable[..., Ended]
+def test_all_shards_of_a_lost_node_come_back_on_the_spare(
+    every: int, die: str, job: Callable[..., Nodes], whole: Callable[..., Ended], etcd: Cluster
 ) -> None:
-    it = job("2:3", 2, **mirrored(every, die))
+    faults = die.count(",") + 1
+    it = job(f"2:{2 + faults}", 2, endpoint=etcd.endpoints[0], **mirrored(every, die))
+    it.start(2 + faults)
+    check(it, whole, 4, *(int(fault[0]) for fault in die.split(",")))
+
+
+@pytest.mark.slow
+def test_with_a_mirror_of_the_step_in_flight_the_survivors_keep_their_processes(
+    job: Callable[..., Nodes], whole: Callable[..., Ended]
+) -> None:
+    it = job("2:3", 1, **mirrored(1, "1:forward:5", "held"))
+    it.start(3, LOGLEVEL="DEBUG")
+    it.await_file("held-1")
+    in_flight = 6  # five steps and an evaluation are committed
+    wait_until(
+        lambda: it.agent_of(0).says(f"[rank 1] its mirror of step {in_flight} is kept here"), "a mirror"
+    )
+    it.go("1")
+    (record,) = check(it, whole, 2, 1)
+    assert record["lost_ranks"] == [1]
+    assert record["reason"] == f"rank 1 goes on from its mirror of step {in_flight}", it.text
+
+
+@pytest.mark.slow
+def test_a_mirror_that_was_being_sent_when_its_node_was_lost_is_not_used(
+    job: Callable[..., Nodes], whole: Callable[..., Ended]
+) -> None:
+    it = job("2:3", 1, **mirrored(1, "1:forward:5", "torn", width="1200"))
     it.start(3)
-    check(it, whole, 4, 2, 3)
+    it.await_file("1-forward-5")
+    guardian, lost = it.agent_of(0), it.agent_of(1)
+    wait_until(lambda: lost.code is not None, "the node is lost")
+    os.kill(guardian.pid, signal.SIGCONT)
+    found = check(it, whole, 2, 1)
+    assert "so every rank goes on from its mirror of step" in found[-1]["reason"], it.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 3])
+def test_shards_of_the_coordinators_node_come_back_on_the_spare(
+    every: int, job: Callable[..., Nodes], whole: Callable[..., Ended], etcd: Cluster
+) -> None:
+    it = job("2:3", 2, endpoint=etcd.endpoints[0], **mirrored(every, "0:backward:5"))
+    it.start(3)
+    check(it, whole, 4, 0, 1)
+
+
+@pytest.mark.slow
+def test_nodes_are_lost_one_after_the_other_as_long_as_guardians_have_their_mirrors_again(
+    job: Callable[..., Nodes], whole: Callable[..., Ended], etcd: Cluster
+) -> None:
+    die = "1:forward:4,0:backward:5,1:after:7"
+    it = job("2:5", 1, endpoint=etcd.endpoints[0], **mirrored(1, die))
+    it.start(5)
+    check(it, whole, 2, 0, 1)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_switched_off_without_a_word_comes_back_from_its_mirrors(
+    job: Callable[..., Nodes], whole: Callable[..., Ended]
+) -> None:
+    if reason := supported():
+        pytest.skip(reason)
+    with Hosts(3) as hosts:
+        it = job("2:3", 1, hosts=hosts, **mirrored(3, "1:forward:5", "off"))
+        it.start(3)
+        it.await_file("1-forward-5")
+        hosts[it.agents.index(it.agent_of(1))].kill()
+        check(it, whole, 2, 1)

@@ -2,6 +2,7 @@
 
 With LOSES=node the rank's agent dies, and all of its node with it. With LOSES=torn the agent of the other node, its
 guardian, is stopped before that step, and the rank's own dies as soon as it has bytes of a mirror that nobody reads.
+With LOSES=off the rank waits for its end, with LOSES=held its agent dies when the file go-RANK is there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ OUT = Path(os.environ["OUT"])
 STEPS = 9
 WIDTH = int(os.environ.get("WIDTH", "24"))
 LOSES = os.environ.get("LOSES", "rank")
-AGENT = int(os.environ.get("CHECKPOINTLESS_RUN_DIR", "checkpointless-0-").split("checkpointless-")[1].split("-")[0])
+AGENT = int(
+    os.environ.get("CHECKPOINTLESS_RUN_DIR", "checkpointless-0-").split("checkpointless-")[1].split("-")[0]
+)
 
 
 def die_if(moment: str) -> None:
@@ -39,16 +42,22 @@ def die_if(moment: str) -> None:
         if here and at == moment:
             while LOSES == "torn" and not unread_bytes(AGENT):
                 time.sleep(0.005)
+            (OUT / f"held-{rank}").touch()
+            while LOSES == "held" and not (OUT / f"go-{rank}").exists():
+                time.sleep(0.005)
             mark.touch()
             sys.stdout.flush()
-            os.kill(os.getpid() if LOSES == "rank" else AGENT, signal.SIGKILL)
+            if LOSES != "off":
+                os.kill(os.getpid() if LOSES == "rank" else AGENT, signal.SIGKILL)
             signal.pause()
 
 
 def unread_bytes(pid: int) -> bool:
     """Has a socket of this process sent more than its peer reads, and more than the kernels hold for both?"""
     links = (os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir())
-    sockets = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+    sockets = {
+        link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")
+    }
     rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
     return any(row[9] in sockets and int(row[4].split(":")[0], 16) > 1 << 20 for row in rows)
 
