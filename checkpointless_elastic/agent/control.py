@@ -44,7 +44,7 @@ from checkpointless_elastic.protocol.between import (
     Standing,
 )
 from checkpointless_elastic.protocol.events import Action
-from checkpointless_elastic.protocol.guarding import Copy
+from checkpointless_elastic.protocol.guarding import Kept
 from checkpointless_elastic.protocol.messages import (
     Afresh,
     Commit,
@@ -148,7 +148,7 @@ class AgentControl(Caretaker):
         self._wards = self._membership.take_seat(
             seat,
             station.ranks,
-            lambda copies: self._fetched(seat, station, copies),
+            lambda kept: self._fetched(seat, station, kept),
             lambda rank, report: self._report(station.said(rank, report)),
         )
         self._failed, self._condemned = {}, {}
@@ -156,7 +156,7 @@ class AgentControl(Caretaker):
         if not seat.taken:
             self._offer(seat)
         elif self._wards is None:
-            self._fetched(seat, station, [])
+            self._fetched(seat, station, Kept([]))
 
     def _offer(self, seat: Seated) -> None:
         assert self._station is not None
@@ -172,13 +172,14 @@ class AgentControl(Caretaker):
     def _start(self, seat: Seated) -> None:
         self._offered = seat
 
-    def _fetched(self, seat: Seated, station: Station, copies: list[Copy]) -> None:
+    def _fetched(self, seat: Seated, station: Station, kept: Kept) -> None:
         """The guardian has sent what it kept of the lost agent's ranks."""
         if self._station is not station:
             return
         self._offer(seat)
-        put_back(self.run_dir, copies)
-        missing = sorted(station.ranks - {copy.rank for copy in copies})
+        put_back(self.run_dir, kept.copies)
+        station.recall(kept.held)
+        missing = sorted(station.ranks - {copy.rank for copy in kept.copies})
         if missing:
             reason = "its private state was lost with its node and its guardian's"
             self._membership.report(RankSays(missing[0], Mismatch(reason)))

@@ -11,7 +11,7 @@ from checkpointless_elastic.agent.bell import Bell
 from checkpointless_elastic.agent.shelf import Book, Shelf
 from checkpointless_elastic.agent.wire import Wire
 from checkpointless_elastic.errors import CheckpointlessError, ProtocolError
-from checkpointless_elastic.protocol.guarding import Done, Get, Put, Sent
+from checkpointless_elastic.protocol.guarding import Bulk, Done, Get, Put, Sent
 
 __all__ = ["Keeping"]
 
@@ -58,6 +58,7 @@ class Keeping:
 
 def _serve(wire: Wire, shelf: Shelf, came: Callable[[Book], None], gone: Callable[[], None]) -> None:
     try:
+        wire.send(Bulk())
         while True:
             message = wire.receive(idle=True)
             if isinstance(message, Put):

@@ -46,7 +46,7 @@ from checkpointless_elastic.protocol.between import (
     decode,
 )
 from checkpointless_elastic.protocol.events import Action, Overdue
-from checkpointless_elastic.protocol.guarding import Copy
+from checkpointless_elastic.protocol.guarding import Kept
 from checkpointless_elastic.protocol.holdings import Holdings
 from checkpointless_elastic.protocol.member import Me, Member
 from checkpointless_elastic.protocol.messages import Decision, Freeze, Report, encode_body
@@ -173,7 +173,7 @@ class Membership:
         self,
         seat: Seated,
         ranks: frozenset[int],
-        fetched: Callable[[list[Copy]], None],
+        fetched: Callable[[Kept], None],
         say: Callable[[int, Report], None],
     ) -> Wards | None:
         """This agent has a seat now: keep its private state with the guardian. None with one seat. See `Wards`."""

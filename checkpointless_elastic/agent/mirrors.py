@@ -61,7 +61,12 @@ class Line:
         if not isinstance(message, Bulk):
             raise ProtocolError(f"A guardian answered Bulk with {type(message).__name__}.")
         peer, self._peer = self._peer, None
-        self._ready(peer.detach())
+        try:
+            wire = peer.detach()
+        except ProtocolError as error:
+            self._failed(str(error))
+        else:
+            self._ready(wire)
 
     def closed(self, reason: str) -> None:
         """The guardian cannot be reached."""

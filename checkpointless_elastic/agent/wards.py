@@ -21,11 +21,12 @@ from checkpointless_elastic.agent.peers import Peer, Peers
 from checkpointless_elastic.agent.returns import Returns
 from checkpointless_elastic.agent.runtime import EventLoop, Timer
 from checkpointless_elastic.protocol.between import Between, Seated
-from checkpointless_elastic.protocol.guarding import NONE, Bulk, Copy, Kept, Lacking, Ward
+from checkpointless_elastic.protocol.guarding import NONE, Bulk, Copy, Holds, Kept, Lacking, Ward
 from checkpointless_elastic.protocol.messages import (
     Decision,
     FromWorker,
     Mirrored,
+    Replicas,
     Report,
     Stage,
     encode_body,
@@ -66,6 +67,7 @@ class Keeper:
         self._keeps, self._copied, self._bell = keeps, copied, bell
         self._keeping = Keeping(run_dir, keeps, self._look)
         self._kept: dict[int, Copy] = {}
+        self._held: dict[int, Replicas] = {}
         self._from: dict[int, Peer] = {}  # by rank, the agent that has its seat
 
     def received(self, peer: Peer, message: Between) -> None:
@@ -74,11 +76,12 @@ class Keeper:
             self._from.update(dict.fromkeys(message.ranks, peer))
             if message.wants:
                 kept = [self._kept[rank] for rank in message.ranks if rank in self._kept]
-                peer.send(encode_body(Kept(kept)))
+                held = {rank: self._held[rank] for rank in message.ranks if rank in self._held}
+                peer.send(encode_body(Kept(kept, held)))
+        elif isinstance(message, Holds) and self._from.get(message.rank) is peer:
+            self._held[message.rank] = message.held
         elif isinstance(message, Bulk) and self._bell is not None:
-            wire = peer.detach()
-            wire.send(message)
-            self._keeping.serve(wire, self._bell)
+            self._keeping.serve(peer.detach(), self._bell)
         elif isinstance(message, Copy) and self._from.get(message.rank) is peer:
             if self._keeps(message.rank, message.generation) and not self._keep(message):
                 peer.send(encode_body(Lacking(message.rank)))
@@ -112,6 +115,7 @@ class Keeper:
     def forget(self, generation: int) -> None:
         """What is from before this generation does not count any more."""
         self._kept = {rank: copy for rank, copy in self._kept.items() if copy.generation >= generation}
+        self._held.clear()
         self._keeping.shelf.forget(generation)
 
     def close(self) -> None:
@@ -135,7 +139,7 @@ class _Sent:
 class Wards:
     """The ward's side, for the ranks of this node while it has a seat.
 
-    ``fetched(copies)``: what the guardian had, once, if the seat was taken over. ``say(rank, report)``: a worker's
+    ``fetched(kept)``: what the guardian had, once, if the seat was taken over. ``say(rank, report)``: a worker's
     report that was kept back, see `heard`.
     """
 
@@ -147,18 +151,19 @@ class Wards:
         run_dir: str,
         seat: Seated,
         ranks: frozenset[int],
-        fetched: Callable[[list[Copy]], None],
+        fetched: Callable[[Kept], None],
         say: Callable[[int, Report], None],
     ) -> None:
         self._mirrors = Sender(bell, peers, run_dir, seat.generation, self._again_without_mirror)
         self._returns = Returns(bell, peers, run_dir, ranks, say)
         self._loop, self._peers, self._run_dir = loop, peers, run_dir
         self._seat, self._ranks = seat, ranks
-        self._fetched: Callable[[list[Copy]], None] | None = fetched if seat.taken else None
+        self._fetched: Callable[[Kept], None] | None = fetched if seat.taken else None
         self._peer: Peer | None = None
         self._address = ""
         self._again: Timer | None = None
         self._sent: dict[int, _Sent] = {}
+        self._held: dict[int, Replicas] = {}
         self._ready: dict[int, tuple[int, int]] = {}  # generation and step that each rank was last ready for
         self.move(seat.guardian)
         if self._fetched is None:
@@ -190,6 +195,8 @@ class Wards:
             return
         self._sent = {}
         self._send(Ward(self._seat.seat, sorted(self._ranks), self._fetched is not None))
+        for rank, held in self._held.items():
+            self._send(Holds(rank, held))
         for rank, (generation, step) in self._ready.items():
             self._copy(rank, generation, step)
 
@@ -199,7 +206,8 @@ class Wards:
             line.received(message)
         elif isinstance(message, Kept) and self._fetched is not None:
             fetched, self._fetched = self._fetched, None
-            fetched(message.copies)
+            self._held = message.held
+            fetched(message)
             self._returns.allow()
         elif isinstance(message, Lacking) and message.rank in self._ready:
             self._sent.pop(message.rank, None)
@@ -220,6 +228,10 @@ class Wards:
             self._mirrors.told(rank, (message.step, message.generation))
         elif isinstance(message, Report) and message.stage is Stage.READY:
             self._is_ready(rank, message)
+        elif isinstance(message, Replicas):
+            self._held[rank] = message
+            if self._peer is not None and self._peer.is_open:
+                self._send(Holds(rank, message))
         return isinstance(message, Report) and self._returns.holds(rank, message)
 
     def decided(self, decision: Decision) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from checkpointless_elastic.errors import ProtocolError
-from checkpointless_elastic.protocol.guarding import Bulk, Copy, Kept, Lacking, Ward
+from checkpointless_elastic.protocol.guarding import Bulk, Copy, Holds, Kept, Lacking, Ward
 from checkpointless_elastic.protocol.hangs import Where
 from checkpointless_elastic.protocol.messages import (
     Commit,
@@ -392,6 +392,7 @@ Between = (
     | Copy
     | Lacking
     | Kept
+    | Holds
     | Bulk
     | Inquiry
     | Overview

@@ -11,13 +11,14 @@ from __future__ import annotations
 import msgspec
 
 from checkpointless_elastic.errors import ProtocolError
-from checkpointless_elastic.protocol.messages import Message
+from checkpointless_elastic.protocol.messages import Message, Replicas
 
 __all__ = [
     "Bulk",
     "Copy",
     "Done",
     "Get",
+    "Holds",
     "Kept",
     "Lacking",
     "NONE",
@@ -70,10 +71,18 @@ class Lacking(Message, frozen=True):
     rank: int
 
 
+class Holds(Message, frozen=True):
+    """What a rank holds, as it said after the first step: a new coordinator asks the agent of its seat."""
+
+    rank: int
+    held: Replicas
+
+
 class Kept(Message, frozen=True):
-    """All that the guardian has of a seat's ranks, whole."""
+    """All that the guardian has of a seat's ranks, whole. ``held``: by rank, see Holds."""
 
     copies: list[Copy]
+    held: dict[int, Replicas] = {}
 
 
 class Bulk(Message, frozen=True):

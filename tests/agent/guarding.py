@@ -14,7 +14,7 @@ from checkpointless_elastic.agent.peers import Peer, Peers
 from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.agent.wards import Keeper, Wards
 from checkpointless_elastic.protocol.between import Seated, decode
-from checkpointless_elastic.protocol.guarding import Copy
+from checkpointless_elastic.protocol.guarding import Kept
 from checkpointless_elastic.protocol.messages import Mirrored, Report, Stage
 from checkpointless_elastic.state.pieces import Manifest
 from checkpointless_elastic.state.segment import Segment
@@ -59,7 +59,7 @@ class Ward:
     ) -> None:
         run_dir.mkdir()
         self.run_dir = str(run_dir)
-        self.fetched: list[Copy] | None = None
+        self.fetched: Kept | None = None
         self.said: list[tuple[int, Report]] = []
         with Slot.create(slot_path(self.run_dir, RANK)) as slot:
             slot.write(b"private")
@@ -85,8 +85,8 @@ class Ward:
     def _take(self, peer: Peer, body: bytes) -> None:
         self.wards.received(peer, decode(body))
 
-    def _fetched(self, copies: list[Copy]) -> None:
-        self.fetched = copies
+    def _fetched(self, kept: Kept) -> None:
+        self.fetched = kept
 
     def write(self, step: int, content: bytes, begun: int = 1) -> None:
         """Leave a mirror as the rank's worker does, and say so."""

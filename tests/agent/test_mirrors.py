@@ -12,7 +12,7 @@ from checkpointless_elastic.agent.mirrors import Line
 from checkpointless_elastic.agent.wire import Wire
 from checkpointless_elastic.protocol.between import decode
 from checkpointless_elastic.protocol.guarding import Done, Put, Sent
-from checkpointless_elastic.protocol.messages import Decision, Report, Stage
+from checkpointless_elastic.protocol.messages import Decision, Replicas, Report, Stage
 from checkpointless_elastic.worker.mirror import entries, find
 from tests.agent.guarding import RANK, Guardian, Scene, Ward, scene
 from tests.agent.test_peers_tls import Authority
@@ -89,6 +89,9 @@ def test_who_takes_the_seat_gets_the_mirror_of_the_decision_before_its_ranks_hav
     ward.write(4, LARGE)
     ward.ready(4)
     it.until(lambda: bool(guardian.copied), "the copy")
+    held = Replicas([[RANK]], {"weight": (0, 7)})
+    ward.wards.heard(RANK, held)
+    it.until(lambda: guardian.keeper._held == {RANK: held}, "what the rank holds")
     heir = it.ward(guardian, taken=True)
     heir.wards.decided(Decision(2, 4, [0, 1], [RANK], mirrors=[RANK]))
     arrived = Report(Stage.ARRIVED, 2, 0)
@@ -97,6 +100,8 @@ def test_who_takes_the_seat_gets_the_mirror_of_the_decision_before_its_ranks_hav
     it.until(lambda: bool(heir.said), "the rank has arrived")
     assert heir.said == [(RANK, arrived)]
     assert heir.fetched is not None
+    assert heir.fetched.held == {RANK: held}
+    assert [copy.rank for copy in heir.fetched.copies] == [RANK]
     entry = find(heir.run_dir, RANK, 4)
     (stripe,) = entry.stripes
     assert Path(stripe.path).parent == Path(heir.run_dir)

@@ -1,7 +1,6 @@
 """Trains with state that no other rank holds: shards of FSDP2. Dies as DIE says: rank:moment:step,...
 
-With LOSES=node the rank's agent dies, and all of its node with it. With LOSES=torn the agent of the other node, its
-guardian, is stopped before that step, and the rank's own dies as soon as it has bytes of a mirror that nobody reads.
+With LOSES=node the rank's agent dies, and all of its node with it, with LOSES=torn as soon as it is sending a mirror.
 With LOSES=off the rank waits for its end, with LOSES=held its agent dies when the file go-RANK is there.
 """
 
@@ -23,7 +22,7 @@ from checkpointless_elastic.state.sharding import local
 
 OUT = Path(os.environ["OUT"])
 STEPS = 9
-WIDTH = int(os.environ.get("WIDTH", "24"))
+BALLAST = int(os.environ.get("BALLAST", "0"))  # MiB of state of each rank that is only kept
 LOSES = os.environ.get("LOSES", "rank")
 AGENT = int(
     os.environ.get("CHECKPOINTLESS_RUN_DIR", "checkpointless-0-").split("checkpointless-")[1].split("-")[0]
@@ -35,13 +34,9 @@ def die_if(moment: str) -> None:
     for fault in filter(None, os.environ.get("DIE", "").split(",")):
         rank, at, step = fault.split(":")
         mark = OUT / fault.replace(":", "-")
-        here = (int(rank), int(step)) == (dist.get_rank(), run.step) and not mark.exists()
-        if here and LOSES == "torn" and moment == "outside":
-            guardian = OUT / f"agent-{(dist.get_rank() + 1) % dist.get_world_size()}"
-            os.kill(int(guardian.read_text()), signal.SIGSTOP)
-        if here and at == moment:
-            while LOSES == "torn" and not unread_bytes(AGENT):
-                time.sleep(0.005)
+        if (int(rank), at, int(step)) == (dist.get_rank(), moment, run.step) and not mark.exists():
+            while LOSES == "torn" and not is_sending(AGENT):
+                pass  # a mirror of 48 MiB is sent in some 20 ms
             (OUT / f"held-{rank}").touch()
             while LOSES == "held" and not (OUT / f"go-{rank}").exists():
                 time.sleep(0.005)
@@ -52,8 +47,8 @@ def die_if(moment: str) -> None:
             signal.pause()
 
 
-def unread_bytes(pid: int) -> bool:
-    """Has a socket of this process sent more than its peer reads, and more than the kernels hold for both?"""
+def is_sending(pid: int) -> bool:
+    """Has a socket of this process more to send than any message is long?"""
     links = (os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir())
     sockets = {
         link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")
@@ -90,14 +85,16 @@ def main() -> None:
     rank = dist.get_rank()
     (OUT / f"agent-{rank}").write_text(str(AGENT))
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(8, WIDTH), Layer(WIDTH), Layer(WIDTH), nn.Linear(WIDTH, 8))
+    model = nn.Sequential(nn.Linear(8, 24), Layer(24), Layer(24), nn.Linear(24, 8))
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
     optimizer = Slow(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     torch.manual_seed(rank)
-    run = ce.Run(model=model, optimizer=optimizer, scheduler=scheduler)
+    ballast = nn.ParameterList([torch.randn(BALLAST << 18)]).requires_grad_(False)
+    run = ce.Run(model=model, optimizer=optimizer, scheduler=scheduler, ballast=ballast)
+    run.declare_replicas(ballast=[rank])
 
     @run.replayable
     def step() -> float:
@@ -134,6 +131,7 @@ def main() -> None:
             "state": state,
             "moments": moments,
             "seen": seen,
+            "ballast": ballast[0].sum(),
             "rng": torch.get_rng_state(),
             "lr": scheduler.get_last_lr(),
         },
