@@ -33,7 +33,8 @@ class Config:
         max_faults_per_step: faults without one committed step between them that rungs 1 and 2 answer; then rung 3.
         node_faults: lost workers of one node within 100 committed steps after which it is excluded, if no other node
             has lost as many and a spare can take its place; 0: never.
-        mirror_every: committed calls between two copies of each rank's state to host memory; 0: none are made.
+        mirror_every: committed calls between two copies of each rank's state to host memory, of its own node and, with
+            several nodes, of another one, where each takes four times the state of a node's ranks; 0: none are made.
         job_token_file: file with the secret that all agents of the job share; empty: CHECKPOINTLESS_JOB_TOKEN.
         tls_ca: PEM file of the authority that signs the agents' certificates; empty: connections are plain.
         tls_cert: PEM file of this agent's certificate.
