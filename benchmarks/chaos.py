@@ -5,9 +5,10 @@ Ranks die by SIGKILL, segmentation fault, os._exit, exception and a kill with fu
 0, several, all but one, the same again, or the replacement of a lost rank before it has joined; while data is
 loaded, in forward, in backward, between ready and commit, inside optimizer.step(), after the gate, in
 evaluation, in checkpoint saving, in the last step, after the loop, and by wall clock from outside. With --kinds all
-a rank is also stopped for a while, or slow, or cannot write to any file, and the agent is stopped. The seed
-draws the schedule. Parameters, optimizer state, scheduler and all random number generators are compared bit
-for bit at the end. Exit code 0 only if every fault was survived and the comparison holds.
+a rank is also stopped for a while, or slow, or cannot write to any file, the agent is stopped, and where at least three
+ranks hold the same, a bit of a parameter flips, which must be found (verify_every=1). The seed draws the schedule.
+Parameters, optimizer state, scheduler and all random number generators are compared bit for bit at the end. Exit code 0
+only if every fault was survived and the comparison holds.
 
 --layout spreads the model over the ranks: shards, tensor and pipeline parallel. Each part then keeps a living rank,
 whatever strikes at once ("all but one" is as many ranks as that allows), so that no fault needs the job to start
@@ -46,13 +47,16 @@ from harness.node_faults import NodeFaults
 from harness.outcomes import Outcome, as_struck, outcome, struck_at
 from harness.recoveries import read_recoveries
 from harness.report import write_json
-from harness.schedule import schedule, steps_needed, with_nodes
+from harness.schedule import schedule, steps_needed, with_flips, with_nodes
 from harness.steps import read_logs
 from harness.weights import folder_differences
-from jobs.faults import KINDS, OUTSIDE_KINDS, Fault, write_schedule
+from jobs.faults import FLIP, KINDS, OUTSIDE_KINDS, Fault, write_schedule
 
 from checkpointless_elastic.observe.machine import provenance
+from checkpointless_elastic.protocol.checks import MIN_REPLICAS
+from checkpointless_elastic.worker.damage import ASKED
 
+ALL_KINDS = (*KINDS, *OUTSIDE_KINDS, FLIP)
 DEFAULT_SCRIPT = Path(__file__).parent / "jobs" / "chaos_job.py"
 
 
@@ -104,6 +108,8 @@ def plans(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan, 
     )
     if options.mirror_every:
         environment["CHECKPOINTLESS_MIRROR_EVERY"] = str(options.mirror_every)
+    if FLIP in options.kinds:
+        environment |= {"CHECKPOINTLESS_VERIFY_EVERY": "1", ASKED: "1"}
     environment["CHECKPOINTLESS_NODE_FAULTS"] = "0"  # faults are drawn: no node is to blame
     struck = Plan(
         OURS,
@@ -123,9 +129,17 @@ def plans(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan, 
 def draw(options: argparse.Namespace, steps: int) -> list[Fault]:
     """The schedule of the struck run."""
     own, parts = options.script != DEFAULT_SCRIPT, parts_of(options)
+    of_workers, flips = options.faults - options.node_faults, flips_of(options)
+    kinds = [kind for kind in options.kinds if kind != FLIP]
+    workers = schedule(of_workers - flips, options.seed, options.ranks, steps, kinds, own, parts)
+    others = with_nodes(workers, options.node_faults, options.seed, steps)
+    return with_flips(others, flips, options.seed, options.ranks, steps)
+
+
+def flips_of(options: argparse.Namespace) -> int:
+    """The share of the faults of workers that are flipped bits."""
     of_workers = options.faults - options.node_faults
-    workers = schedule(of_workers, options.seed, options.ranks, steps, options.kinds, own, parts)
-    return with_nodes(workers, options.node_faults, options.seed, steps)
+    return round(of_workers / len(options.kinds)) if FLIP in options.kinds else 0
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -151,7 +165,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     longest = longest_of(outcomes)
     return {
         "faults": sum(o.struck for o in outcomes),
-        "survived": sum(o.struck and (code == 0 or o.seconds is not None) for o in outcomes),
+        "survived": sum(o.struck and not o.missed and (code == 0 or o.seconds is not None) for o in outcomes),
         "equal": not found,
         "longest_interruption_s": longest.seconds if longest else None,
         "longest_interruption_cause": f"{longest.cause}; {title(options)}" if longest else None,
@@ -232,7 +246,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--kinds",
         type=kinds,
         default=list(KINDS),
-        help=f"some of {','.join((*KINDS, *OUTSIDE_KINDS))}, or all (default: those that kill)",
+        help=f"some of {','.join(ALL_KINDS)}, or all (default: those that kill)",
     )
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--script", type=Path, default=DEFAULT_SCRIPT, help="another training script")
@@ -257,8 +271,7 @@ def layouts(text: str) -> list[str]:
 
 
 def kinds(text: str) -> list[str]:
-    everything = (*KINDS, *OUTSIDE_KINDS)
-    return list(everything) if text == "all" else known(text.split(","), everything)
+    return list(ALL_KINDS) if text == "all" else known(text.split(","), ALL_KINDS)
 
 
 def known(names: list[str], all_names: Sequence[str]) -> list[str]:
@@ -308,6 +321,17 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(
             "With fsdp a lost rank's shard is nowhere else: give --mirror-every K to keep mirrors of it."
         )
+    if options.script != DEFAULT_SCRIPT or scarce(options):
+        options.kinds = [kind for kind in options.kinds if kind != FLIP]
+        if not options.kinds:
+            parser.error(
+                f"{FLIP} needs a layout in which {MIN_REPLICAS} ranks hold the same, and our own script"
+            )
+
+
+def scarce(options: argparse.Namespace) -> bool:
+    """Whether there is state of which too few ranks hold the same to know which bytes are right."""
+    return min(map(len, holders(options.layout, options.ranks))) < MIN_REPLICAS
 
 
 def obstacle(options: argparse.Namespace) -> str:

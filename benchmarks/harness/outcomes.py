@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs.faults import NODE_KINDS, Fault, marker
+from jobs.faults import FLIP, NODE_KINDS, Fault, marker
 
 from harness.recoveries import Recovery
 from harness.steps import Logs, interruption
@@ -29,6 +29,11 @@ class Outcome:
     seconds: float | None
     struck: bool
     reason: str = ""
+
+    @property
+    def missed(self) -> bool:
+        """Whether the job did not find what does not show by itself."""
+        return self.struck and self.fault.kind == FLIP and self.rung is None
 
     @property
     def cause(self) -> str:

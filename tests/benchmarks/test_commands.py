@@ -33,10 +33,11 @@ def test_chaos_ends_well_and_reports_each_fault(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_chaos_shares_faults_of_all_kinds_between_layouts(tmp_path: Path) -> None:
-    found = report_of(tmp_path, "--faults", "20", "--seed", "2", "--kinds", "all", "--layout", "ddp,hsdp")
-    assert (found["faults"], found["survived"], found["equal"]) == (20, 20, True)
-    assert [(run["layout"], run["faults"]) for run in found["runs"]] == [("ddp", 10), ("hsdp", 10)]
-    assert {"stop", "slow", "disk-full", "stopped-agent"} < {fault["kind"] for fault in found["fault_list"]}
+    found = report_of(tmp_path, "--faults", "24", "--seed", "2", "--kinds", "all", "--layout", "ddp,hsdp")
+    assert (found["faults"], found["survived"], found["equal"]) == (24, 24, True)
+    assert [(run["layout"], run["faults"]) for run in found["runs"]] == [("ddp", 12), ("hsdp", 12)]
+    kinds = {fault["kind"] for fault in found["fault_list"]}
+    assert {"stop", "slow", "disk-full", "stopped-agent", "corrupted-memory"} < kinds
     assert found["longest_interruption_s"] == max(fault["seconds"] for fault in found["fault_list"])
 
 
