@@ -60,7 +60,7 @@ class Outcome:
         place = f"ranks {fault.ranks} ({fault.target}), {fault.moment}, step {fault.step}"
         rung = f"rung {self.rung}" if self.rung else "nobody lost" if self.fault.lasts else "no record"
         seconds = f"{self.seconds:.3f} s" if self.seconds is not None else "no step after it"
-        return f"{fault.number:3} {fault.kind:<13} {place:<62} {rung}, {seconds if self.struck else 'not struck'}"
+        return f"{fault.number:3} {fault.kind:<16} {place:<62} {rung}, {seconds if self.struck else 'not struck'}"
 
 
 def struck_at(folder: Path, fault: Fault) -> list[int]:
