@@ -20,7 +20,9 @@ Afterwards it comes back with a fresh agent, which is the next spare; half of th
 before that. The node of the embedded store is left alone; with --store etcd no node is.
 
 --layout and --nodes take several values (ddp,hsdp and 1,3): each combination is a run of its own, one after the other,
-and the faults are shared between them; each draws with the next seed. The report is that of all runs together.
+and the faults are shared between them; each draws with the next seed. The report is that of all runs together; it is
+written after each of them, and a run that fails or hangs is marked in it ("error"), and does not keep the next one from
+being done.
 
 A --script of yours is struck by wall clock only, and judged by its files:"""
 
@@ -31,6 +33,7 @@ import copy
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
@@ -41,7 +44,7 @@ import harness
 from harness import etcd, hosts
 from harness.clock import Clock
 from harness.cluster import Cluster, start
-from harness.job import OURS, TORCHRUN, Job, Plan, Running
+from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan, Running
 from harness.layouts import LAYOUTS, Holders, holders, survivable
 from harness.node_faults import NodeFaults
 from harness.outcomes import Outcome, as_struck, outcome, struck_at
@@ -57,11 +60,12 @@ from checkpointless_elastic.protocol.checks import MIN_REPLICAS
 from checkpointless_elastic.worker.damage import ASKED
 
 ALL_KINDS = (*KINDS, *OUTSIDE_KINDS, FLIP)
+HUNG = 124
 DEFAULT_SCRIPT = Path(__file__).parent / "jobs" / "chaos_job.py"
 
 
-def run_struck(plan: Plan, faults: Sequence[Fault], seed: int, timeout: float) -> int:
-    """The job with faults; prints each one as it strikes. Returns the exit code."""
+def run_struck(plan: Plan, faults: Sequence[Fault], seed: int, timeout: float) -> tuple[int, str]:
+    """The job with faults; prints each one as it strikes. Returns the exit code, and what it did not do in time."""
     write_schedule(plan.folder, faults)
     end = time.monotonic() + timeout
     with start(plan) as job:
@@ -72,12 +76,15 @@ def run_struck(plan: Plan, faults: Sequence[Fault], seed: int, timeout: float) -
         watch(job, faults, end)
         if nodes:
             nodes.join(60)
-            if nodes.error:
+        try:
+            if nodes and nodes.error:
                 raise nodes.error
-        code = job.code(timeout=1)
+            code, error = job.code(timeout=1), ""
+        except JobFailedError as failure:
+            code, error = HUNG, str(failure)
         if code:
-            print(job.tail(), file=sys.stderr)
-        return code
+            print(error or job.tail(), file=sys.stderr)
+        return code, error.partition("\n")[0]
 
 
 def watch(job: Running, faults: Sequence[Fault], end: float) -> None:
@@ -153,7 +160,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     with Job(calm) as job:
         job.finish()
-    code = run_struck(struck, faults, options.seed, options.timeout or max(600, 10 * options.faults))
+    code, error = run_struck(struck, faults, options.seed, options.timeout or max(600, 10 * options.faults))
     logs, recoveries = (
         read_logs(struck.folder, options.ranks),
         read_recoveries(struck.folder / "recoveries.jsonl"),
@@ -176,9 +183,41 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "node_faults": options.node_faults,
         "faults_asked_for": options.faults,
         "exit_code": code,
+        "error": error,
         "rungs": dict(Counter(str(o.rung) for o in outcomes if o.struck)),
         "fault_list": [o.entry() | {"layout": options.layout, "nodes": options.nodes} for o in outcomes],
         "lines": [str(o) for o in outcomes],
+    }
+
+
+def attempt(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The report of one run, whatever comes of it."""
+    try:
+        return measure(options, folder)
+    except Exception as error:
+        traceback.print_exc()
+        return failed(options, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def failed(options: argparse.Namespace, error: str) -> dict[str, Any]:
+    """As `measure`, of a run of which nothing is known."""
+    return {
+        "faults": 0,
+        "survived": 0,
+        "equal": False,
+        "longest_interruption_s": None,
+        "longest_interruption_cause": None,
+        "layout": options.layout,
+        "stranded": 0,
+        "seed": options.seed,
+        "nodes": options.nodes,
+        "node_faults": options.node_faults,
+        "faults_asked_for": options.faults,
+        "exit_code": 1,
+        "error": error,
+        "rungs": {},
+        "fault_list": [],
+        "lines": [],
     }
 
 
@@ -207,6 +246,11 @@ def together(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "nodes": ",".join(dict.fromkeys(str(report["nodes"]) for report in reports)),
         "seed": reports[0]["seed"],
         "exit_code": next((report["exit_code"] for report in reports if report["exit_code"]), 0),
+        "error": "; ".join(
+            f"{report['layout']}, {report['nodes']} nodes: {report['error']}"
+            for report in reports
+            if report["error"]
+        ),
         "rungs": dict(sum((Counter(report["rungs"]) for report in reports), Counter())),
         "fault_list": [fault for report in reports for fault in report["fault_list"]],
         "runs": [{key: report[key] for key in report if key not in apart} for report in reports],
@@ -349,15 +393,16 @@ def main() -> int:
     reports = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         for number, run in enumerate(options.runs):
-            reports.append(measure(run, (options.keep or Path(folder)) / f"run-{number}"))
+            reports.append(attempt(run, (options.keep or Path(folder)) / f"run-{number}"))
             print("\n".join(["", *reports[-1]["lines"], ""]), flush=True)
-    report = together(reports)
+            write_json(options.json, report := together(reports))
     print(f"{report['survived']} of {report['faults']} faults survived, rungs {report['rungs']}")
     print(
         f"longest interruption {report['longest_interruption_s']} s: {report['longest_interruption_cause']}"
     )
     print("equal" if report["equal"] else "not equal")
-    write_json(options.json, report)
+    if report["error"]:
+        print(report["error"])
     good = (
         report["equal"]
         and report["survived"] == report["faults"] == options.faults

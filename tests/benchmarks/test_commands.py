@@ -53,6 +53,7 @@ def test_several_runs_make_one_report() -> None:
             "longest_interruption_cause": f"cause {number}",
             "layout": layout,
             "nodes": 1,
+            "error": "",
             "fault_list": [{"kind": "stop"}],
             "lines": [],
         }
@@ -63,6 +64,33 @@ def test_several_runs_make_one_report() -> None:
     assert (found["longest_interruption_s"], found["longest_interruption_cause"]) == (2.0, "cause 2")
     assert (found["layout"], found["rungs"], len(found["fault_list"])) == ("ddp,hsdp", {"1": 6}, 3)
     assert {"machine", "versions", "command"} < found.keys()
+
+
+def test_a_run_that_failed_has_its_place_in_the_report() -> None:
+    (run,) = chaos.parse(["--faults", "7", "--layout", "hsdp", "--seed", "5"]).runs
+    found = chaos.together([chaos.failed(run, "HostsError: no bridge")])
+    assert (found["error"], found["exit_code"]) == ("hsdp, 1 nodes: HostsError: no bridge", 1)
+    assert (found["faults"], found["faults_asked_for"], found["seed"], found["equal"]) == (0, 7, 5, False)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_marked_and_the_next_one_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, report = tmp_path / "train.py", tmp_path / "report.json"
+    script.write_text("raise SystemExit(3)")
+    options = ["--faults", "2", "--ranks", "2", "--layout", "ddp,hsdp", "--script", str(script)]
+    monkeypatch.setattr(sys, "argv", ["chaos", *options, "--json", str(report)])
+    assert chaos.main() == 1
+    found = json.loads(report.read_text())
+    why = "JobFailedError: train.py ended with exit code 1."
+    assert [(run["layout"], run["equal"], run["faults_asked_for"]) for run in found["runs"]] == [
+        ("ddp", False, 1),
+        ("hsdp", False, 1),
+    ]
+    assert all(run["error"].startswith(why) for run in found["runs"])
+    assert found["error"].startswith(f"ddp, 1 nodes: {why}")
+    assert f"\n{found['error']}\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
