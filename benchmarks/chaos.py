@@ -17,7 +17,8 @@ over. With fsdp each rank has a part that no other has: only mirrors can bring i
 --nodes runs the job on several hosts (network namespaces, so it needs root) with --spares more that wait. A part of the
 faults then strikes a whole node: it loses its power, falls silent, or its agent is paused for some seconds or killed.
 Afterwards it comes back with a fresh agent, which is the next spare; half of those that fell silent are reachable again
-before that. The node of the embedded store is left alone; with --store etcd no node is.
+before that. The node of the embedded store is left alone; with --store etcd no node is, and a member of etcd is killed
+too, and started again after some seconds, while its node goes on.
 
 --layout and --nodes take several values (ddp,hsdp and 1,3): each combination is a run of its own, one after the other,
 and the faults are shared between them; each draws with the next seed. The report is that of all runs together; it is
@@ -53,7 +54,7 @@ from harness.report import write_json
 from harness.schedule import schedule, steps_needed, with_flips, with_nodes
 from harness.steps import read_logs
 from harness.weights import folder_differences
-from jobs.faults import FLIP, KINDS, OUTSIDE_KINDS, Fault, write_schedule
+from jobs.faults import FLIP, KINDS, NODE_KINDS, OUTSIDE_KINDS, STORE_KINDS, Fault, write_schedule
 
 from checkpointless_elastic.observe.machine import provenance
 from checkpointless_elastic.protocol.checks import MIN_REPLICAS
@@ -139,7 +140,8 @@ def draw(options: argparse.Namespace, steps: int) -> list[Fault]:
     of_workers, flips = options.faults - options.node_faults, flips_of(options)
     kinds = [kind for kind in options.kinds if kind != FLIP]
     workers = schedule(of_workers - flips, options.seed, options.ranks, steps, kinds, own, parts)
-    others = with_nodes(workers, options.node_faults, options.seed, steps)
+    names = NODE_KINDS + (STORE_KINDS if options.store == "etcd" else ())
+    others = with_nodes(workers, options.node_faults, options.seed, steps, names)
     return with_flips(others, flips, options.seed, options.ranks, steps)
 
 

@@ -73,10 +73,12 @@ def schedule(
     return faults
 
 
-def with_nodes(workers: Sequence[Fault], count: int, seed: int, steps: int) -> list[Fault]:
-    """The faults of workers and `count` of nodes, spread over the job, all ordered by step."""
+def with_nodes(
+    workers: Sequence[Fault], count: int, seed: int, steps: int, names: Sequence[str] = NODE_KINDS
+) -> list[Fault]:
+    """The faults of workers and `count` of nodes, of these kinds, spread over the job, all ordered by step."""
     source = random.Random(f"nodes {seed}")
-    kinds = turns(source, NODE_KINDS)
+    kinds = turns(source, names)
     part = (steps - TAIL) / max(count, 1)
     nodes = [
         Fault(

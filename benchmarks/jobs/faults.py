@@ -25,6 +25,7 @@ CLOCK = "clock"  # struck from outside
 SLOW = "slow"  # no fault: the ranks wait for the delay instead
 READY = "ready"  # between ready and commit
 NODE_KINDS = ("power off", "cut", "paused agent", "killed agent")  # done to a node, always from outside
+STORE_KINDS = ("lost member",)  # done to a member of etcd, whose node goes on
 HOLD = "hold"  # file with the number of a step; the job waits where it loads data for that or a later one
 
 
@@ -39,10 +40,10 @@ class Fault:
     Attributes:
         number: its place in the schedule.
         kind: how the ranks die, one of KINDS, or FLIP or SLOW; or what is done to a process or a node from outside, one
-            of OUTSIDE_KINDS or NODE_KINDS.
+            of OUTSIDE_KINDS, NODE_KINDS or STORE_KINDS.
         moment: where in the script; CLOCK: at a time instead.
         step: it strikes at this step or, where the moment does not occur in it, the next time that it does.
-        ranks: who dies; empty for a node's fault, whose node is chosen when it strikes.
+        ranks: who dies; empty for a node's or a store's fault: who is struck is chosen when it strikes.
         target: why these ranks, in a word.
         delay: seconds after the step was reached (CLOCK) or after the gate was entered (READY), or of waiting (SLOW).
         after: number of the fault whose replacement it strikes, or -1.
