@@ -157,11 +157,12 @@ KINDS = {
     ),
 }
 
-_HOSTS = "scripts/chaos --nodes in the repository does it to a job of ours, on network namespaces"
 REFUSED = {
-    "cut-link": f"the agents would have to run on hosts of their own; {_HOSTS}",
-    "lost-store": f"the agents would have to run on hosts of their own; {_HOSTS} with --store etcd",
-    "clock-jump": "the wall clock is one for the whole machine, and a process cannot be given another one while it "
-    "runs (time namespaces shift only the other clocks, and only before a process starts)",
+    "cut-link": "packets between processes of one machine are dropped only by a rule of its firewall, which root sets "
+    "for the whole machine; scripts/chaos --nodes in the repository cuts links of a job of ours, on network namespaces",
+    "lost-store": "the embedded store is in an agent's process, and the job ends with it; an etcd is not this "
+    "command's, and others may use it; scripts/chaos --nodes --store etcd in the repository kills members of its own",
+    "clock-jump": "the wall clock is one for the whole machine, and a process cannot be given another one from "
+    "outside while it runs (time namespaces shift only the other clocks, and only before a process starts)",
 }
 """Faults that are known and cannot be had for a command of the user's, each with the reason."""
