@@ -335,7 +335,6 @@ class AgentControl(Caretaker):
         if order.stuck:
             self._hangs.ended(order.rank, order.reason)
         self._workers.kill(order.rank)
-        self._must_be_gone(order.rank, self._pids[order.rank])
 
     # ---- what the coordinator says
 
