@@ -205,6 +205,7 @@ class AgentControl(Caretaker):
 
     def started(self, rank: int, incarnation: int, pid: int, token: str) -> None:
         self._incarnations[rank] = incarnation
+        self._condemned.pop(rank, None)  # that was the one before
         self._tokens[rank] = token
         self._pids[rank] = pid
         self._links.drain(rank)  # of the incarnation before

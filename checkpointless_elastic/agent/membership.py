@@ -405,6 +405,8 @@ class _Clerk:
                 answer = _ask(directory, ask, self._me)
             except DirectoryError as error:
                 answer = error
+            except Exception as error:  # without an answer the agent would wait for ever
+                answer = DirectoryError(f"{type(error).__name__}: {error}")
             self._answers.put((ask, answer))
             os.eventfd_write(self._bell, 1)
         if directory is not None:

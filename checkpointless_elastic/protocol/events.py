@@ -160,7 +160,10 @@ class Succeed(Action):
 
 @dataclass(frozen=True)
 class Deadline(Action):
-    """Come back with Overdue(generation, state) unless the state was left; which limit applies is named."""
+    """Come back with Overdue(generation, state) unless the state was left; which limit applies is named.
+
+    A further one replaces it.
+    """
 
     generation: int
     state: str
