@@ -75,6 +75,7 @@ class Agent:
         self.private: dict[int, tuple[int, int]] = {}
         self.kept: dict[int, tuple[int, int]] = {}
         self.verdict = ""
+        self._deadline: Deadline | None = None
         self.member = Member(
             Me(name, self.address, world.size), world.rules, self._standing, lambda: world.open_store(self)
         )
@@ -207,7 +208,10 @@ class Agent:
             world.performs(self, act.action)
             if isinstance(act.action, Deadline):
                 overdue = Overdue(act.action.generation, act.action.state)
-                world.clock.after(world.limits[act.action.limit], self.hear, self._overdue, overdue)
+                self._deadline = act.action
+                world.clock.after(
+                    world.limits[act.action.limit], self.hear, self._overdue, act.action, overdue
+                )
         elif isinstance(act, Yield):
             world.note(f"{self.name} gives up its seat: {act.reason}")
             self._leave_seat()
@@ -215,8 +219,9 @@ class Agent:
             world.note(f"{self.name} fails: {act.reason}")
             self._finish(f"out: {act.reason}")
 
-    def _overdue(self, overdue: Overdue) -> None:
-        self._do(self.member.overdue(overdue, self.world.clock.now))
+    def _overdue(self, deadline: Deadline, overdue: Overdue) -> None:
+        if deadline is self._deadline:
+            self._do(self.member.overdue(overdue, self.world.clock.now))
 
     def _report(self, message: Between | None) -> None:
         if message is not None:

@@ -7,7 +7,7 @@ import time
 
 from checkpointless_elastic.agent.membership import Membership
 from checkpointless_elastic.agent.recoveries import Recoveries
-from checkpointless_elastic.agent.runtime import EventLoop
+from checkpointless_elastic.agent.runtime import EventLoop, Timer
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.between import Between, RankSays
 from checkpointless_elastic.protocol.events import Action, Deadline, Overdue, Warn
@@ -32,13 +32,16 @@ class Chair:
     ) -> None:
         self._loop, self._settings, self._rules = loop, settings, rules
         self._recoveries, self._membership = recoveries, membership
+        self._deadline: Timer | None = None
 
     def perform(self, action: Action) -> None:
         """See `membership.Office`."""
         if isinstance(action, Deadline):
             seconds = getattr(self._settings, action.limit).total_seconds()
             overdue = Overdue(action.generation, action.state)
-            self._loop.call_later(seconds, lambda: self._membership.overdue(overdue))
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self._deadline = self._loop.call_later(seconds, lambda: self._membership.overdue(overdue))
         elif isinstance(action, Warn):
             logger.warning("%s", action.sentence)
         else:
@@ -48,7 +51,8 @@ class Chair:
         """See `membership.Office`."""
         if isinstance(message, RankSays) and isinstance(message.said, Replicas):
             holdings = self._membership.holdings()
-            warning = holdings.warning(bool(self._rules.mirror_every)) if holdings is not None else ""
+            mirrored, nodes = bool(self._rules.mirror_every), self._membership.nodes
+            warning = holdings.warning(mirrored, nodes) if holdings is not None else ""
             if warning:
                 logger.warning("%s", warning)
         else:

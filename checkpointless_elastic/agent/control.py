@@ -28,7 +28,6 @@ from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.acts import Word
 from checkpointless_elastic.protocol.between import (
     Between,
-    Copy,
     Done,
     EndRank,
     Halt,
@@ -45,6 +44,7 @@ from checkpointless_elastic.protocol.between import (
     Standing,
 )
 from checkpointless_elastic.protocol.events import Action
+from checkpointless_elastic.protocol.guarding import Kept
 from checkpointless_elastic.protocol.messages import (
     Afresh,
     Commit,
@@ -58,9 +58,7 @@ from checkpointless_elastic.protocol.messages import (
     Mismatch,
     Refused,
     Release,
-    Report,
     Restore,
-    Stage,
     Unhealthy,
     Unwound,
     Welcome,
@@ -148,14 +146,17 @@ class AgentControl(Caretaker):
     def _take_seat(self, seat: Seated) -> None:
         self._station = station = Station(seat)
         self._wards = self._membership.take_seat(
-            seat, station.ranks, lambda copies: self._fetched(seat, station, copies)
+            seat,
+            station.ranks,
+            lambda kept: self._fetched(seat, station, kept),
+            lambda rank, report: self._report(station.said(rank, report)),
         )
         self._failed, self._condemned = {}, {}
         self._failing.begin()
         if not seat.taken:
             self._offer(seat)
         elif self._wards is None:
-            self._fetched(seat, station, [])
+            self._fetched(seat, station, Kept([]))
 
     def _offer(self, seat: Seated) -> None:
         assert self._station is not None
@@ -171,13 +172,14 @@ class AgentControl(Caretaker):
     def _start(self, seat: Seated) -> None:
         self._offered = seat
 
-    def _fetched(self, seat: Seated, station: Station, copies: list[Copy]) -> None:
+    def _fetched(self, seat: Seated, station: Station, kept: Kept) -> None:
         """The guardian has sent what it kept of the lost agent's ranks."""
         if self._station is not station:
             return
         self._offer(seat)
-        put_back(self.run_dir, copies)
-        missing = sorted(station.ranks - {copy.rank for copy in copies})
+        put_back(self.run_dir, kept.copies)
+        station.recall(kept.held)
+        missing = sorted(station.ranks - {copy.rank for copy in kept.copies})
         if missing:
             reason = "its private state was lost with its node and its guardian's"
             self._membership.report(RankSays(missing[0], Mismatch(reason)))
@@ -203,6 +205,7 @@ class AgentControl(Caretaker):
 
     def started(self, rank: int, incarnation: int, pid: int, token: str) -> None:
         self._incarnations[rank] = incarnation
+        self._condemned.pop(rank, None)  # that was the one before
         self._tokens[rank] = token
         self._pids[rank] = pid
         self._links.drain(rank)  # of the incarnation before
@@ -302,11 +305,7 @@ class AgentControl(Caretaker):
         station = self._station
         if station is None:
             return
-        if isinstance(message, Report):
-            if self._wards is not None and message.stage is Stage.READY:
-                self._wards.ready(rank, message)
-            self._report(station.said(rank, message))
-        elif isinstance(message, (Unwound, Afresh)):
+        if isinstance(message, (Unwound, Afresh)):
             self._workers.answered(rank, message)
         elif isinstance(message, Failed):
             self._failed[rank] = message.error
@@ -319,7 +318,7 @@ class AgentControl(Caretaker):
             if not self._learned:
                 self._learned = True
                 self._workers.learn(message.modules)
-        else:
+        elif self._wards is None or not self._wards.heard(rank, message):
             self._report(station.said(rank, message))
 
     def _leaves(self, rank: int, incarnation: int) -> None:
@@ -337,7 +336,6 @@ class AgentControl(Caretaker):
         if order.stuck:
             self._hangs.ended(order.rank, order.reason)
         self._workers.kill(order.rank)
-        self._must_be_gone(order.rank, self._pids[order.rank])
 
     # ---- what the coordinator says
 
@@ -379,6 +377,7 @@ class AgentControl(Caretaker):
     def _deliver(self, station: Station, message: Ordered) -> None:
         """For this node's workers."""
         station.obey(message)
+        self._membership.ordered(message)
         ranks = sorted(station.pending if isinstance(message, Restore) else station.ranks)
         channel = "control" if isinstance(message, Freeze) else "vote"
         data = encode(message)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
     from checkpointless_elastic.config import Config
 
-__all__ = ["Directory", "Leader", "open_directory", "process_name"]
+__all__ = ["Directory", "Leader", "directory_opener", "process_name"]
 
 
 def process_name() -> str:
@@ -73,12 +75,15 @@ class Directory(ABC):
         """Let go of the store; from any thread. A waiting call ends within one limit. Raises nothing."""
 
 
-def open_directory(backend: str, params: RendezvousParameters, config: Config) -> Directory:
-    """The directory for `--rdzv-backend`; waits up to `config.timeout` for the store. Raises as `Directory` does."""
-    if backend == "checkpointless-etcd":
-        from checkpointless_elastic.agent.directory_etcd import open_etcd
+def directory_opener(backend: str, params: RendezvousParameters, config: Config) -> Callable[[], Directory]:
+    """Opens the directory for `--rdzv-backend`; waits up to `config.timeout` for the store, raises as `Directory` does.
 
-        return open_etcd(params, config)
+    Raises ConfigError at once where the settings cannot be used.
+    """
+    if backend == "checkpointless-etcd":
+        from checkpointless_elastic.agent.directory_etcd import etcd_opener
+
+        return etcd_opener(params, config)
     from checkpointless_elastic.agent.directory_tcp import open_tcp
 
-    return open_tcp(params, config)
+    return functools.partial(open_tcp, params, config)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -25,7 +25,7 @@ from checkpointless_elastic.agent.etcd_client import Access, EtcdClient, Refusal
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.errors import ConfigError, DirectoryError
 
-__all__ = ["EtcdDirectory", "open_etcd"]
+__all__ = ["EtcdDirectory", "etcd_opener"]
 
 DEFAULT_PORT = 2379
 OPEN_S = 30.0
@@ -37,11 +37,15 @@ LEASE_S = 60
 PASSWORD = "CHECKPOINTLESS_ETCD_PASSWORD"
 
 
-def open_etcd(params: RendezvousParameters, config: Config) -> EtcdDirectory:
-    """The directory at `--rdzv-endpoint` (``host:port,host:port``), after its first answer."""
+def etcd_opener(params: RendezvousParameters, config: Config) -> Callable[[], EtcdDirectory]:
+    """Opens the directory at `--rdzv-endpoint` (``host:port,host:port``): it is there after its first answer.
+
+    Raises ConfigError at once where the settings cannot be used.
+    """
     endpoints = parse_endpoints(str(params.endpoint or ""))
     limit, timeout = config.store_timeout.total_seconds(), min(config.timeout.total_seconds(), OPEN_S)
-    return EtcdDirectory.open(endpoints, params.run_id, limit, timeout=timeout, access=read_access(config))
+    access = read_access(config)
+    return lambda: EtcdDirectory.open(endpoints, params.run_id, limit, timeout=timeout, access=access)
 
 
 def parse_endpoints(given: str) -> list[str]:

@@ -24,7 +24,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from checkpointless_elastic.agent.credentials import read_tls, read_token
-from checkpointless_elastic.agent.directory import Directory, open_directory, process_name
+from checkpointless_elastic.agent.directory import directory_opener, process_name
 from checkpointless_elastic.agent.membership import Network
 from checkpointless_elastic.agent.peers import Identity
 from checkpointless_elastic.config import Config
@@ -89,14 +89,12 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
         )
 
     def network(self) -> Network:
-        """What several nodes need. Raises ConfigError when the token or a certificate cannot be read."""
+        """What several nodes need. Raises ConfigError where the settings name what cannot be read."""
         name = f"{process_name()}-{secrets.token_hex(4)}"
         token = read_token(self.config, os.environ, self._run_id)
         identity = Identity(self._run_id, name, token, read_tls(self.config))
-        return Network(identity, self._host, self._directory)
-
-    def _directory(self) -> Directory:
-        return open_directory(self._params.backend, self._params, self.config)
+        directory = directory_opener(self._params.backend, self._params, self.config)
+        return Network(identity, self._host, directory)
 
     def open_store(self) -> str:
         """A new store for one run of the script, or of one coordinator; its address. The one before it ends."""

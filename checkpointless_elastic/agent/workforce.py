@@ -166,6 +166,10 @@ class LocalWorkforce:
         else:
             self._control.exited(self.base + child.local_rank, child.incarnation, status)
 
+    def stuck(self, child: Child) -> None:
+        """Passed on: also while all are being stopped, it would be waited for without an end."""
+        self._control.stuck(self.base + child.local_rank, child.pid)
+
     # ---- Workforce ------------------------------
 
     def replace(self, rank: int) -> None:
@@ -175,7 +179,10 @@ class LocalWorkforce:
 
     def kill(self, rank: int) -> None:
         """See Workforce."""
-        self._signal(self._present().children[rank - self.base], SIGKILL)
+        if (
+            self._context is not None and rank - self.base in self._context.children
+        ):  # else it waits to be started
+            self._signal(self._context.children[rank - self.base], SIGKILL)
 
     def restart_all(self, order: RunAgain) -> None:
         """See Workforce."""
@@ -261,17 +268,18 @@ class LocalWorkforce:
 
     def fail(self, ranks: list[int]) -> None:
         """See Workforce."""
-        if not self._decided():
+        if self.verdict is None:
             self.verdict = Verdict(VerdictKind.FAILED, tuple(ranks))
             if self._context is not None:
-                children = self._context.children
+                children, ended = self._context.children, self._leaving is not None
                 self._guilty = {rank: self._context.culprit(rank - self.base) for rank in ranks}
-                self._bad = [rank for rank in self.ranks if children[rank - self.base].status]
+                self._bad = [rank for rank in self.ranks if children[rank - self.base].status and not ended]
+            self._leaving = None
 
     def withdraw(self, reason: str) -> None:
         """See Workforce."""
-        if not self._decided():
-            self._withdrawn = reason
+        if self.verdict is None:
+            self._withdrawn, self._leaving = reason, None
             self.verdict = Verdict(VerdictKind.FAILED)
 
     def learn(self, modules: list[str]) -> None:

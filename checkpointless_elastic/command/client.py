@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from checkpointless_elastic.agent.credentials import read_tls, read_token
-from checkpointless_elastic.agent.directory import Directory, open_directory
+from checkpointless_elastic.agent.directory import Directory, directory_opener
 from checkpointless_elastic.agent.peers import Closed, Identity, Peer, Peers
 from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.config import Config
@@ -56,7 +56,7 @@ def open_client(backend: str, endpoint: str, run_id: str, options: dict[str, Any
     name = f"client-{os.getpid()}-{secrets.token_hex(4)}"
     identity = Identity(run_id, name, read_token(config, os.environ, run_id), read_tls(config))
     params = RendezvousParameters(backend, endpoint, run_id, 1, 1)
-    return Client(identity, open_directory(backend, params, config))
+    return Client(identity, directory_opener(backend, params, config)())
 
 
 class Client:

@@ -1,8 +1,7 @@
 """Messages between agents, encoded as those between a worker and its agent (see `messages`).
 
 Up go what an agent's ranks have reached and what became of them; down go orders, which carry the term of the
-coordinator that gave them. An agent and its *guardian* (the agent of the next seat) talk directly: the guardian keeps
-copies of the private state of the other's ranks.
+coordinator that gave them. An agent and its *guardian* (the agent of the next seat) talk directly, see `guarding`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.guarding import Bulk, Copy, Holds, Kept, Lacking, Ward
 from checkpointless_elastic.protocol.hangs import Where
 from checkpointless_elastic.protocol.messages import (
     Commit,
@@ -108,10 +108,14 @@ class Gathered(Message, frozen=True):
 
 
 class Answers(Message, frozen=True):
-    """What ranks of this agent answered to Freeze."""
+    """What ranks of this agent answered to Freeze.
+
+    ``mirrored``: by lost rank, the step of the newest mirror that this agent keeps for it.
+    """
 
     generation: int
     reports: dict[int, Frozen]
+    mirrored: dict[int, int] = {}
 
 
 class RankStarted(Message, frozen=True):
@@ -215,6 +219,7 @@ class AnswerBundle(Message, frozen=True):
 
     generation: int
     runs: list[tuple[int, int, Frozen]]
+    mirrored: dict[int, int] = {}
 
 
 # ---- from the coordinator --------------------------------------------------------------------------------------------
@@ -342,47 +347,6 @@ class Beat(Message, frozen=True):
     seat: int
 
 
-# ---- between an agent and its guardian -------------------------------------------------------------------------------
-
-
-class Ward(Message, frozen=True):
-    """The sender has this seat, the receiver guards it. ``wants``: send what is kept of these ranks."""
-
-    seat: int
-    ranks: list[int]
-    wants: bool
-
-
-class Copy(Message, frozen=True):
-    """The private state of a rank.
-
-    Attributes:
-        generation, step: of the step that the rank was ready for when this was sent; step -1: for none.
-        numbers: parts of the blob; those not in ``parts`` the receiver has.
-        log: entries of the startup log, if they are sent along.
-    """
-
-    rank: int
-    generation: int
-    step: int
-    blob: bytes
-    numbers: list[int]
-    parts: dict[int, bytes]
-    log: list[bytes] | None = None
-
-
-class Lacking(Message, frozen=True):
-    """The guardian lacks parts that the last Copy of this rank builds on: send it whole."""
-
-    rank: int
-
-
-class Kept(Message, frozen=True):
-    """All that the guardian has of a seat's ranks, whole."""
-
-    copies: list[Copy]
-
-
 Ordered = (
     Commit
     | Freeze
@@ -428,6 +392,8 @@ Between = (
     | Copy
     | Lacking
     | Kept
+    | Holds
+    | Bulk
     | Inquiry
     | Overview
     | Drain

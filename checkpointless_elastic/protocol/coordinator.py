@@ -251,6 +251,7 @@ class Coordinator(Ranks):
         if event.generation != self.generation:
             return []
         self._frozen.update(event.reports)
+        self._keeps(event.mirrored)
         known = self.whole <= self._frozen.keys() - self.ended  # a rank that was ended must not be a source
         return self._answered(event) + (self._decide() if known else [])
 
@@ -285,7 +286,12 @@ class Coordinator(Ranks):
         self.step = choice.step
         self.state = State.SETTLING
         self.decision = Decision(
-            self.generation, choice.step, sorted(self.whole), sorted(self.pending), self.store
+            self.generation,
+            choice.step,
+            sorted(self.whole),
+            sorted(self.pending),
+            self.store,
+            list(self._stranded()) if choice.rung is Rung.MIRROR else [],
         )
         return [
             Reached(self.generation, "frozen", {"step": choice.step, "decision": kind}),

@@ -1,11 +1,13 @@
 """Runs torchrun with a control plane that replaces each worker that fails, and nothing else.
 
-Used by tests as `python replacing.py [--learn MODULE,...] torchrun options`. Each order to replace is written to
-`replaced` in the current folder as "rank incarnation time"; `learned` appears once a successor has taken over.
+Used by tests as `python replacing.py [--learn MODULE,...] torchrun options`. With HALT set all are restarted instead,
+and while they end, the job fails. Each order to replace is written to `replaced` in the current folder as "rank
+incarnation time"; `learned` appears once a successor has taken over.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -14,7 +16,7 @@ from torch.distributed import run
 from checkpointless_elastic.agent import agent
 from checkpointless_elastic.agent.rendezvous import CheckpointlessRendezvousHandler
 from checkpointless_elastic.agent.runtime import EventLoop, Workforce
-from checkpointless_elastic.protocol.between import Seated
+from checkpointless_elastic.protocol.between import RunAgain, Seated
 
 
 class ReplacingControl:
@@ -33,6 +35,7 @@ class ReplacingControl:
 
     def attach(self, loop: EventLoop, workers: Workforce, size: int) -> None:
         self._loop, self._workers = loop, workers
+        workers.kill(0)  # nothing: there is none yet
         self.seat = Seated(1, 0, [0], size, self._handler.open_store(), "", 0, 0, False)
         if self._learn:
             workers.learn(self._learn)
@@ -57,12 +60,18 @@ class ReplacingControl:
 
     def exited(self, rank: int, incarnation: int, status: int) -> None:
         self._running.discard(rank)
-        if status:
+        if status and os.environ.get("HALT"):
+            self._workers.restart_all(RunAgain(1, 1, "a test", self.seat.store))
+            self._workers.fail([rank])
+        elif status:
             with open("replaced", "a") as file:
                 file.write(f"{rank} {incarnation + 1} {time.time()}\n")
             self._workers.replace(rank)
         elif not self._running:
             self._workers.succeed()
+
+    def stuck(self, rank: int, pid: int) -> None:
+        """None is."""
 
     def will_end(self, cause: str) -> None:
         """There are no other agents."""

@@ -102,3 +102,22 @@ def test_a_replacement_from_the_successor_has_the_learned_modules_loaded(torchru
     job = start(torchrun, "train.py", learn="rich", ranks=1)
     assert job.finish().code == 0
     assert job.read("ran") == ["False", "True"]
+
+
+def test_a_job_that_fails_while_its_workers_are_restarted_ends(
+    torchrun: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALT", "1")
+    torchrun.script(
+        """
+        import os, signal
+        open("ran", "a").write("x\\n")
+        while len(open("ran").readlines()) < 2: os.sched_yield()
+        os._exit(3) if os.environ["RANK"] == "1" else signal.pause()
+        """
+    )
+    job = start(torchrun, "train.py")
+    finished = job.finish()
+    assert finished.code == 1
+    assert "rank      : 1 (local_rank: 1)\n  exitcode  : 3" in finished.err, finished.err
+    assert len(job.read("ran")) == 2

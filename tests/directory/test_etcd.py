@@ -18,7 +18,7 @@ import pytest
 from pyetcd import etcdrpc as rpc
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-from checkpointless_elastic.agent.directory import Leader, open_directory
+from checkpointless_elastic.agent.directory import Leader, directory_opener
 from checkpointless_elastic.agent.directory_etcd import EtcdDirectory, parse_endpoints, read_access
 from checkpointless_elastic.agent.etcd_client import Access
 from checkpointless_elastic.config import Config
@@ -210,7 +210,7 @@ def test_an_endpoint_where_nothing_listens_fails_in_time() -> None:
 def test_the_settings_of_a_job_open_it(etcd: Cluster) -> None:
     endpoint = ",".join([f"127.0.0.1:{free_ports(1)[0]}", *etcd.endpoints])
     params = RendezvousParameters("checkpointless-etcd", endpoint, uuid.uuid4().hex, 1, 1)
-    with closing(open_directory("checkpointless-etcd", params, Config())) as directory:
+    with closing(directory_opener("checkpointless-etcd", params, Config())()) as directory:
         assert directory.newest() is None
 
 
@@ -251,4 +251,4 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "pyetcd", None)  # as an import finds it that is not installed
     params = RendezvousParameters("checkpointless-etcd", "127.0.0.1:1", "job", 1, 1)
     with pytest.raises(ConfigError, match=r"pip install checkpointless_elastic\[etcd\]"):
-        open_directory("checkpointless-etcd", params, Config())
+        directory_opener("checkpointless-etcd", params, Config())
