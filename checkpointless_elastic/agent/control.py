@@ -28,7 +28,6 @@ from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.acts import Word
 from checkpointless_elastic.protocol.between import (
     Between,
-    Copy,
     Done,
     EndRank,
     Halt,
@@ -69,6 +68,7 @@ from checkpointless_elastic.protocol.messages import (
 from checkpointless_elastic.protocol.requests import Dismissed
 from checkpointless_elastic.protocol.rules import Rules
 from checkpointless_elastic.protocol.station import Station
+from checkpointless_elastic.protocol.warding import Copy
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.mirror import newest
 from checkpointless_elastic.worker.private import in_loop, lifeline_path, slot_path

@@ -32,13 +32,14 @@ from checkpointless_elastic.protocol.acts import (
     Word,
     Yield,
 )
-from checkpointless_elastic.protocol.between import Between, Child, Copy, Join, Seated, Standing, decode
+from checkpointless_elastic.protocol.between import Between, Child, Join, Seated, Standing, decode
 from checkpointless_elastic.protocol.events import Action, Overdue
 from checkpointless_elastic.protocol.holdings import Holdings
 from checkpointless_elastic.protocol.member import Me, Member
 from checkpointless_elastic.protocol.messages import encode_body
 from checkpointless_elastic.protocol.requests import Drain, Inquiry
 from checkpointless_elastic.protocol.rules import Rules
+from checkpointless_elastic.protocol.warding import Copy
 
 __all__ = ["Membership", "Network", "Office"]
 

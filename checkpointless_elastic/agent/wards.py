@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from checkpointless_elastic.agent.peers import Peer, Peers
 from checkpointless_elastic.agent.runtime import EventLoop, Timer
-from checkpointless_elastic.protocol.between import Between, Copy, Kept, Lacking, Seated, Ward
+from checkpointless_elastic.protocol.between import Between, Seated
 from checkpointless_elastic.protocol.messages import Report, encode_body
+from checkpointless_elastic.protocol.warding import Copy, Kept, Lacking, Ward
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.private import slot_path
 

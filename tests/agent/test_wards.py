@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from checkpointless_elastic.agent.wards import Keeper
-from checkpointless_elastic.protocol.between import Copy, Lacking, Ward, decode
+from checkpointless_elastic.protocol.between import decode
+from checkpointless_elastic.protocol.warding import Copy, Lacking, Ward
 
 
 class Sender:

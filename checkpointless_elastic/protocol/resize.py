@@ -1,0 +1,79 @@
+"""The job goes on with another number of ranks: the coordinator's part.
+
+Ranks, their number and what follows from both stand in too many places of a script that runs. So the script is run
+again from its top, as by rung 3, but its state is kept:
+
+1. A generation is opened. Survivors come to one step, as always, and the Decision says ``resizes``: they leave the state
+   of that step behind, in memory of their node, and report Stage.PUBLISHED.
+2. `Kept`: the board numbers seats and ranks anew and has the script run again. A new coordinator begins with `begin_at`.
+3. All ranks run the script up to its first loop or replayable call, and really meet there. It is the end of a recovery,
+   with a Decision of its own: *keepers*, ranks whose state is on their node, take it from there and publish; others get
+   it from them. Then all resume at the step that was void.
+
+Until a step is committed the state that was left behind stays, and a fault leads back to 2: another rerun, with it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from checkpointless_elastic.protocol.events import Action, Broadcast, Deadline, Reopened, Resize
+from checkpointless_elastic.protocol.messages import Decision
+from checkpointless_elastic.protocol.ranks import Ranks
+from checkpointless_elastic.protocol.states import State
+
+__all__ = ["Resizing", "obstacle"]
+
+
+class Resizing(Ranks):
+    """Part of `coordinator.Coordinator`.
+
+    Attributes:
+        resizing: why the recovery that goes on ends with another number of ranks; empty: it does not.
+        first: the step at which this run of the script began.
+        kept: the same, if that was with the state of the last run; -1: it was not, or that state is of no use.
+        keepers: ranks whose kept state is on their node.
+    """
+
+    decision: Decision | None
+
+    @abstractmethod
+    def _reopened(self, event: Reopened) -> list[Action]:
+        """Open a generation."""
+
+    @abstractmethod
+    def _deadline(self) -> Deadline:
+        """For the present state."""
+
+    @property
+    def fresh(self) -> bool:
+        """Nothing was committed since this run began with kept state, which is still there."""
+        return self.kept >= 0 and self.step == self.first
+
+    def begin_at(self, step: int, keepers: frozenset[int]) -> list[Action]:
+        """A new run of the script takes up the state of this step."""
+        self.step = self.first = self.kept = step
+        self.keepers = keepers
+        self.whole, self.pending = set(keepers), set(self.ranks - keepers)
+        self.state = State.SETTLING
+        self.decision = Decision(self.generation, step, sorted(self.whole), sorted(self.pending))
+        return [Broadcast(self.decision), self._deadline()]
+
+    def _resize(self, event: Resize) -> list[Action]:
+        self.resizing = event.cause
+        return [] if self.state is State.FREEZING else self._reopened(Reopened(event.cause))
+
+
+def obstacle(it: Resizing) -> str:
+    """Why the ranks that live do not hold all that the job has, as part of a sentence; empty: each of them does."""
+    if not it.whole:
+        return "no rank lives that has its state"
+    if it.holdings.distrust:
+        return it.holdings.distrust
+    missing = it.whole - it.holdings.held.keys()
+    if missing:
+        return f"rank {min(missing)} has not said yet what state it holds"
+    for rank in sorted(it.whole):
+        if any(claim and not it.ranks <= set(claim) for claim in it.holdings.held[rank].claims):
+            return f"rank {rank} holds a part of the state that not every rank holds"
+    return ""
