@@ -92,7 +92,9 @@ class Config:
     active_nodes: int = _setting(
         0, "nodes that get workers, others wait as spares; 0: the smaller number of --nnodes MIN:MAX"
     )  # type: ignore[assignment]
-    on_loss: str = _setting("wait", "about a lost node without a spare: wait for a node, shrink to fewer, or fail")  # type: ignore[assignment]
+    on_loss: str = _setting(
+        "wait", "about a lost node without a spare: wait for a node, shrink to fewer, or fail"
+    )  # type: ignore[assignment]
     on_loss_timeout: timedelta = _setting(  # type: ignore[assignment]
         timedelta(seconds=600), "how long to wait for a node in place of a lost one"
     )

@@ -117,6 +117,12 @@ class Resume:
         self._go_live(f"calls {op} on group {group}")
         return None
 
+    def met_again(self, outside: Outside) -> None:
+        """A collective was done for real during the walk, by all ranks: it is noted where the walk is."""
+        at = self._path[-1]
+        at.frame.outside.append(outside)
+        at.outside += 1
+
     def outside_done(self, frame: Frame) -> int:
         """How many collectives of `frame` were met again; all of them once live."""
         if not self.live:

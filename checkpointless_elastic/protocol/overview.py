@@ -80,7 +80,11 @@ def exposed(coordinator: Coordinator) -> str:
         return ""
     if coordinator.holdings.distrust:
         return coordinator.holdings.distrust
-    return "no step is committed yet" if coordinator.step == coordinator.first else "the script of some rank has made no Run"
+    return (
+        "no step is committed yet"
+        if coordinator.step == coordinator.first
+        else "the script of some rank has made no Run"
+    )
 
 
 def obstacle(view: View, drain: Drain) -> Declined | None:

@@ -85,11 +85,15 @@ class Resizer(Roster):
         more = self._newcomers(len(self._seats))
         if more and not obstacle(it):
             after = len(self._seats) + len(more)
-            self._decide(Resize(f"a node has come, and the job goes on with {after} instead of {len(self._seats)}"))
+            self._decide(
+                Resize(f"a node has come, and the job goes on with {after} instead of {len(self._seats)}")
+            )
 
     def _newcomers(self, seats: int) -> list[Agent]:
         """Spares that get seats beside so many others."""
-        waiting = [agent for name, agent in self._agents.items() if name not in self._excluded and agent.seat < 0]
+        waiting = [
+            agent for name, agent in self._agents.items() if name not in self._excluded and agent.seat < 0
+        ]
         return waiting[: max(0, self._rules.active_nodes - seats)]
 
     # ---- a new layout
@@ -104,7 +108,9 @@ class Resizer(Roster):
         old, before = self.coordinator, self.world
         assert old is not None
         old.state = State.ENDED
-        moves = [(self._agents[name], sorted(self._ranks(seat))) for seat, name in enumerate(self._seats) if name]
+        moves = [
+            (self._agents[name], sorted(self._ranks(seat))) for seat, name in enumerate(self._seats) if name
+        ]
         moves += [(agent, []) for agent in self._newcomers(len(moves))]
         for seat in {seat for seat, _ in self._suspects} | self._drained.keys():
             self._dismiss(seat)
@@ -167,4 +173,6 @@ class Resizer(Roster):
         for action in new.begin_at(kept, old.keepers) if kept >= 0 else []:
             self._perform(action)
         if vacant and self._rules.on_loss is OnLoss.SHRINK and kept < 0:
-            self._say_that_it_waits(new, vacant, "its script is run again from its top, which all nodes begin together")
+            self._say_that_it_waits(
+                new, vacant, "its script is run again from its top, which all nodes begin together"
+            )
