@@ -51,7 +51,7 @@ def remove(path: str) -> None:
 def empty(path: str, kept: bool = False) -> None:
     """Remove what workers have left in it, but for what is of a process, not of a run of the script.
 
-    Sockets stay too, since the control plane listens on them. ``kept``: so does the state that is kept for the next run.
+    Sockets stay too, since the control plane listens on them. ``kept``: so does the state for the next run.
     """
     for entry in os.scandir(path):
         if entry.is_dir(follow_symlinks=False):

@@ -65,7 +65,7 @@ from checkpointless_elastic.protocol.messages import (
     Welcome,
     encode,
 )
-from checkpointless_elastic.protocol.requests import Dismissed, Took
+from checkpointless_elastic.protocol.requests import Dismissed, Took, Warm
 from checkpointless_elastic.protocol.rules import Rules
 from checkpointless_elastic.protocol.station import Station
 from checkpointless_elastic.protocol.warding import Copy
@@ -348,6 +348,7 @@ class AgentControl(Tenant):
         if isinstance(message, Spare):
             if message.bases:
                 logger.info("[term %d] this agent waits as a spare", message.term)
+                self._workers.when_warm(lambda: self._report(Warm()))
         elif isinstance(message, Dismissed):
             self._dismissed(message)
         elif self._deferred and not isinstance(message, (Done, Halt)):

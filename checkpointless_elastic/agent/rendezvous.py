@@ -63,8 +63,8 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
             )
         if self.config.on_loss == "shrink" and self._active == params.min_nodes:
             logger.warning(
-                "on_loss=shrink has no effect: the job begins with %d nodes, and --nnodes allows no fewer. Give a smaller "
-                "MIN in --nnodes MIN:MAX, and set active_nodes.",
+                "on_loss=shrink has no effect: the job begins with %d nodes, and --nnodes allows no fewer. Give a "
+                "smaller MIN in --nnodes MIN:MAX, and set active_nodes.",
                 self._active,
             )
         self._run_id = params.run_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from signal import SIGKILL, SIGTERM, Signals
@@ -273,6 +273,10 @@ class LocalWorkforce:
         if not self._decided():
             self._withdrawn = reason
             self.verdict = Verdict(VerdictKind.FAILED)
+
+    def when_warm(self, then: Callable[[], None]) -> None:
+        """See Workforce."""
+        self._servers.when_ready(then)
 
     def learn(self, modules: list[str]) -> None:
         """See Workforce."""

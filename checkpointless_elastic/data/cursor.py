@@ -88,8 +88,8 @@ class Frame(msgspec.Struct, array_like=True):
         rng_start: random state before this iteration's item was fetched.
         rng_end: random state after the iterator was exhausted; None if the loop was left by `break`.
         dealing: how many ranks the sampler deals to, and which one of them this is; None where it does not deal.
-        deals: the same for what it dealt before the number of ranks changed, with the iterations up to which it did (-1:
-            all that follow), see `checkpointless_elastic.data.dealing`.
+        deals: the same for what it dealt before the number of ranks changed, with the iterations up to which it did
+            (-1: all that follow), see `checkpointless_elastic.data.dealing`.
         source_create, source_start: what else the source of the items needs, at the same two moments.
     """
 

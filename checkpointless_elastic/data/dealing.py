@@ -1,9 +1,9 @@
 """What is left of a pass over the data, dealt to another number of ranks.
 
-torch's DistributedSampler gives every W-th sample of an order that all ranks know to each of W ranks. So after p batches
-of size B on each rank, the first p * B * W samples of that order have been consumed. The others are dealt to the new
-ranks in the same way: sample i of them goes to rank i modulo W'. No sample comes twice in a pass, and none is left out,
-but for what the sampler itself repeats or drops to make the numbers equal, of what is left.
+torch's DistributedSampler gives every W-th sample of an order that all ranks know to each of W ranks. So after p
+batches of size B on each rank, the first p * B * W samples of that order have been consumed. The others are dealt to
+the new ranks in the same way: sample i of them goes to rank i modulo W'. No sample comes twice in a pass, and none is
+left out, but for what the sampler itself repeats or drops to make the numbers equal, of what is left.
 
 Read in torch 2.6 to 2.13: `torch/utils/data/distributed.py`, `sampler.py`.
 """

@@ -36,6 +36,7 @@ from checkpointless_elastic.protocol.requests import (
     Leaving,
     Overview,
     Took,
+    Warm,
 )
 from checkpointless_elastic.protocol.warding import Copy, Kept, Lacking, Ward
 
@@ -409,6 +410,7 @@ Between = (
     | Leaving
     | Dismissed
     | Took
+    | Warm
 )
 
 _decoder: msgspec.msgpack.Decoder[Between] = msgspec.msgpack.Decoder(Between)

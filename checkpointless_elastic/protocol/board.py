@@ -69,7 +69,7 @@ from checkpointless_elastic.protocol.messages import (
     Restore,
     Resume,
 )
-from checkpointless_elastic.protocol.requests import Took
+from checkpointless_elastic.protocol.requests import Took, Warm
 from checkpointless_elastic.protocol.resizer import Resizer
 from checkpointless_elastic.protocol.roster import Agent, short
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
@@ -345,6 +345,8 @@ class Board(Resizer):
     def received(self, name: str, message: Between) -> None:
         """A message of an agent with a seat."""
         agent = self._agents.get(name)
+        if agent is not None and isinstance(message, Warm):
+            agent.warm = True
         if agent is None or agent.seat < 0 or self._over:
             return
         if isinstance(message, Took) and message.generation == agent.takes:

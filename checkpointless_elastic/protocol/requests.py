@@ -9,7 +9,18 @@ import msgspec
 
 from checkpointless_elastic.protocol.messages import Message
 
-__all__ = ["Declined", "Dismissed", "Drain", "Drained", "Inquiry", "Leaving", "Overview", "Place", "Took"]
+__all__ = [
+    "Declined",
+    "Dismissed",
+    "Drain",
+    "Drained",
+    "Inquiry",
+    "Leaving",
+    "Overview",
+    "Place",
+    "Took",
+    "Warm",
+]
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -107,3 +118,7 @@ class Took(Message, frozen=True):
     """This agent has taken the seat of this generation; what it said before was about ranks with other numbers."""
 
     generation: int
+
+
+class Warm(Message, frozen=True):
+    """This agent has no seat, and could start workers at once."""

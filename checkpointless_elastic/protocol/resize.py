@@ -3,9 +3,9 @@
 Ranks, their number and what follows from both stand in too many places of a script that runs. So the script is run
 again from its top, as by rung 3, but its state is kept:
 
-1. A generation is opened. Survivors come to one step, as always, and the Decision says ``resizes``: they leave the state
-   of that step behind, in memory of their node, and report Stage.PUBLISHED.
-2. `Kept`: the board numbers seats and ranks anew and has the script run again. A new coordinator begins with `begin_at`.
+1. A generation is opened. Survivors come to one step, as always, and the Decision says ``resizes``: they leave the
+   state of that step behind, in memory of their node, and report Stage.PUBLISHED.
+2. `Kept`: the board numbers seats and ranks anew and has the script run again. A new coordinator begins (`begin_at`).
 3. All ranks run the script up to its first loop or replayable call, and really meet there. It is the end of a recovery,
    with a Decision of its own: *keepers*, ranks whose state is on their node, take it from there and publish; others get
    it from them. Then all resume at the step that was void.

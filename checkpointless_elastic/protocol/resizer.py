@@ -1,8 +1,8 @@
-"""The board's part in running the script again, and in a change of the number of ranks: when the job shrinks and grows, and who gets which seat then.
+"""The board's part in running the script again: when the number of ranks changes, and who gets which seat then.
 
-With ``on_loss=shrink`` the job shrinks at once when a node is lost and no spare can take its seat, and grows back, up to
-``active_nodes``, when an agent waits as a spare. It does neither where not every rank holds the whole state, and it does
-not shrink below ``min_nodes``: it waits for a node then, as with ``on_loss=wait``. See `resize`.
+With ``on_loss=shrink`` the job shrinks at once when a node is lost and no spare can take its seat, and grows back, up
+to ``active_nodes``, when an agent waits as a spare. It does neither where not every rank holds the whole state, and it
+does not shrink below ``min_nodes``: it waits for a node then, as with ``on_loss=wait``. See `resize`.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Resizer(Roster):
             self._say_that_it_waits(it, vacant, why)
         if not why:
             here, all_of_them = len(self._seats) - len(vacant), len(self._seats)
-            nodes = f"no spare takes the place of node {vacant[0]}, and the job goes on with {here} of {all_of_them} nodes"
-            self._decide(Resize(nodes))
+            goes_on = f"the job goes on with {here} of {all_of_them} nodes"
+            self._decide(Resize(f"no spare takes the place of node {vacant[0]}, and {goes_on}"))
 
     def _say_that_it_waits(self, it: Coordinator, vacant: list[int], why: str) -> None:
         if self._waits_since != it.generation:
@@ -91,9 +91,8 @@ class Resizer(Roster):
 
     def _newcomers(self, seats: int) -> list[Agent]:
         """Spares that get seats beside so many others."""
-        waiting = [
-            agent for name, agent in self._agents.items() if name not in self._excluded and agent.seat < 0
-        ]
+        free = (agent for name, agent in self._agents.items() if name not in self._excluded)
+        waiting = [agent for agent in free if agent.seat < 0 and agent.warm]  # all would wait for a cold one
         return waiting[: max(0, self._rules.active_nodes - seats)]
 
     # ---- a new layout
@@ -148,7 +147,7 @@ class Resizer(Roster):
     # ---- the same layout
 
     def _run_again(self, restart: Restart) -> None:
-        """By rung 3 or 4; with kept state, if there is any, and then without vacant seats, if they need not be filled."""
+        """By rung 3 or 4; with kept state, if there is any, and then without vacant seats, if it may shrink."""
         old = self.coordinator
         assert old is not None
         old.state = State.ENDED

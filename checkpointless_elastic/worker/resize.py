@@ -149,7 +149,7 @@ def _read(path: Path, step: int) -> Entry:
 
 
 def ready_to_go_on(blob: bytes, parts: dict[int, bytes], rank: int) -> PrivateState:
-    """A private state that was kept, for a run by another number of ranks: loops go on with what is left, dealt anew."""
+    """A private state that was kept, for a run by another number of ranks: what is left of a pass is dealt anew."""
     state = unpack(Content(blob, parts), PrivateState, PrivateState.states)
     for frame in _frames(state.cursor):
         frame.outside, frame.setup = [], 0  # these are done again, by all
@@ -159,8 +159,8 @@ def ready_to_go_on(blob: bytes, parts: dict[int, bytes], rank: int) -> PrivateSt
             frame.deals = [*frame.deals, (*frame.dealing, -1 if frame.finished else frame.position + 1)]
         elif not frame.finished and rank == 0:
             logger.warning(
-                "The number of ranks has changed. A loop of run.batches goes on at item %d of its loader on each rank: what "
-                "is left is dealt anew only for a torch DataLoader with a DistributedSampler and a BatchSampler of torch.",
+                "The number of ranks has changed. A loop of run.batches goes on at item %d of its loader on each rank: "
+                "what is left is dealt anew only for a DataLoader with torch's DistributedSampler and BatchSampler.",
                 frame.position + 1,
             )
     return state
