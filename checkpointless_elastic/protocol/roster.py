@@ -54,8 +54,8 @@ def short(message: _Told) -> _Told:
 class Agent:
     """What the board knows of one: where it listens, how many workers it runs, and its seat (-1: none).
 
-    ``takes``: the generation of the seat that it was given instead of another one, until it has `Took` it. ``warm``: see
-    `requests.Warm`.
+    ``takes``: the generation of the seat that it was given instead of another one, until it has `Took` it.
+    ``warm``: see `requests.Warm`.
     """
 
     name: str
