@@ -37,12 +37,22 @@ from checkpointless_elastic.protocol.between import (
     RollCall,
     RunAgain,
     Seated,
+    Spare,
     Standing,
     Turned,
 )
 from checkpointless_elastic.protocol.events import Deadline, Overdue
 from checkpointless_elastic.protocol.member import Closed, Me, Member
-from checkpointless_elastic.protocol.messages import FromWorker, Message, Release, Report, Restore, Stage
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    FromWorker,
+    Message,
+    Release,
+    Report,
+    Restore,
+    Stage,
+)
+from checkpointless_elastic.protocol.requests import Took, Warm
 from checkpointless_elastic.protocol.station import Station
 from simulator.oracle import Run, Violation
 from simulator.worker import Worker
@@ -62,6 +72,7 @@ class Agent:
     Attributes:
         private: by rank, the step and the generation of the newest private state on this node, as (generation, step).
         kept: the same of the ranks of the seat before this one.
+        left: by place on this node, the step and the weights that workers have left behind for another number of ranks.
         verdict: how the job ended, as far as this agent knows.
     """
 
@@ -74,6 +85,7 @@ class Agent:
         self.workers: dict[int, Worker] = {}
         self.private: dict[int, tuple[int, int]] = {}
         self.kept: dict[int, tuple[int, int]] = {}
+        self.left: dict[int, tuple[int, list[int]]] = {}
         self.verdict = ""
         self.member = Member(
             Me(name, self.address, world.size), world.rules, self._standing, lambda: world.open_store(self)
@@ -228,6 +240,8 @@ class Agent:
         station = self.station
         if isinstance(message, Seated):
             self._take_seat(message)
+        elif isinstance(message, Spare):
+            self.world.clock.after(self.world.draw_fork(), self.hear, self._report, Warm())
         elif isinstance(message, Done):
             self._finish("succeeded")
         elif isinstance(message, Halt):
@@ -253,6 +267,8 @@ class Agent:
 
     def _deliver(self, station: Station, message: Any) -> None:
         station.obey(message)
+        if isinstance(message, Commit) and message.step == station.seat.kept:
+            self.left.clear()
         ranks = sorted(station.pending) if isinstance(message, Restore) else list(self.workers)
         for rank in ranks:
             if rank in self.workers:
@@ -261,16 +277,19 @@ class Agent:
             self._report(station.ended())
 
     def _take_seat(self, seat: Seated) -> None:
+        left = dict(self.left) if seat.kept >= 0 else {}
         if self.station is not None:
             self._leave_seat()
+        self.left = left
+        if seat.kept >= 0:
+            self._report(Took(seat.generation))
         self.station = Station(seat)
         self.seat, self._guardian = seat.seat, seat.guardian
         oracle = self.world.oracle
-        oracle.world = seat.world
         oracle.seated(seat.seat, seat.restarts, seat.generation, self.name)
         how = "after the agent that was lost" if seat.taken else "and starts its workers"
         self.world.note(f"{self.name} takes seat {seat.seat} in generation {seat.generation} {how}")
-        self._run = oracle.run(seat.restarts, seat.store, seat.taken)
+        self._run = oracle.run(seat.restarts, seat.store, seat.taken, seat.world, seat.kept)
         for rank, (generation, step) in self.kept.items():
             self._report(self.station.copied(rank, generation, step))
         if seat.taken and len(seat.bases) > 1:
@@ -301,6 +320,7 @@ class Agent:
         self.station, self.seat, self._guardian = None, -1, ""
         self.private.clear()
         self.kept.clear()
+        self.left.clear()
 
     def _run_again(self, station: Station, order: RunAgain) -> None:
         self._end_all()
@@ -313,6 +333,7 @@ class Agent:
             restarts=order.restarts,
             taken=False,
             guardian=self._guardian,
+            kept=order.kept,
         )
         self.station = None
         self._take_seat(seat)
@@ -339,7 +360,8 @@ class Agent:
         station = self.station
         if station is None or self.workers.get(worker.rank) is not worker:
             return
-        worker.welcome(station.generation, worker.rank in station.pending)
+        shadow = worker.rank in station.pending and not station.fresh
+        worker.welcome(station.generation, shadow, station.fresh)
         if station.decision is not None:
             worker.send(station.decision)
 
@@ -376,6 +398,19 @@ class Agent:
             self._report(station.exited(rank))
         else:
             self._report(station.lost(rank, "was lost", "", -1))
+
+    def leave_behind(self, rank: int, step: int, weights: list[int]) -> None:
+        """A worker's state is kept for a run by another number of ranks."""
+        assert self.station is not None
+        self.left[rank - min(self.station.ranks)] = step, list(weights)
+
+    def taken_up(self, rank: int, step: int) -> list[int]:
+        """What the worker at the same place has left behind."""
+        assert self.station is not None
+        at = rank - min(self.station.ranks)
+        if self.left.get(at, (-1,))[0] != step:
+            raise Violation(f"rank {rank} of {self.name} is to take up step {step}, and there is {self.left}")
+        return self.left[at][1]
 
     # ---- the guardian
 

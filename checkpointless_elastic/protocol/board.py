@@ -190,10 +190,12 @@ class Board(Resizer):
         elif len({standing.restarts for standing in standings}) > 1:
             self._run_again(Restart(4, "the coordinator was lost while the script was being started again"))
         else:
-            lost = "was lost with the coordinator"
+            lost, resizes = "was lost with the coordinator", self._resizes
             self._lose([(seat, self._causes.get(seat, lost)) for seat in missing])
             if not missing:
                 self._decide(Reopened("the coordinator is another one"))
+            if self._resizes != resizes:
+                standings = []  # of seats with other numbers
         self._tell_guardians(standings)
         self._fill()
         self._consider()
