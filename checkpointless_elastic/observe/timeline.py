@@ -1,11 +1,11 @@
 """The record of one recovery: from the loss to the first step committed after it, on the agent's clock.
 
 Times are seconds. Phases, in the order of the path: *detect* (first sign to decision to act), *freeze* (all survivors
-have said where they stand), *keep* and *rerun* (the number of ranks changes: state is left behind; all have
-run the script up to its first loop or step, and have it again), *fork* (the replacement has a process id), *setup* (it has run the script up to its first
+have said where they stand), *fork* (the replacement has a process id), *setup* (it has run the script up to its first
 loop or step), *transfer* (state copied and verified), *forward* (it has gone on to the survivors' step), *rebuild*
 (affected groups), *replay* (first committed step). Freeze runs beside fork and set-up, the others follow each other.
-A fault during the recovery starts it over: the time until then is *repeated*.
+Where the number of ranks changes: *keep* (state is left behind), *rerun* (all have run the script up to its first loop
+or step, and have their state again). A fault during the recovery starts it over: the time until then is *repeated*.
 
 Numbers of groups (rebuilt, kept, lazy: left to their next use) are each that of the rank with most; ranks belong to
 different groups.

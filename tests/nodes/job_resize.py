@@ -1,11 +1,12 @@
 """A job whose weights depend on every sample, on their order on each rank, and on each rank's random draws.
 
-Under the checkpointless backend it is a script as users write them. KILL and HOLD name ranks and steps, "rank:step,...":
-the agent of that rank's node is killed in that step's backward, or the rank waits at its start for OUT/go-RANK-STEP.
+Under the checkpointless backend it is a script as users write them. KILL and HOLD name ranks and steps ("1:5,0:9"): the
+agent of that rank's node is killed in that step's backward, or the rank waits at its start for OUT/go-RANK-STEP. DIE
+names ranks and numbers of ranks: that worker dies before its first step in a run by so many.
 
-With PLAIN it is plain torch and makes STEPS steps, or all that are left: it starts from the file PLAIN/state.pt, if that
-is there, with the random states that RNG names ("0,1,4": those that ranks 0, 1 and 4 had), and deals what is left of the
-epoch to the ranks that it has now. It leaves the same in OUT.
+With STEPS it is plain torch and makes so many steps, or all that are left: it starts from the file PLAIN/state.pt, if
+that is there, with the random states that RNG names ("0,1,4": those that ranks 0, 1 and 4 had), and deals what is left
+of the epoch to the ranks that it has now. It leaves the same in OUT.
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ def note(step: int, epoch: int, indices: torch.Tensor) -> None:
 
 
 def protected() -> int:
+    if due("DIE", rank, world):
+        os.kill(os.getpid(), signal.SIGKILL)
     run = ce.Run(model=model, optimizer=optimizer)
     step = run.replayable(lambda x: compute(x, run.step))
     sampler: Any = DistributedSampler(Numbers(), shuffle=True)

@@ -103,3 +103,15 @@ def test_a_job_that_has_shrunk_grows_back_when_a_node_comes(
     assert resizes(ended) == [(3, [6, 4], 5), (3, [4, 6], 12)], ended.text
     phases: list[Phase] = [(6, 5, ""), (4, 12, "0,1,4,5"), (6, -1, "0,1,2,3,0,0")]
     same(ended, plain(tmp_path / "plain", *phases))
+
+
+@pytest.mark.slow
+def test_a_worker_lost_before_the_first_step_with_fewer_ranks_costs_no_state(
+    job: Callable[..., Nodes], tmp_path: Path
+) -> None:
+    faults = {"KILL": "1:5", "DIE": "1:2"}
+    it = job("1:3", 1, script=SCRIPT, options=("--max-restarts=1",), env={**SHRINKS, **faults})
+    it.start(3)
+    ended = it.finish()
+    same(ended, plain(tmp_path / "plain", (3, 5, ""), (2, -1, "0,2")))
+    assert [record["resize"] for record in ended.recoveries()] == [[3, 2]], ended.text
