@@ -24,7 +24,6 @@ from checkpointless_elastic.protocol.events import (
     End,
     Event,
     ExitedEarly,
-    Kept,
     Late,
     LeftEarly,
     Lost,
@@ -311,7 +310,7 @@ class Coordinator(Resizing):
             return []
         published, arrived = (self._reports.get(stage, {}) for stage in (Stage.PUBLISHED, Stage.ARRIVED))
         if self.resizing:
-            return [Kept(self.step, frozenset(self.whole))] if self.whole <= published.keys() else []
+            return self._left_behind(published)
         if not (self.whole <= published.keys() and self.pending <= arrived.keys()):
             return []
         self.state = State.RESTORING

@@ -17,12 +17,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from checkpointless_elastic.protocol.events import Action, Broadcast, Deadline, Reopened, Resize
+from checkpointless_elastic.protocol.events import (
+    Action,
+    Broadcast,
+    Deadline,
+    Kept,
+    Reopened,
+    Resize,
+    Restart,
+)
 from checkpointless_elastic.protocol.messages import Decision
 from checkpointless_elastic.protocol.ranks import Ranks
+from checkpointless_elastic.protocol.rungs import Rung
 from checkpointless_elastic.protocol.states import State
 
-__all__ = ["Resizing", "obstacle"]
+__all__ = ["NOT_OWN", "Resizing", "obstacle"]
+
+NOT_OWN = b"not own"
+"""What a rank says with PUBLISHED if it left behind only what all ranks hold."""
 
 
 class Resizing(Ranks):
@@ -58,6 +70,16 @@ class Resizing(Ranks):
         self.state = State.SETTLING
         self.decision = Decision(self.generation, step, sorted(self.whole), sorted(self.pending))
         return [Broadcast(self.decision), self._deadline()]
+
+    def _left_behind(self, published: dict[int, bytes]) -> list[Action]:
+        """What sources have said when they had left their state behind."""
+        if not self.whole <= published.keys():
+            return []
+        keepers = frozenset(rank for rank in self.whole if published[rank] != NOT_OWN)
+        if keepers:
+            return [Kept(self.step, keepers)]
+        self.state = State.ENDED
+        return [Restart(Rung.RERUN, f"{self.resizing}, and no rank has done a step since it was replaced")]
 
     def _resize(self, event: Resize) -> list[Action]:
         self.resizing = event.cause

@@ -24,6 +24,7 @@ from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.hangs import Activity
 from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore, Stage
 from checkpointless_elastic.protocol.messages import Resume as ResumeNow
+from checkpointless_elastic.protocol.resize import NOT_OWN
 from checkpointless_elastic.state import pipelines
 from checkpointless_elastic.state.pieces import is_gradient
 from checkpointless_elastic.state.segment import Segment
@@ -142,8 +143,8 @@ class Recovery:
             published = session.next_message(Restore, decision.generation).publications
             self._restore(decision, {rank: _decode(data) for rank, data in published.items()})
         elif decision.resizes:
-            resize.keep(self._run, decision, self._here(), self._own, self.last_value)
-            session.report(Stage.PUBLISHED, decision.generation)
+            own = resize.keep(self._run, decision, self._here(), self._own, self.last_value)
+            session.report(Stage.PUBLISHED, decision.generation, b"" if own else NOT_OWN)
         else:
             if session.returns:
                 self._take_up(decision)

@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 
 
 class Own(NamedTuple):
-    """A rank's private state, encoded, and the random states in it, whose parts must not be let go of."""
+    """A rank's private state of a step, encoded, and the random states in it, whose parts must not be let go of."""
 
+    step: int
     blob: bytes
     states: tuple[rng.RngState | None, ...]
 
@@ -54,19 +55,20 @@ class Own(NamedTuple):
 
 def own_of(blob: bytes, state: PrivateState) -> Own:
     """To be kept from the moment in which the state was encoded: a cursor changes."""
-    return Own(blob, tuple(state.states()))
+    return Own(state.step, blob, tuple(state.states()))
 
 
 # ---- leaving it behind
 
 
-def keep(run: Run, decision: Decision, here: Here, own: Own | None, last_value: bytes | None) -> None:
+def keep(run: Run, decision: Decision, here: Here, own: Own | None, last_value: bytes | None) -> bool:
     """Leave the state of the decision's step behind. Blocks for the copy.
 
-    Raises StateMismatchError if this rank has no state of its own, or the node's memory has no room.
+    False: not what is this rank's own, since it is a replacement and no call has returned in it yet. Raises
+    StateMismatchError if the node's memory has no room.
     """
-    if own is None:
-        raise StateMismatchError(f"rank {here.rank} has not returned from a replayable call yet")
+    whole = own is not None and own.step == decision.step
+    blob, parts = (own.blob, own.parts()) if own is not None and whole else (b"", {})
     directory = Path(directories.kept(here.run_dir))
     directory.mkdir(mode=0o700, exist_ok=True)
     pieces = run.inventory.pieces()
@@ -77,12 +79,13 @@ def keep(run: Run, decision: Decision, here: Here, own: Own | None, last_value: 
             if _lead(block, decision, here) == here.rank
         ]
         shared = run.shared(twins(pieces), last_value)
-        entry = Entry(decision.step, stripes, shared, [], own.blob, own.parts())
+        entry = Entry(decision.step, stripes, shared, [], blob, parts)
         _write(directory / _name(here), msgspec.msgpack.encode(entry))
     except OSError as error:
         raise StateMismatchError(
             f"the state cannot be kept for another number of ranks: {error}. Enlarge the shared memory"
         ) from error
+    return whole
 
 
 def _lead(block: Block, decision: Decision, here: Here) -> int:

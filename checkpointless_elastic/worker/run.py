@@ -44,9 +44,12 @@ def forget() -> None:
 
 
 def is_replacement() -> bool:
-    """True in a replacement before it has joined: a script can skip loading its checkpoint then."""
+    """True before this rank has got its state from others, or back: a script can skip loading its checkpoint then.
+
+    That is in a replacement before it has joined, and on all ranks when the number of ranks has changed.
+    """
     found = session.current()
-    return found is not None and found.shadow
+    return found is not None and (found.shadow or found.returns)
 
 
 class Run:

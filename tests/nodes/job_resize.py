@@ -60,12 +60,13 @@ def hold(rank: int, step: int) -> None:
             time.sleep(0.01)
 
 
+def agent() -> int:
+    return int(os.environ["CHECKPOINTLESS_RUN_DIR"].split("checkpointless-")[1].split("-")[0])
+
+
 def strike(rank: int, step: int) -> None:
     if due("KILL", rank, step):
-        os.kill(
-            int(os.environ["CHECKPOINTLESS_RUN_DIR"].split("checkpointless-")[1].split("-")[0]),
-            signal.SIGKILL,
-        )
+        os.kill(agent(), signal.SIGKILL)
         signal.pause()
 
 
@@ -96,6 +97,8 @@ def note(step: int, epoch: int, indices: torch.Tensor) -> None:
 
 
 def protected() -> int:
+    with open(f"{OUT}/agent-{rank}", "w") as known:
+        known.write(str(agent()))
     if due("DIE", rank, world):
         os.kill(os.getpid(), signal.SIGKILL)
     run = ce.Run(model=model, optimizer=optimizer)

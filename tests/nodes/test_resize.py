@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.hosts import Hosts, supported
 from tests.conftest import wait_until
 from tests.nodes.cluster import Nodes
 from tests.recovery.launching import Ended, difference, launch
@@ -115,3 +116,24 @@ def test_a_worker_lost_before_the_first_step_with_fewer_ranks_costs_no_state(
     ended = it.finish()
     same(ended, plain(tmp_path / "plain", (3, 5, ""), (2, -1, "0,2")))
     assert [record["resize"] for record in ended.recoveries()] == [[3, 2]], ended.text
+
+
+@pytest.mark.slow
+def test_a_node_that_was_cut_off_comes_back_to_a_job_that_has_shrunk(
+    job: Callable[..., Nodes], tmp_path: Path
+) -> None:
+    if reason := supported():
+        pytest.skip(reason)
+    with Hosts(3) as hosts:
+        it = job("1:3", 1, script=SCRIPT, env={**SHRINKS, "HOLD": "1:5,0:8"}, hosts=hosts)
+        it.start(3)
+        it.await_file("did-HOLD-1-5")
+        cut = it.agent_of(1)
+        hosts[it.agents.index(cut)].cut()
+        it.await_file("did-HOLD-0-8")
+        hosts[it.agents.index(cut)].heal()
+        wait_until(lambda: it.agents[0].says("a node has come"), f"it grows {it.text}", 60.0)
+        it.go("0-8")
+        ended = it.finish()
+    assert resizes(ended) == [(3, [3, 2], 5), (3, [2, 3], 8)], ended.text
+    same(ended, plain(tmp_path / "plain", (3, 5, ""), (2, 8, "0,2"), (3, -1, "0,1,0")))
