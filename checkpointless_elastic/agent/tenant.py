@@ -64,11 +64,9 @@ class Tenant(Caretaker):
 
     def _renumber(self, seat: Seated) -> None:
         """The ranks of this node may have other numbers in this seat: what is known of its workers goes along."""
-        if self._station is None:
+        if self._station is None or self._station.seat.bases == seat.bases:
             return
         own = dict(zip(sorted(self._station.ranks), ranks(seat.seat, seat.bases, seat.world), strict=True))
-        if all(before == after for before, after in own.items()):
-            return
         self._links.renumber(own)
         for known in (self._incarnations, self._tokens, self._pids):
             found = {own[rank]: value for rank, value in known.items() if rank in own}

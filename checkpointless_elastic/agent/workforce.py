@@ -181,7 +181,9 @@ class LocalWorkforce:
         """See Workforce."""
         if self._decided():
             return
-        logger.warning("All workers are restarted (restart %s): %s.", order.restarts, order.reason)
+        goes_on = f"run the script again and go on at step {order.kept}"
+        how = goes_on if order.kept >= 0 else f"are restarted (restart {order.restarts})"
+        logger.warning("All workers %s: %s.", how, order.reason)
         self._leave(VerdictKind.RESTART, SIGTERM, self._unwind() if order.rung == 3 else [])
 
     def _unwind(self) -> list[Child]:
