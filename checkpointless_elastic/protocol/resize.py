@@ -16,6 +16,7 @@ Until a step is committed the state that was left behind stays, and a fault lead
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Set
 
 from checkpointless_elastic.protocol.events import (
     Action,
@@ -86,8 +87,12 @@ class Resizing(Ranks):
         return [] if self.state is State.FREEZING else self._reopened(Reopened(event.cause))
 
 
-def obstacle(it: Resizing) -> str:
-    """Why the ranks that live do not hold all that the job has, as part of a sentence; empty: each of them does."""
+def obstacle(it: Resizing, stay: Set[int], more: int = 0) -> str:
+    """Why these ranks and so many new ones cannot be the job, as part of a sentence; empty: they can.
+
+    Each piece of state must be with every rank, or with every k-th one, as on a mesh whose first dimension is
+    replicated: then whole replicas are left when these are numbered anew.
+    """
     if not it.whole:
         return "no rank lives that has its state"
     if it.holdings.distrust:
@@ -95,7 +100,18 @@ def obstacle(it: Resizing) -> str:
     missing = it.whole - it.holdings.held.keys()
     if missing:
         return f"rank {min(missing)} has not said yet what state it holds"
-    for rank in sorted(it.whole):
-        if any(claim and not it.ranks <= set(claim) for claim in it.holdings.held[rank].claims):
-            return f"rank {rank} holds a part of the state that not every rank holds"
+    numbers = {rank: number for number, rank in enumerate(sorted(stay))}
+    for rank in sorted(it.whole & stay):
+        for claim in it.holdings.held[rank].claims:
+            if claim and not _is_whole(claim, rank, it.ranks, numbers, more):
+                return f"rank {rank} holds a part of the state, and no whole replicas of it would be left"
     return ""
+
+
+def _is_whole(claim: list[int], rank: int, ranks: Set[int], numbers: dict[int, int], more: int) -> bool:
+    """Is a piece that these ranks share with every k-th rank, and will it be?"""
+    every = len(ranks) // len(claim)
+    before = {other for other in ranks if other % every == rank % every}
+    after = {number for number in numbers.values() if number % every == numbers[rank] % every}
+    left = {numbers[other] for other in claim if other in numbers}
+    return set(claim) == before and left == after and (len(numbers) + more) % every == 0

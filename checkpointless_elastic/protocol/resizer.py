@@ -67,7 +67,8 @@ class Resizer(Roster):
     def _shrink(self, it: Coordinator, vacant: list[int]) -> None:
         if not it.protected and it.step == it.first:
             return  # it is run again from its top anyway, with all nodes
-        why = obstacle(it)
+        stay = it.ranks - {rank for seat in vacant for rank in self._ranks(seat)}
+        why = obstacle(it, stay)
         if why and it.whole <= it.holdings.held.keys():
             self._say_that_it_waits(it, vacant, why)
         if not why:
@@ -83,7 +84,7 @@ class Resizer(Roster):
 
     def _grow(self, it: Coordinator) -> None:
         more = self._newcomers(len(self._seats))
-        if more and not obstacle(it):
+        if more and not obstacle(it, it.ranks, sum(agent.size for agent in more)):
             after = len(self._seats) + len(more)
             self._decide(
                 Resize(f"a node has come, and the job goes on with {after} instead of {len(self._seats)}")

@@ -321,7 +321,7 @@ class Recovery:
             self._run, decision, publications, twin, self._here(), network, self._segments
         )
         if afresh:
-            speaker = next(found for found in publications.values() if found.own)
+            speaker = next(found for found in publications.values() if found.shared is twin)
             self._go_on(decision.step, twin, speaker.own, speaker.parts)
             self._restored = RestoredReport(moved, time.perf_counter() - started, copying)
             return

@@ -20,8 +20,9 @@ from checkpointless_elastic import run_dir as directories
 from checkpointless_elastic.data.cursor import Cursor, Frame
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.protocol.messages import Decision
-from checkpointless_elastic.state.pieces import Piece
+from checkpointless_elastic.state.pieces import Manifest, Piece, PieceInfo
 from checkpointless_elastic.state.segment import Segment
+from checkpointless_elastic.state.sharding import Ranks
 from checkpointless_elastic.state.slot import Content
 from checkpointless_elastic.state.transfer import Receiver, in_segment
 from checkpointless_elastic.state.transfer import publish as publish_part
@@ -125,11 +126,54 @@ def take_up(run: Run, step: int, here: Here) -> Entry:
     directory = Path(directories.kept(here.run_dir))
     entry = _read(directory / _name(here), step)
     stripes = [stripe for path in sorted(directory.glob("rank-*")) for stripe in _read(path, step).stripes]
-    run.inventory.adopt(entry.shared.manifest)
+    known = translation(run.inventory.pieces(), entry.shared.manifest)
+    manifest = known.manifest
+    run.inventory.adopt(manifest)
     for block, held in blocks(run.inventory.pieces()).items():
-        _fill(held, next((stripe for stripe in stripes if stripe.block == block), None))
-    run.inventory.load_meta(entry.shared.manifest)
+        old = Block(known.claims.get(block.ranks, block.ranks), block.device)
+        _fill(held, next((stripe for stripe in stripes if stripe.block == old), None))
+    run.inventory.load_meta(manifest)
     return entry
+
+
+class Translation(NamedTuple):
+    """What was kept, in the words of this run. ``claims``: by the ranks that hold a piece now, those that held it."""
+
+    manifest: Manifest
+    claims: dict[Ranks, Ranks]
+
+
+def translation(pieces: list[Piece], kept: Manifest) -> Translation:
+    """Ranks and meshes have other numbers now: how those that were kept are called is read from parameters.
+
+    Raises StateMismatchError if what one of them was called has two names now, or the other way round.
+    """
+    now = {piece.key: piece.info for piece in pieces}
+    claims: dict[Ranks, Ranks] = {}
+    meshes: dict[str, str] = {}
+    for info in kept.pieces:
+        here = now.get(info.key)
+        if here is None:
+            continue
+        if claims.setdefault(info.replicas, here.replicas) != here.replicas:
+            raise StateMismatchError(
+                f"{info.key} is shared in another way than with the number of ranks before"
+            )
+        if info.sharding is not None and here.sharding is not None:
+            meshes[info.sharding.mesh] = here.sharding.mesh
+    back = {new: old for old, new in claims.items()}
+    if len(back) != len(claims):
+        raise StateMismatchError("parts of the state that differed by their ranks do not any more")
+    return Translation(
+        Manifest(tuple(_renamed(info, claims, meshes) for info in kept.pieces), kept.meta), back
+    )
+
+
+def _renamed(info: PieceInfo, claims: dict[Ranks, Ranks], meshes: dict[str, str]) -> PieceInfo:
+    known = info.sharding
+    if known is not None:
+        known = msgspec.structs.replace(known, mesh=meshes.get(known.mesh, known.mesh))
+    return msgspec.structs.replace(info, replicas=claims.get(info.replicas, info.replicas), sharding=known)
 
 
 def _fill(held: list[Piece], stripe: Stripe | None) -> None:

@@ -4,9 +4,9 @@ Under the checkpointless backend it is a script as users write them. KILL and HO
 agent of that rank's node is killed in that step's backward, or the rank waits at its start for OUT/go-RANK-STEP. DIE
 names ranks and numbers of ranks: that worker dies before its first step in a run by so many.
 
-With STEPS it is plain torch and makes so many steps, or all that are left: it starts from the file PLAIN/state.pt, if
-that is there, with the random states that RNG names ("0,1,4": those that ranks 0, 1 and 4 had), and deals what is left
-of the epoch to the ranks that it has now. It leaves the same in OUT.
+With STEPS it is plain torch and makes so many steps, or all that are left: it starts from the files that such a run has
+left in PLAIN, if there are any, those of the ranks that RNG names ("0,1,4"), and deals what is left of the epoch to the
+ranks that it has. It leaves the same in OUT. With HSDP the model is sharded, else it is a DDP.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -73,8 +75,14 @@ def strike(rank: int, step: int) -> None:
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(1)
-net = nn.Sequential(nn.Linear(16, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Dropout(0.2), nn.Linear(48, 16))
-model = DistributedDataParallel(net)
+model: nn.Module
+if os.environ.get("HSDP"):  # as many replicas of 2 shards as there is room for
+    model = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Dropout(0.2), nn.Linear(48, 16))
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh)
+else:
+    layers = nn.Linear(16, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Dropout(0.2), nn.Linear(48, 16)
+    model = DistributedDataParallel(nn.Sequential(*layers))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 torch.manual_seed(100 + rank)
 log = open(f"{OUT}/seen-{os.getpid()}-{world}-{rank}.log", "a")
@@ -124,16 +132,31 @@ def left(epoch: int, used: int) -> list[list[int]]:
     return [mine[at : at + BATCH] for at in range(0, len(mine), BATCH)]
 
 
+def tensors() -> dict[str, torch.Tensor]:
+    """All that this rank holds of the model and the optimizer."""
+    found = dict(model.state_dict())
+    for number, state in enumerate(optimizer.state.values()):
+        found |= {f"{number}.{name}": value for name, value in state.items()}
+    return {name: getattr(value, "_local_tensor", value).detach() for name, value in found.items()}
+
+
+def take_up(kept: dict[str, torch.Tensor]) -> None:
+    """Make the optimizer's state, then take all of it from the phase before."""
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    optimizer.zero_grad()
+    for name, value in tensors().items():
+        value.copy_(kept[name])
+
+
 def plain() -> int:
     step, first, used, random = 0, 0, 0, None
-    if os.path.exists(f"{PLAIN}/state.pt"):
-        kept: Any = torch.load(f"{PLAIN}/state.pt")
-        net.load_state_dict(kept["model"])
-        optimizer.load_state_dict(kept["optimizer"])
+    if os.path.exists(f"{PLAIN}/rank-0.pt"):
+        kept: Any = torch.load(f"{PLAIN}/rank-{os.environ['RNG'].split(',')[rank]}.pt")
+        take_up(kept["tensors"])
         step, first, used = kept["at"]
-        own: Any = torch.load(f"{PLAIN}/rank-{os.environ['RNG'].split(',')[rank]}.pt")
-        net.load_state_dict(own["buffers"], strict=False)
-        random = own["rng"]
+        random = kept["rng"]
     last = int(os.environ["STEPS"])
     for epoch in range(first, EPOCHS):
         loader = iter(DataLoader(Numbers(), batch_sampler=left(epoch, used)))
@@ -149,23 +172,14 @@ def plain() -> int:
             step, used = step + 1, used + BATCH * world
             note(step, epoch, indices)
         if step == last:
-            own = {"rng": torch.get_rng_state(), "buffers": dict(net.named_buffers())}
-            torch.save(own, f"{OUT}/rank-{rank}.pt")
-            if rank == 0:
-                state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save({**state, "at": (step, epoch, used)}, f"{OUT}/state.pt")
+            kept = {"tensors": tensors(), "rng": torch.get_rng_state(), "at": (step, epoch, used)}
+            torch.save(kept, f"{OUT}/rank-{rank}.pt")
             break
         used = 0
     return step
 
 
 steps = plain() if "STEPS" in os.environ else protected()
-final = {
-    "model": net.state_dict(),
-    "optimizer": optimizer.state_dict(),
-    "rng": torch.get_rng_state(),
-    "step": steps,
-    "world": world,
-}
+final = {"tensors": tensors(), "rng": torch.get_rng_state(), "step": steps, "world": world}
 torch.save(final, f"{OUT}/final-{rank}.pt")
 dist.destroy_process_group()

@@ -24,12 +24,12 @@ Phase = tuple[int, int, str]
 """Ranks, the step up to which they go (-1: the last), whose random states of the phase before they have."""
 
 
-def plain(folder: Path, *phases: Phase) -> list[dict[str, Any]]:
+def plain(folder: Path, *phases: Phase, **env: str) -> list[dict[str, Any]]:
     """What plain torch ends with, by rank."""
     before = folder
     for number, (ranks, until, random) in enumerate(phases):
         out = folder / f"phase-{number}"
-        more = {"PLAIN": str(before), "STEPS": str(until), "RNG": random}
+        more = {"PLAIN": str(before), "STEPS": str(until), "RNG": random, **env}
         ended = launch(out, ranks=ranks, script=SCRIPT, backend="c10d", **more)
         assert ended.code == 0, ended.text
         before = out
@@ -137,3 +137,14 @@ def test_a_node_that_was_cut_off_comes_back_to_a_job_that_has_shrunk(
         ended = it.finish()
     assert resizes(ended) == [(3, [3, 2], 5), (3, [2, 3], 8)], ended.text
     same(ended, plain(tmp_path / "plain", (3, 5, ""), (2, 8, "0,2"), (3, -1, "0,1,0")))
+
+
+@pytest.mark.slow
+def test_a_job_on_shards_goes_on_with_the_replicas_that_are_whole(
+    job: Callable[..., Nodes], tmp_path: Path
+) -> None:
+    it = job("1:3", 2, script=SCRIPT, env={**SHRINKS, "KILL": "3:5", "HSDP": "1"})
+    it.start(3)
+    ended = it.finish()
+    assert resizes(ended) == [(3, [6, 4], 5)], ended.text
+    same(ended, plain(tmp_path / "plain", (6, 5, ""), (4, -1, "0,1,4,5"), HSDP="1"))

@@ -19,6 +19,7 @@ from checkpointless_elastic.protocol.between import (
     Seated,
 )
 from checkpointless_elastic.protocol.board import Board
+from checkpointless_elastic.protocol.coordinator import Coordinator
 from checkpointless_elastic.protocol.events import Resized, Stop, Warn
 from checkpointless_elastic.protocol.messages import (
     Decision,
@@ -30,6 +31,7 @@ from checkpointless_elastic.protocol.messages import (
     Stage,
 )
 from checkpointless_elastic.protocol.requests import Took, Warm
+from checkpointless_elastic.protocol.resize import obstacle
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
 from checkpointless_elastic.protocol.states import State
 
@@ -242,9 +244,33 @@ def test_a_job_in_which_not_every_rank_holds_everything_waits_and_says_why() -> 
     (warning,) = of_kind(made.acts, Warn)
     assert warning == Warn(
         "[generation 1, step 1] The job waits for a node in place of node 1, and does not go on without it: "
-        "rank 0 holds a part of the state that not every rank holds."
+        "rank 0 holds a part of the state, and no whole replicas of it would be left."
     )
     assert not of_kind(made.acts, Resized)
+
+
+@pytest.mark.parametrize(
+    ("world", "every", "lost", "more", "fine"),
+    [
+        (6, 1, {2, 3}, 0, True),
+        (6, 2, {2, 3}, 0, True),
+        (6, 2, {0, 1}, 2, True),
+        (6, 2, {2}, 0, False),
+        (6, 2, {3, 4}, 0, False),  # the second rank of one replica and the first of another
+        (6, 2, set(), 1, False),
+        (8, 4, {4, 5, 6, 7}, 0, True),
+        (8, 4, {4, 5}, 0, False),
+        (4, 4, {3}, 0, False),
+    ],
+)
+def test_whole_replicas_must_be_left(world: int, every: int, lost: set[int], more: int, fine: bool) -> None:
+    """Each rank shares a piece with every k-th one, and another one with all."""
+    it = Coordinator(frozenset(range(world)), 8)
+    it.whole -= lost
+    for rank in it.whole:
+        claim = list(range(rank % every, world, every))
+        it.holdings.held[rank] = Replicas([[], claim], {"model": (1, 7), "count": (0, 7)})
+    assert (obstacle(it, it.whole, more) == "") is fine
 
 
 def test_a_job_whose_state_is_lost_is_run_again_from_its_top_by_all_nodes() -> None:
