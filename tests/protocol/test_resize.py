@@ -256,7 +256,8 @@ def test_a_job_in_which_not_every_rank_holds_everything_waits_and_says_why() -> 
         (6, 2, {2, 3}, 0, True),
         (6, 2, {0, 1}, 2, True),
         (6, 2, {2}, 0, False),
-        (6, 2, {3, 4}, 0, False),  # the second rank of one replica and the first of another
+        (6, 2, {3, 4}, 0, True),  # shards of two replicas make a whole one
+        (6, 2, {2, 4}, 0, False),
         (6, 2, set(), 1, False),
         (8, 4, {4, 5, 6, 7}, 0, True),
         (8, 4, {4, 5}, 0, False),
