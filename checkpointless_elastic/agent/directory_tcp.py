@@ -2,8 +2,9 @@
 
 One key per term, written by compare_set and never changed, so a term has one coordinator and terms have no gaps; a
 coordinator is fenced when the next term's key exists. Agents wait for the next term in the store, which answers as soon
-as its key is set. torch 2.13 writes two lines to stderr for each wait that ends unanswered, so a wait is never given
-up: it has a connection of its own and goes on when `wait_newer` returns without a term.
+as its key is set. The host is to be the first coordinator, so that the job depends on one agent and not on two.
+torch 2.13 writes two lines to stderr for each wait that ends unanswered, so a wait is never given up: it has a
+connection of its own and goes on when `wait_newer` returns without a term.
 """
 
 from __future__ import annotations
@@ -114,6 +115,10 @@ class TcpDirectory(Directory):
     def claim(self, leader: Leader) -> bool:
         if leader.term < 1:
             raise ValueError(f"Terms begin at 1, not {leader.term}.")
+        if leader.term == 1 and not self.hosts:
+            self.wait_newer(
+                0, self._limit / 2
+            )  # a start for the host: the fewer agents that must live, the better
         mine = msgspec.json.encode(leader)
 
         def claim(store: PrefixStore) -> bool:

@@ -14,10 +14,10 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from checkpointless_elastic.errors import CheckpointlessError
 from checkpointless_elastic.groups.lazy import Lazy
 from checkpointless_elastic.groups.link import Link
-from checkpointless_elastic.groups.native import Attempt, connect
+from checkpointless_elastic.groups.native import Attempt, connect, meet
 from checkpointless_elastic.groups.spec import GroupSpec, Superseded
 
-__all__ = ["Connector", "Running", "connect", "connect_in_turn", "connect_used", "used"]
+__all__ = ["Connector", "Running", "connect", "connect_briefly", "connect_in_turn", "connect_used", "used"]
 
 _PATIENCE = 2.0
 _T = TypeVar("_T")
@@ -113,5 +113,16 @@ def connect_used(attempt: Attempt, specs: list[GroupSpec], store: Store) -> list
 
 def connect_in_turn(attempt: Attempt, specs: list[GroupSpec], store: Store) -> list[Link | None]:
     """All members have made these groups in the same order, so none waits in a ring."""
-    prefix = f"checkpointless/g{attempt.generation}"
-    return [connect(spec, PrefixStore(f"{prefix}/{spec.name}/", store), attempt) for spec in specs]
+    return [connect(spec, _place(attempt, spec, store), attempt) for spec in specs]
+
+
+def connect_briefly(attempt: Attempt, spec: GroupSpec, store: Store) -> Link:
+    """A group that a member may let go of at once: all are connected, so none finds its peer gone as it connects."""
+    place = _place(attempt, spec, store)
+    link = connect(spec, place, attempt)
+    meet(spec, place, attempt, "connected")
+    return link
+
+
+def _place(attempt: Attempt, spec: GroupSpec, store: Store) -> Store:
+    return PrefixStore(f"checkpointless/g{attempt.generation}/{spec.name}/", store)

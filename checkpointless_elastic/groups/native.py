@@ -35,7 +35,7 @@ from checkpointless_elastic.groups.owed import Place
 from checkpointless_elastic.groups.sockets import Address, open_devices
 from checkpointless_elastic.groups.spec import GroupSpec, Superseded
 
-__all__ = ["Attempt", "connect"]
+__all__ = ["Attempt", "connect", "meet"]
 
 _WRAPPER_PREFIX = "pg_wrapper"
 _SHORTEST, _LONGEST = 0.0005, 0.01
@@ -97,10 +97,9 @@ class _Meeting:
 
     def meet(self, own: Sequence[Address]) -> None:
         """Says that this member is there, waits for the others and notes their addresses and places."""
-        keys = [f"member/{rank}" for rank in range(self.spec.size)]
         place = self.attempt.places.get(self.spec.name)
-        self.store.set(keys[self.spec.rank], json.dumps({"listens": own, "place": place}))
-        self._wait(keys)
+        says = json.dumps({"listens": own, "place": place})
+        keys = meet(self.spec, self.store, self.attempt, "member", says)
         members = [json.loads(self.store.get(key)) for key in keys]
         self.link.own |= frozenset(own)
         self.link.peers |= {
@@ -111,18 +110,24 @@ class _Meeting:
         }
         self.link.places = [(calls, index) for calls, index in (m["place"] for m in members if m["place"])]
 
-    def _wait(self, keys: list[str]) -> None:
-        limit = self.attempt.limit or self.spec.timeout.total_seconds()
-        deadline = time.monotonic() + limit
-        pause = _SHORTEST
-        while not self.store.check(keys):
-            pause = min(2 * pause, _LONGEST)
-            if self.attempt.given_up.wait(pause):
-                raise Superseded(
-                    f"Connecting group {self.spec.name} was given up: another rank was lost meanwhile."
-                )
-            if time.monotonic() > deadline:
-                raise RankLostError(_who_is_missing(self.spec, self.store, keys))
+
+def meet(spec: GroupSpec, store: Store, attempt: Attempt, topic: str, says: str = "") -> list[str]:
+    """Says something of this member and waits until all have. Returns the keys of what they say, by rank.
+
+    Raises as `connect` does.
+    """
+    keys = [f"{topic}/{rank}" for rank in range(spec.size)]
+    store.set(keys[spec.rank], says)
+    limit = attempt.limit or spec.timeout.total_seconds()
+    deadline = time.monotonic() + limit
+    pause = _SHORTEST
+    while not store.check(keys):
+        pause = min(2 * pause, _LONGEST)
+        if attempt.given_up.wait(pause):
+            raise Superseded(f"Connecting group {spec.name} was given up: another rank was lost meanwhile.")
+        if time.monotonic() > deadline:
+            raise RankLostError(_who_is_missing(spec, store, keys))
+    return keys
 
 
 def _gloo(meeting: _Meeting) -> Any:

@@ -14,7 +14,14 @@ from torch.distributed import distributed_c10d as c10d
 
 from checkpointless_elastic.errors import CheckpointlessError, RankLostError
 from checkpointless_elastic.groups import connecting
-from checkpointless_elastic.groups.connecting import Connector, Running, connect_in_turn, connect_used, used
+from checkpointless_elastic.groups.connecting import (
+    Connector,
+    Running,
+    connect_briefly,
+    connect_in_turn,
+    connect_used,
+    used,
+)
 from checkpointless_elastic.groups.elastic import ElasticProcessGroup
 from checkpointless_elastic.groups.host import Host, Situation
 from checkpointless_elastic.groups.issue import Engine
@@ -201,9 +208,7 @@ class Registry:
         """
         client = self._client(store)
         attempt = Attempt(generation, self._limit)
-        made = self.apart(generation, client, lambda: connect_in_turn(attempt, [spec], client))
-        (link,) = made
-        assert link is not None
+        link = self.apart(generation, client, lambda: connect_briefly(attempt, spec, client))
         with self._lock:
             superseded = generation < self._newest
             if not superseded:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import threading
 from collections import deque
@@ -59,6 +60,12 @@ class Connection:
                 self._socket.sendall(data)
         except OSError as error:
             raise AgentGone from error
+
+    def readable(self, seconds: float) -> bool:
+        """Whether ``receive`` has something to return, or the agent is gone, within this time. By the receiver."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(self._bodies) or bool(poll.poll(1000 * seconds))
 
     def receive(self) -> ToWorker:
         """The next message; blocks. Raises AgentGone when the agent has closed the connection."""

@@ -205,8 +205,12 @@ class Recovery:
         """A peer that is gone ends this: the news of it, or that nobody misses it, comes as the next message."""
         try:
             send_state(self._run, decision, self._here(), self._network(decision))
-        except RuntimeError as error:
-            logger.debug("[rank %d] sending state has ended: %s", self._session.rank, error)
+        except RuntimeError:
+            session = self._session
+            if not session.channel.vote.readable(PATIENCE_S) and not session.superseded(
+                decision.generation, 0
+            ):
+                raise  # nobody else was lost: the receivers wait for what would never come
 
     def _report_use(self, decision: Decision) -> None:
         store, moved = self._job_store(decision), bool(decision.store)

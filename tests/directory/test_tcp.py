@@ -198,6 +198,18 @@ def test_the_first_agent_on_the_endpoints_machine_hosts_and_the_next_one_connect
         assert second.newest() == LEADER
 
 
+def test_the_host_gets_the_first_term_though_another_agent_asks_sooner() -> None:
+    with ExitStack() as stack:
+        host = stack.enter_context(closing(connect(0, is_host=True)))
+        other = stack.enter_context(closing(connect(int(host.endpoint.rsplit(":", 1)[1]))))
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        asking = pool.submit(other.claim, Leader(1, "other", "b:1"))
+        assert not wait([asking], 0.1).done
+        assert host.claim(LEADER)
+        assert not asking.result(20)
+        assert other.newest() == LEADER
+
+
 def test_jobs_with_other_ids_do_not_meet_in_one_store() -> None:
     with closing(connect(0, is_host=True)) as one:
         assert one.claim(LEADER)

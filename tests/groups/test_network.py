@@ -61,3 +61,17 @@ def take_part(folder: str, worker: Worker) -> Any:
 def test_many_chunks_arrive_on_both_ranks_bit_by_bit(tmp_path: Path) -> None:
     with Job(functools.partial(take_part, str(tmp_path)), 4) as job:
         assert job.results() == [True] * 4
+
+
+def leave_at_once(worker: Worker) -> Any:
+    """Many times, since what is tested is who is faster."""
+    for generation in range(1, 51):
+        worker.registry.supersede(generation)
+        with Network(worker.registry, lambda: worker.store, generation, worker.rank).peers((0, 1, 2, 3, 4)):
+            pass
+    return True
+
+
+def test_a_member_that_leaves_at_once_does_not_disturb_others_as_they_connect() -> None:
+    with Job(leave_at_once, 5) as job:
+        assert job.results() == [True] * 5
