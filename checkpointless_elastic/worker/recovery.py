@@ -447,5 +447,4 @@ def _open_store(address: str) -> Store:
     return TCPStore(host, int(port), is_master=False, timeout=STORE_TIMEOUT)
 
 
-def _decode(data: bytes) -> Publication:
-    return msgspec.msgpack.decode(data, type=Publication)
+_decode = msgspec.msgpack.Decoder(Publication).decode
