@@ -418,7 +418,7 @@ class Board(Resizer):
         if isinstance(action, Broadcast):
             only = self.coordinator.pending if isinstance(action.message, Restore) else None
             self._order(action.message, only=only)  # type: ignore[arg-type]
-            first = isinstance(action.message, Commit) and action.message.step < 2
+            first = isinstance(action.message, Commit) and action.message.step < self.coordinator.first + 2
             if isinstance(action.message, Resume):
                 self._dropped.clear()
             if self._tree.needed and (first or isinstance(action.message, Resume)):
