@@ -134,7 +134,7 @@ def _recorded(frame: Frame, source: Source[T], host: LoopHost, give: Callable[[i
         source.open()
     else:
         source.reopen(frame)
-        if host.resume is not None and not frame.setup:
+        if host.resume is not None and host.resume.real:
             frame.setup = host.resume.outside_done(frame)
         if frame.rng_start is not None:
             rng.restore(frame.rng_start)

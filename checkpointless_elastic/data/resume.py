@@ -54,10 +54,11 @@ class Resume:
 
     Attributes:
         live: True once something beyond the record was asked for.
+        real: all ranks walk, and their collectives are done for real; else they are answered from the record.
     """
 
-    def __init__(self, cursor: Cursor) -> None:
-        self.live = False
+    def __init__(self, cursor: Cursor, real: bool = False) -> None:
+        self.live, self.real = False, real
         self._cursor = cursor
         self._path = [_At(cursor.stack[0])]
         self._parted: ScriptMismatchError | None = None

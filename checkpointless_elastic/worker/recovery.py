@@ -164,8 +164,7 @@ class Recovery:
 
     def _take_up(self, decision: Decision) -> None:
         """What this rank left behind in the last run of the script."""
-        here = self._here()
-        entry = resize.take_up(self._run, decision.step, here)
+        entry = resize.take_up(self._run, decision.step, self._here())
         self._go_on(decision.step, entry.shared, entry.private, entry.parts)
 
     def _go_on(self, step: int, common: Shared, blob: bytes, parts: dict[int, bytes]) -> None:
@@ -175,7 +174,8 @@ class Recovery:
         run.go_on_from(common)
         self._replica_value = self.last_value = common.last_value
         self._state, self._own = state, resize.own_of(blob, state)
-        session.cursor, session.resume, session.step = state.cursor, Resume(state.cursor), step
+        session.cursor, session.step = state.cursor, step
+        session.resume = Resume(state.cursor, real=True)
         session.registry.committed(step)
         run.restore_private(state.tensors)
 

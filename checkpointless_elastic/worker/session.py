@@ -351,7 +351,7 @@ class Session:
 
     def record(self, entry: LoggedCollective) -> None:
         """Keep the output of a collective outside replayable functions for this rank's replacement."""
-        walks = self.resume is not None and not self.resume.live and not self.shadow
+        walks = self.resume is not None and self.resume.real and not self.resume.live
         walk = self.resume if walks else None
         if not (walk.in_loop if walk is not None else len(self.cursor.stack) > 1):
             self._log.append(entry)
