@@ -5,9 +5,10 @@ Ranks die by SIGKILL, segmentation fault, os._exit, exception and a kill with fu
 0, several, all but one, the same again, or the replacement of a lost rank before it has joined; while data is
 loaded, in forward, in backward, between ready and commit, inside optimizer.step(), after the gate, in
 evaluation, in checkpoint saving, in the last step, after the loop, and by wall clock from outside. With --kinds all
-a rank is also stopped for a while, or slow, or cannot write to any file, and the agent is stopped. The seed
-draws the schedule. Parameters, optimizer state, scheduler and all random number generators are compared bit
-for bit at the end. Exit code 0 only if every fault was survived and the comparison holds.
+a rank is also stopped for a while, or slow, or cannot write to any file, the agent is stopped, and where at least three
+ranks hold the same, a bit of a parameter flips, which must be found (verify_every=1). The seed draws the schedule.
+Parameters, optimizer state, scheduler and all random number generators are compared bit for bit at the end. Exit code 0
+only if every fault was survived and the comparison holds.
 
 --layout spreads the model over the ranks: shards, tensor and pipeline parallel. Each part then keeps a living rank,
 whatever strikes at once ("all but one" is as many ranks as that allows), so that no fault needs the job to start
@@ -16,10 +17,13 @@ over. With fsdp each rank has a part that no other has: only mirrors can bring i
 --nodes runs the job on several hosts (network namespaces, so it needs root) with --spares more that wait. A part of the
 faults then strikes a whole node: it loses its power, falls silent, or its agent is paused for some seconds or killed.
 Afterwards it comes back with a fresh agent, which is the next spare; half of those that fell silent are reachable again
-before that. The node of the embedded store is left alone; with --store etcd no node is.
+before that. The node of the embedded store is left alone; with --store etcd no node is, and a member of etcd is killed
+too, and started again after some seconds, while its node goes on.
 
 --layout and --nodes take several values (ddp,hsdp and 1,3): each combination is a run of its own, one after the other,
-and the faults are shared between them; each draws with the next seed. The report is that of all runs together.
+and the faults are shared between them; each draws with the next seed. The report is that of all runs together; it is
+written after each of them, and a run that fails or hangs is marked in it ("error"), and does not keep the next one from
+being done.
 
 A --script of yours is struck by wall clock only, and judged by its files:"""
 
@@ -30,6 +34,7 @@ import copy
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
@@ -40,24 +45,28 @@ import harness
 from harness import etcd, hosts
 from harness.clock import Clock
 from harness.cluster import Cluster, start
-from harness.job import OURS, TORCHRUN, Job, Plan, Running
+from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan, Running
 from harness.layouts import LAYOUTS, Holders, holders, survivable
 from harness.node_faults import NodeFaults
 from harness.outcomes import Outcome, as_struck, outcome, struck_at
 from harness.recoveries import read_recoveries
 from harness.report import write_json
-from harness.schedule import schedule, steps_needed, with_nodes
+from harness.schedule import schedule, steps_needed, with_flips, with_nodes
 from harness.steps import read_logs
 from harness.weights import folder_differences
-from jobs.faults import KINDS, OUTSIDE_KINDS, Fault, write_schedule
+from jobs.faults import FLIP, KINDS, NODE_KINDS, OUTSIDE_KINDS, STORE_KINDS, Fault, write_schedule
 
 from checkpointless_elastic.observe.machine import provenance
+from checkpointless_elastic.protocol.checks import MIN_REPLICAS
+from checkpointless_elastic.worker.damage import ASKED
 
+ALL_KINDS = (*KINDS, *OUTSIDE_KINDS, FLIP)
+HUNG = 124
 DEFAULT_SCRIPT = Path(__file__).parent / "jobs" / "chaos_job.py"
 
 
-def run_struck(plan: Plan, faults: Sequence[Fault], seed: int, timeout: float) -> int:
-    """The job with faults; prints each one as it strikes. Returns the exit code."""
+def run_struck(plan: Plan, faults: Sequence[Fault], seed: int, timeout: float) -> tuple[int, str]:
+    """The job with faults; prints each one as it strikes. Returns the exit code, and what it did not do in time."""
     write_schedule(plan.folder, faults)
     end = time.monotonic() + timeout
     with start(plan) as job:
@@ -68,12 +77,15 @@ def run_struck(plan: Plan, faults: Sequence[Fault], seed: int, timeout: float) -
         watch(job, faults, end)
         if nodes:
             nodes.join(60)
-            if nodes.error:
+        try:
+            if nodes and nodes.error:
                 raise nodes.error
-        code = job.code(timeout=1)
+            code, error = job.code(timeout=1), ""
+        except JobFailedError as failure:
+            code, error = HUNG, str(failure)
         if code:
-            print(job.tail(), file=sys.stderr)
-        return code
+            print(error or job.tail(), file=sys.stderr)
+        return code, error.partition("\n")[0]
 
 
 def watch(job: Running, faults: Sequence[Fault], end: float) -> None:
@@ -104,6 +116,8 @@ def plans(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan, 
     )
     if options.mirror_every:
         environment["CHECKPOINTLESS_MIRROR_EVERY"] = str(options.mirror_every)
+    if FLIP in options.kinds:
+        environment |= {"CHECKPOINTLESS_VERIFY_EVERY": "1", ASKED: "1"}
     environment["CHECKPOINTLESS_NODE_FAULTS"] = "0"  # faults are drawn: no node is to blame
     struck = Plan(
         OURS,
@@ -123,9 +137,18 @@ def plans(options: argparse.Namespace, folder: Path, steps: int) -> tuple[Plan, 
 def draw(options: argparse.Namespace, steps: int) -> list[Fault]:
     """The schedule of the struck run."""
     own, parts = options.script != DEFAULT_SCRIPT, parts_of(options)
+    of_workers, flips = options.faults - options.node_faults, flips_of(options)
+    kinds = [kind for kind in options.kinds if kind != FLIP]
+    workers = schedule(of_workers - flips, options.seed, options.ranks, steps, kinds, own, parts)
+    names = NODE_KINDS + (STORE_KINDS if options.store == "etcd" else ())
+    others = with_nodes(workers, options.node_faults, options.seed, steps, names)
+    return with_flips(others, flips, options.seed, options.ranks, steps)
+
+
+def flips_of(options: argparse.Namespace) -> int:
+    """The share of the faults of workers that are flipped bits."""
     of_workers = options.faults - options.node_faults
-    workers = schedule(of_workers, options.seed, options.ranks, steps, options.kinds, own, parts)
-    return with_nodes(workers, options.node_faults, options.seed, steps)
+    return round(of_workers / len(options.kinds)) if FLIP in options.kinds else 0
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -139,7 +162,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     with Job(calm) as job:
         job.finish()
-    code = run_struck(struck, faults, options.seed, options.timeout or max(600, 10 * options.faults))
+    code, error = run_struck(struck, faults, options.seed, options.timeout or max(600, 10 * options.faults))
     logs, recoveries = (
         read_logs(struck.folder, options.ranks),
         read_recoveries(struck.folder / "recoveries.jsonl"),
@@ -151,7 +174,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     longest = longest_of(outcomes)
     return {
         "faults": sum(o.struck for o in outcomes),
-        "survived": sum(o.struck and (code == 0 or o.seconds is not None) for o in outcomes),
+        "survived": sum(o.struck and not o.missed and (code == 0 or o.seconds is not None) for o in outcomes),
         "equal": not found,
         "longest_interruption_s": longest.seconds if longest else None,
         "longest_interruption_cause": f"{longest.cause}; {title(options)}" if longest else None,
@@ -162,9 +185,41 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "node_faults": options.node_faults,
         "faults_asked_for": options.faults,
         "exit_code": code,
+        "error": error,
         "rungs": dict(Counter(str(o.rung) for o in outcomes if o.struck)),
         "fault_list": [o.entry() | {"layout": options.layout, "nodes": options.nodes} for o in outcomes],
         "lines": [str(o) for o in outcomes],
+    }
+
+
+def attempt(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The report of one run, whatever comes of it."""
+    try:
+        return measure(options, folder)
+    except Exception as error:
+        traceback.print_exc()
+        return failed(options, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def failed(options: argparse.Namespace, error: str) -> dict[str, Any]:
+    """As `measure`, of a run of which nothing is known."""
+    return {
+        "faults": 0,
+        "survived": 0,
+        "equal": False,
+        "longest_interruption_s": None,
+        "longest_interruption_cause": None,
+        "layout": options.layout,
+        "stranded": 0,
+        "seed": options.seed,
+        "nodes": options.nodes,
+        "node_faults": options.node_faults,
+        "faults_asked_for": options.faults,
+        "exit_code": 1,
+        "error": error,
+        "rungs": {},
+        "fault_list": [],
+        "lines": [],
     }
 
 
@@ -193,6 +248,11 @@ def together(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "nodes": ",".join(dict.fromkeys(str(report["nodes"]) for report in reports)),
         "seed": reports[0]["seed"],
         "exit_code": next((report["exit_code"] for report in reports if report["exit_code"]), 0),
+        "error": "; ".join(
+            f"{report['layout']}, {report['nodes']} nodes: {report['error']}"
+            for report in reports
+            if report["error"]
+        ),
         "rungs": dict(sum((Counter(report["rungs"]) for report in reports), Counter())),
         "fault_list": [fault for report in reports for fault in report["fault_list"]],
         "runs": [{key: report[key] for key in report if key not in apart} for report in reports],
@@ -232,7 +292,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--kinds",
         type=kinds,
         default=list(KINDS),
-        help=f"some of {','.join((*KINDS, *OUTSIDE_KINDS))}, or all (default: those that kill)",
+        help=f"some of {','.join(ALL_KINDS)}, or all (default: those that kill)",
     )
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--script", type=Path, default=DEFAULT_SCRIPT, help="another training script")
@@ -257,8 +317,7 @@ def layouts(text: str) -> list[str]:
 
 
 def kinds(text: str) -> list[str]:
-    everything = (*KINDS, *OUTSIDE_KINDS)
-    return list(everything) if text == "all" else known(text.split(","), everything)
+    return list(ALL_KINDS) if text == "all" else known(text.split(","), ALL_KINDS)
 
 
 def known(names: list[str], all_names: Sequence[str]) -> list[str]:
@@ -308,6 +367,17 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(
             "With fsdp a lost rank's shard is nowhere else: give --mirror-every K to keep mirrors of it."
         )
+    if options.script != DEFAULT_SCRIPT or scarce(options):
+        options.kinds = [kind for kind in options.kinds if kind != FLIP]
+        if not options.kinds:
+            parser.error(
+                f"{FLIP} needs a layout in which {MIN_REPLICAS} ranks hold the same, and our own script"
+            )
+
+
+def scarce(options: argparse.Namespace) -> bool:
+    """Whether there is state of which too few ranks hold the same to know which bytes are right."""
+    return min(map(len, holders(options.layout, options.ranks))) < MIN_REPLICAS
 
 
 def obstacle(options: argparse.Namespace) -> str:
@@ -325,15 +395,16 @@ def main() -> int:
     reports = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         for number, run in enumerate(options.runs):
-            reports.append(measure(run, (options.keep or Path(folder)) / f"run-{number}"))
+            reports.append(attempt(run, (options.keep or Path(folder)) / f"run-{number}"))
             print("\n".join(["", *reports[-1]["lines"], ""]), flush=True)
-    report = together(reports)
+            write_json(options.json, report := together(reports))
     print(f"{report['survived']} of {report['faults']} faults survived, rungs {report['rungs']}")
     print(
         f"longest interruption {report['longest_interruption_s']} s: {report['longest_interruption_cause']}"
     )
     print("equal" if report["equal"] else "not equal")
-    write_json(options.json, report)
+    if report["error"]:
+        print(report["error"])
     good = (
         report["equal"]
         and report["survived"] == report["faults"] == options.faults

@@ -33,7 +33,8 @@ class Config:
         max_faults_per_step: faults without one committed step between them that rungs 1 and 2 answer; then rung 3.
         node_faults: lost workers of one node within 100 committed steps after which it is excluded, if no other node
             has lost as many and a spare can take its place; 0: never.
-        mirror_every: committed calls between two copies of each rank's state to host memory; 0: none are made.
+        mirror_every: committed calls between two copies of each rank's state to host memory, of its own node and, with
+            several nodes, of another one, where each takes four times the state of a node's ranks; 0: none are made.
         job_token_file: file with the secret that all agents of the job share; empty: CHECKPOINTLESS_JOB_TOKEN.
         tls_ca: PEM file of the authority that signs the agents' certificates; empty: connections are plain.
         tls_cert: PEM file of this agent's certificate.
@@ -57,8 +58,8 @@ class Config:
         etcd_cert, etcd_key: files with the certificate and key that the agent shows to etcd.
         hang_factor: a step is late after so many times what steps take at most, and `hang_slack`; 0: no hang is looked
             for.
-        hang_slack: see `hang_factor`; doubled for the next try of a step at which a late worker was ended, since it may
-            only have been slow, and for good after each fourth such worker of a node.
+        hang_slack: see `hang_factor`; doubled where a late worker of the node was ended, since it may only have been
+            slow: for the next try of the step, and at the same place of the script for 100 steps.
         hang_timeout: limit for what no limit is learned for: first calls, compilation, and between calls.
         events: file for the JSON lines of recoveries; empty: ``recoveries.jsonl`` in the log directory.
     """
@@ -129,7 +130,7 @@ class Config:
     )  # type: ignore[assignment]
     hang_slack: timedelta = _setting(  # type: ignore[assignment]
         timedelta(seconds=0.7),
-        "added to that; doubled for the next try where a late worker was ended, for good after each fourth",
+        "added to that; doubled for the next try of a step where a late worker was ended, and there for 100 steps",
     )
     hang_timeout: timedelta = _setting(  # type: ignore[assignment]
         timedelta(seconds=1800), "limit for what no limit is learned for: first calls, and between calls"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 import psutil
-from jobs.faults import CLOCK, NODE_KINDS, OUTSIDE_KINDS, Fault, claim, marker
+from jobs.faults import CLOCK, NODE_KINDS, OUTSIDE_KINDS, STORE_KINDS, Fault, claim, marker
 
 from checkpointless_elastic.chaos.processes import Process
 from checkpointless_elastic.chaos.strikes import KINDS
@@ -24,7 +24,8 @@ class Clock(threading.Thread):
     def __init__(self, job: Running, faults: Sequence[Fault]) -> None:
         super().__init__(daemon=True)
         self._job = job
-        self._faults = [fault for fault in faults if fault.moment == CLOCK and fault.kind not in NODE_KINDS]
+        others = (*NODE_KINDS, *STORE_KINDS)
+        self._faults = [fault for fault in faults if fault.moment == CLOCK and fault.kind not in others]
 
     def run(self) -> None:
         folder, ranks = self._job.plan.folder, self._job.plan.ranks

@@ -86,6 +86,7 @@ class Cluster(Running):
         plan.folder.mkdir(parents=True, exist_ok=True)
         self.plan = plan
         self.nodes: list[Node] = []
+        self._etcd: dict[int, subprocess.Popen[bytes]] = {}
         self._stack = ExitStack()
         try:
             self.hosts = self._stack.enter_context(Hosts(plan.nodes + plan.spares))
@@ -177,7 +178,7 @@ class Cluster(Running):
         if not node.host.is_on:
             node.host.heal()
             if self.plan.store == "etcd" and node.number < etcd.MEMBERS:
-                etcd.start(node.host, self._members(), self.plan.folder)
+                self._start_member(node.number)
         node.written, node.since = node.log.stat().st_size, time.monotonic()
         node.agent = self._agent(node.host, node.number, node.starts)
         node.starts += 1
@@ -188,10 +189,25 @@ class Cluster(Running):
         self.power_off(node)
         self.start_again(node)
 
+    def kill_member(self, number: int) -> None:
+        """etcd dies on this node, and nothing else."""
+        self._etcd[number].kill()
+        self._etcd[number].wait()
+
+    def start_member_again(self, number: int) -> None:
+        """Blocks until the member serves clients."""
+        member, folder = self._members()[number], self.plan.folder
+        since = etcd.log_of(member, folder).stat().st_size
+        self._start_member(number)
+        etcd.wait_ready(member, folder, since=since)
+
+    def _start_member(self, number: int) -> None:
+        self._etcd[number] = etcd.start(self._members()[number], self._members(), self.plan.folder)
+
     def _start(self) -> None:
         if self._ours_with_etcd():
-            for member in self._members():
-                etcd.start(member, self._members(), self.plan.folder)
+            for number in range(len(self._members())):
+                self._start_member(number)
             for member in self._members():
                 etcd.wait_ready(member, self.plan.folder)
         used = self.hosts if self.plan.backend == OURS else self.hosts.first(self.plan.nodes)

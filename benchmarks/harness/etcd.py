@@ -41,10 +41,10 @@ def log_of(member: Host, folder: Path) -> Path:
     return folder / f"etcd-{member.name}.log"
 
 
-def wait_ready(member: Host, folder: Path, timeout: float = 30) -> None:
-    """Until the member says that it serves clients, for the first time."""
+def wait_ready(member: Host, folder: Path, timeout: float = 30, since: int = 0) -> None:
+    """Until the member says that it serves clients, behind so many bytes of its log."""
     end = time.monotonic() + timeout
-    while "ready to serve" not in log_of(member, folder).read_text(errors="replace"):
+    while b"ready to serve" not in log_of(member, folder).read_bytes()[since:]:
         if time.monotonic() > end:
             raise HostsError(
                 f"etcd on {member.name} was not ready in {timeout:g} s; see {log_of(member, folder)}."

@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from jobs.faults import NODE_KINDS, Fault, claim, hold, marker
+from jobs.faults import NODE_KINDS, STORE_KINDS, Fault, claim, hold, marker
 
+from harness import etcd
 from harness.cluster import Cluster, Node
 from harness.job import JobFailedError
 from harness.steps import interruption, progress, read_logs
@@ -17,6 +18,7 @@ PAUSES = (
     0.3,
     6.0,
 )  # seconds that a paused agent stands still: shorter and longer than a lost one is waited for
+MEMBER_AWAY = (0.5, 5.0)  # seconds that a member of etcd is gone
 LEEWAY = 3  # steps that the job may do beyond that of the next fault
 PATIENCE = 60.0  # seconds that a fault waits for a spare, and a struck node for the job to go on
 FENCED = 15.0  # seconds that an agent has, once it is back, to see that it is no longer needed and to end
@@ -36,7 +38,7 @@ class NodeFaults(threading.Thread):
         self.error: BaseException | None = None
         self._job = job
         self._folder, self._ranks = job.plan.folder, job.plan.ranks
-        self._faults = [fault for fault in faults if fault.kind in NODE_KINDS]
+        self._faults = [fault for fault in faults if fault.kind in (*NODE_KINDS, *STORE_KINDS)]
         self._seed, self._patience = seed, patience
         self._hold_before(self._faults)
 
@@ -87,7 +89,22 @@ class NodeFaults(threading.Thread):
             raise JobFailedError(f"For {PATIENCE:g} s no node that may be struck had ranks.")
         return self._job.nodes[draw.choice(numbers)]
 
+    def _strike_store(self, fault: Fault, draw: random.Random) -> None:
+        """Nobody is lost; the ranks of its node stand for the fault, or rank 0 where it has none."""
+        node = self._job.nodes[draw.randrange(etcd.MEMBERS)]
+        print(f"    {fault.kind}: {node}", flush=True)
+        self._job.kill_member(node.number)
+        struck_ns = time.time_ns()
+        for rank in self._job.ranks_of(node) or [0]:
+            claim(marker(self._folder, fault.number, rank))
+        time.sleep(draw.uniform(*MEMBER_AWAY))
+        self._job.start_member_again(node.number)
+        self._wait(lambda: self._goes_on(struck_ns), self._patience)
+
     def _strike(self, fault: Fault, draw: random.Random) -> None:
+        if fault.kind in STORE_KINDS:
+            self._strike_store(fault, draw)
+            return
         node = self._choose(draw)
         lost = self._job.ranks_of(node)
         print(f"    {fault.kind}: {node}", flush=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs.faults import NODE_KINDS, Fault, marker
+from jobs.faults import FLIP, NODE_KINDS, STORE_KINDS, Fault, marker
 
 from harness.recoveries import Recovery
 from harness.steps import Logs, interruption
@@ -31,6 +31,11 @@ class Outcome:
     reason: str = ""
 
     @property
+    def missed(self) -> bool:
+        """Whether the job did not find what does not show by itself."""
+        return self.struck and self.fault.kind == FLIP and self.rung is None
+
+    @property
     def cause(self) -> str:
         """The fault and its answer, in short."""
         fault = self.fault
@@ -53,9 +58,10 @@ class Outcome:
     def __str__(self) -> str:
         fault = self.fault
         place = f"ranks {fault.ranks} ({fault.target}), {fault.moment}, step {fault.step}"
-        rung = f"rung {self.rung}" if self.rung else "nobody lost" if self.fault.lasts else "no record"
+        passes = fault.lasts or fault.kind in STORE_KINDS
+        rung = f"rung {self.rung}" if self.rung else "nobody lost" if passes else "no record"
         seconds = f"{self.seconds:.3f} s" if self.seconds is not None else "no step after it"
-        return f"{fault.number:3} {fault.kind:<13} {place:<62} {rung}, {seconds if self.struck else 'not struck'}"
+        return f"{fault.number:3} {fault.kind:<16} {place:<62} {rung}, {seconds if self.struck else 'not struck'}"
 
 
 def struck_at(folder: Path, fault: Fault) -> list[int]:
@@ -66,7 +72,7 @@ def struck_at(folder: Path, fault: Fault) -> list[int]:
 
 def as_struck(folder: Path, fault: Fault) -> Fault:
     """A node's fault with the ranks that it took; others as they are."""
-    if fault.kind not in NODE_KINDS:
+    if fault.kind not in (*NODE_KINDS, *STORE_KINDS):
         return fault
     taken = (path.name.split("-")[1] for path in folder.glob(f"faults/{fault.number}-*"))
     return replace(fault, ranks=tuple(sorted(map(int, taken))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from jobs.faults import CLOCK, KINDS, NODE_KINDS, OUTSIDE_KINDS, READY, Fault
+from jobs.faults import CLOCK, FLIP, KINDS, NODE_KINDS, OUTSIDE_KINDS, READY, Fault
 
 from checkpointless_elastic.chaos.plan import turns
 from harness.layouts import Holders, survivable
@@ -28,6 +28,7 @@ REPLACEMENT_MOMENTS = ("start", "built")
 EVERY = {"evaluation": 4, "saving": 7}  # steps between two of these moments in jobs/chaos_job.py
 CLOCK_REACH = 4  # steps that a job may do until the clock strikes
 LASTS = (0.3, 2.0)  # seconds until a fault passes that kills nobody
+SLOW_STEPS = 10  # steps that a job may do in a second while a rank is slow
 
 
 def steps_needed(faults: int, per_epoch: int = 10) -> int:
@@ -72,10 +73,12 @@ def schedule(
     return faults
 
 
-def with_nodes(workers: Sequence[Fault], count: int, seed: int, steps: int) -> list[Fault]:
-    """The faults of workers and `count` of nodes, spread over the job, all ordered by step."""
+def with_nodes(
+    workers: Sequence[Fault], count: int, seed: int, steps: int, names: Sequence[str] = NODE_KINDS
+) -> list[Fault]:
+    """The faults of workers and `count` of nodes, of these kinds, spread over the job, all ordered by step."""
     source = random.Random(f"nodes {seed}")
-    kinds = turns(source, NODE_KINDS)
+    kinds = turns(source, names)
     part = (steps - TAIL) / max(count, 1)
     nodes = [
         Fault(
@@ -90,6 +93,26 @@ def with_nodes(workers: Sequence[Fault], count: int, seed: int, steps: int) -> l
         for index in range(count)
     ]
     return sorted([*workers, *nodes], key=lambda fault: fault.step)
+
+
+def with_flips(others: Sequence[Fault], count: int, seed: int, ranks: int, steps: int) -> list[Fault]:
+    """These faults and `count` flipped bits, all ordered by step; fewer where the job has no room for so many.
+
+    Each flip has a step in which no other fault can strike: a rank whose memory is bad is a source for others until its
+    step is compared."""
+    source = random.Random(f"flips {seed}")
+    free = set(range(2, steps - 1)) - {step for fault in others for step in _taken(fault)}
+    flips = [
+        Fault(len(others) + index, FLIP, "data", step, (source.randrange(ranks),))
+        for index, step in enumerate(sorted(source.sample(sorted(free), min(count, len(free)))))
+    ]
+    return sorted([*others, *flips], key=lambda fault: fault.step)
+
+
+def _taken(fault: Fault) -> range:
+    """The steps in which a fault may take a rank, or still be answered."""
+    slow = round(SLOW_STEPS * fault.lasts) if fault.kind == "slow" else 0
+    return range(fault.step, last_step(fault) + slow + 2)
 
 
 def last_step(fault: Fault) -> int:

@@ -16,12 +16,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from checkpointless_elastic.worker.damage import request_path
+
 KINDS = ("SIGKILL", "SIGSEGV", "exit", "exception", "out-of-memory")
 OUTSIDE_KINDS = ("stop", "slow", "disk-full", "stopped-agent")  # of checkpointless_elastic.chaos.strikes
+FLIP = "corrupted-memory"  # a bit of a parameter of this rank; it does not die, but is found and replaced
 CLOCK = "clock"  # struck from outside
 SLOW = "slow"  # no fault: the ranks wait for the delay instead
 READY = "ready"  # between ready and commit
 NODE_KINDS = ("power off", "cut", "paused agent", "killed agent")  # done to a node, always from outside
+STORE_KINDS = ("lost member",)  # done to a member of etcd, whose node goes on
 HOLD = "hold"  # file with the number of a step; the job waits where it loads data for that or a later one
 
 
@@ -35,11 +39,11 @@ class Fault:
 
     Attributes:
         number: its place in the schedule.
-        kind: how the ranks die, one of KINDS, or SLOW; or what is done to a process or a node from outside, one of
-            OUTSIDE_KINDS or NODE_KINDS.
+        kind: how the ranks die, one of KINDS, or FLIP or SLOW; or what is done to a process or a node from outside, one
+            of OUTSIDE_KINDS, NODE_KINDS or STORE_KINDS.
         moment: where in the script; CLOCK: at a time instead.
         step: it strikes at this step or, where the moment does not occur in it, the next time that it does.
-        ranks: who dies; empty for a node's fault, whose node is chosen when it strikes.
+        ranks: who dies; empty for a node's or a store's fault: who is struck is chosen when it strikes.
         target: why these ranks, in a word.
         delay: seconds after the step was reached (CLOCK) or after the gate was entered (READY), or of waiting (SLOW).
         after: number of the fault whose replacement it strikes, or -1.
@@ -119,7 +123,7 @@ class Faults:
         for fault in self._mine:
             if fault.moment == moment and step >= fault.step and self._is_possible(fault):
                 if claim(marker(self._folder, fault.number, self._rank)):
-                    strike(fault)
+                    strike(fault, self._rank)
 
     def before_gate(self, step: int) -> None:
         """As at(READY), for the ranks that die while they wait, and holds up the rank that they wait for."""
@@ -138,10 +142,12 @@ def waited_for(fault: Fault, ranks: int) -> int:
     return next((rank for rank in range(ranks) if rank not in fault.ranks), -1)
 
 
-def strike(fault: Fault) -> None:
+def strike(fault: Fault, rank: int) -> None:
     """Ends this process, or raises, as the fault's kind says."""
     if fault.kind == SLOW:
         time.sleep(fault.delay)
+    elif fault.kind == FLIP:
+        Path(request_path(os.environ["CHECKPOINTLESS_RUN_DIR"], rank)).touch()
     elif fault.moment == READY:
         threading.Timer(fault.delay, die, (fault.kind,)).start()
     elif fault.kind == "exception":

@@ -7,26 +7,21 @@ from collections.abc import Callable
 
 from checkpointless_elastic.agent.health import Health
 from checkpointless_elastic.agent.membership import Membership
-from checkpointless_elastic.agent.runtime import EventLoop, Workforce
+from checkpointless_elastic.agent.runtime import Workforce
 from checkpointless_elastic.protocol.station import Station
 
 __all__ = ["Caretaker"]
 
 logger = logging.getLogger(__name__)
 
-KILL_LIMIT_S = 30.0
-
 
 class Caretaker:
     """Base of `control.AgentControl`."""
 
-    _loop: EventLoop
     _health: Health
     _membership: Membership
     _workers: Workforce
     _station: Station | None
-    _condemned: dict[int, str]
-    _pids: dict[int, int]
 
     def _if_fit(self, then: Callable[[], None]) -> None:
         """Do it if this node is found to be fit, now or in a while, and its seat is still the same."""
@@ -42,16 +37,10 @@ class Caretaker:
 
         self._health.check(found)
 
-    def _must_be_gone(self, rank: int, pid: int) -> None:
-        """A worker was killed. One that the kernel cannot end, as it waits for a device, would hold the job up."""
-
-        def look() -> None:
-            station = self._station
-            over = station is None or station.stopped or station.released
-            if not over and rank in self._condemned and self._pids[rank] == pid:
-                self._unfit(f"the worker of rank {rank}, process {pid}, does not end after SIGKILL")
-
-        self._loop.call_later(KILL_LIMIT_S, look)
+    def stuck(self, rank: int, pid: int) -> None:
+        """See ControlPlane."""
+        if not self._workers.ended:
+            self._unfit(f"the worker of rank {rank}, process {pid}, does not end after SIGKILL")
 
     def _unfit(self, reason: str) -> None:
         """This node leaves the job, which goes on if another one takes its seat."""

@@ -48,7 +48,8 @@ class Chair:
         """See `membership.Office`."""
         if isinstance(message, RankSays) and isinstance(message.said, Replicas):
             holdings = self._membership.holdings()
-            warning = holdings.warning(bool(self._rules.mirror_every)) if holdings is not None else ""
+            mirrored, nodes = bool(self._rules.mirror_every), self._membership.nodes
+            warning = holdings.warning(mirrored, nodes) if holdings is not None else ""
             if warning:
                 logger.warning("%s", warning)
         else:

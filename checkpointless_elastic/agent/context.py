@@ -6,6 +6,7 @@ the signal handlers and the tails, `close` ends both. New here is `replace`, whi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -13,7 +14,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +30,11 @@ from checkpointless_elastic.protocol.messages import Again
 __all__ = ["Child", "ForkedContext", "Launch", "Witness", "parse_command"]
 
 logger = logging.getLogger(__name__)
+
+KILL_LIMIT_S = 30.0
+"""How long a worker of a running job may take to end after SIGKILL: giving back much memory takes seconds."""
+_KILL_TIMEOUT_S = 10.0
+"""The same when the job ends anyway."""
 
 
 @dataclass
@@ -78,6 +84,9 @@ class Witness(Protocol):
     def lost(self, child: Child) -> None: ...
 
     def exited(self, child: Child, status: int) -> None: ...
+
+    def stuck(self, child: Child) -> None:
+        """SIGKILL was sent KILL_LIMIT_S ago, and the process is still there: it hangs in the kernel."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +260,8 @@ class ForkedContext(PContext):
         child.signal = number
         if not child.pid:
             return
+        if number is signal.SIGKILL:
+            self._launch.loop.call_later(KILL_LIMIT_S, lambda: self._must_be_gone(child))
         for send in (os.killpg, os.kill):  # it is its group's leader, but for its very first moment
             try:
                 send(child.pid, number)
@@ -258,28 +269,38 @@ class ForkedContext(PContext):
             except ProcessLookupError:
                 continue
 
+    def _must_be_gone(self, child: Child) -> None:
+        if not child.gone and self._witness is not None:
+            self._witness.stuck(child)
+
     def quiet(self) -> None:
         """From now on nobody is told of these workers."""
         self._witness = None
 
     def all_ended(self) -> bool:
         """Whether no process is left, but for those out of the script, and each status is known."""
-        return all(child.status is not None or child.out for child in self.children.values())
+        return not self._left()
 
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
         """Stop all workers; blocks for up to `timeout` seconds, while the loop goes on serving everything else."""
         self.quiet()
-        loop = self._launch.loop
         for number, patience in ((death_sig, timeout), (signal.SIGKILL, _KILL_TIMEOUT_S)):
-            left = [child for child in self.children.values() if child.status is None and not child.out]
-            for child in left:
+            # One that was killed already, and is still there, does not heed a milder signal.
+            told = [c for c in self._left() if number is signal.SIGKILL or c.signal is not signal.SIGKILL]
+            for child in told:
                 logger.warning(
                     "Sending process %s closing signal %s", child.pid or "(not forked yet)", number.name
                 )
                 self.send_signal(child, number)
-            if not left or loop.run(self.all_ended, patience):
-                return
-        logger.error("Some workers did not end after SIGKILL: they hang in the kernel and are left behind.")
+            self._launch.loop.run(functools.partial(_ended, told), patience)
+        for child in self._left():
+            logger.error(
+                "Process %s does not end after SIGKILL: it hangs in the kernel and is left behind.", child.pid
+            )
+            child.status = -signal.SIGKILL  # so that nobody waits for it again
+
+    def _left(self) -> list[Child]:
+        return [child for child in self.children.values() if child.status is None and not child.out]
 
     # ---- torch's interface ------------------------------
 
@@ -319,5 +340,8 @@ class ForkedContext(PContext):
         return "" if path == os.devnull else os.path.dirname(os.path.dirname(os.path.dirname(path)))
 
 
-_KILL_TIMEOUT_S = 10.0
+def _ended(children: Iterable[Child]) -> bool:
+    return all(child.status is not None for child in children)
+
+
 _first_numbers = itertools.count(0, 1 << 20)  # a context's request numbers never meet those of an earlier one

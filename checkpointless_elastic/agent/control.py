@@ -44,6 +44,7 @@ from checkpointless_elastic.protocol.between import (
     Standing,
 )
 from checkpointless_elastic.protocol.events import Action
+from checkpointless_elastic.protocol.guarding import Kept
 from checkpointless_elastic.protocol.messages import (
     Afresh,
     Commit,
@@ -57,9 +58,7 @@ from checkpointless_elastic.protocol.messages import (
     Mismatch,
     Refused,
     Release,
-    Report,
     Restore,
-    Stage,
     Unhealthy,
     Unwound,
     Welcome,
@@ -68,7 +67,6 @@ from checkpointless_elastic.protocol.messages import (
 from checkpointless_elastic.protocol.requests import Dismissed, Took, Warm
 from checkpointless_elastic.protocol.rules import Rules
 from checkpointless_elastic.protocol.station import Station
-from checkpointless_elastic.protocol.warding import Copy
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.mirror import newest
 from checkpointless_elastic.worker.private import in_loop, lifeline_path, slot_path
@@ -151,14 +149,17 @@ class AgentControl(Tenant):
         self._renumber(seat)
         self._station = station = Station(seat)
         self._wards = self._membership.take_seat(
-            seat, station.ranks, lambda copies: self._fetched(seat, station, copies)
+            seat,
+            station.ranks,
+            lambda kept: self._fetched(seat, station, kept),
+            lambda rank, report: self._report(station.said(rank, report)),
         )
         self._failed, self._condemned = {}, {}
         self._failing.begin()
         if not seat.taken:
             self._offer(seat)
         elif self._wards is None:
-            self._fetched(seat, station, [])
+            self._fetched(seat, station, Kept([]))
 
     def _offer(self, seat: Seated) -> None:
         assert self._station is not None
@@ -174,13 +175,14 @@ class AgentControl(Tenant):
     def _start(self, seat: Seated) -> None:
         self._offered = seat
 
-    def _fetched(self, seat: Seated, station: Station, copies: list[Copy]) -> None:
+    def _fetched(self, seat: Seated, station: Station, kept: Kept) -> None:
         """The guardian has sent what it kept of the lost agent's ranks."""
         if self._station is not station:
             return
         self._offer(seat)
-        put_back(self.run_dir, copies)
-        missing = sorted(station.ranks - {copy.rank for copy in copies})
+        put_back(self.run_dir, kept.copies)
+        station.recall(kept.held)
+        missing = sorted(station.ranks - {copy.rank for copy in kept.copies})
         if missing:
             reason = "its private state was lost with its node and its guardian's"
             self._membership.report(RankSays(missing[0], Mismatch(reason)))
@@ -319,9 +321,7 @@ class AgentControl(Tenant):
             if not self._learned:
                 self._learned = True
                 self._workers.learn(message.modules)
-        else:
-            if self._wards is not None and isinstance(message, Report) and message.stage is Stage.READY:
-                self._wards.ready(rank, message)
+        elif self._wards is None or not self._wards.heard(rank, message):
             self._report(station.said(rank, message))
 
     def _leaves(self, rank: int, incarnation: int) -> None:
@@ -339,7 +339,6 @@ class AgentControl(Tenant):
         if order.stuck:
             self._hangs.ended(order.rank, order.reason)
         self._workers.kill(order.rank)
-        self._must_be_gone(order.rank, self._pids[order.rank])
 
     # ---- what the coordinator says
 
@@ -379,6 +378,7 @@ class AgentControl(Tenant):
     def _deliver(self, station: Station, message: Ordered) -> None:
         """For this node's workers."""
         station.obey(message)
+        self._membership.ordered(message)
         ranks = sorted(station.pending if isinstance(message, Restore) else station.ranks)
         channel = "control" if isinstance(message, Freeze) else "vote"
         data = encode(message)

@@ -19,7 +19,7 @@ from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.process_stat import STATE, stat_fields
 from checkpointless_elastic.protocol.between import Halted, Pace
-from checkpointless_elastic.protocol.hangs import Activity, Where
+from checkpointless_elastic.protocol.hangs import Activity, Verdicts, Where
 from checkpointless_elastic.protocol.messages import Explain, Explained, Message
 from checkpointless_elastic.protocol.station import Station
 from checkpointless_elastic.worker.pulse import Monitor, pulse_path
@@ -35,9 +35,6 @@ PACE_S = 5.0
 """Between two reports of how fast each rank is."""
 STARVED = 4
 """Times that a worker is given longer while the machine does not let it run."""
-MANY = 4
-"""After so many ended workers the slack is doubled for good; at the same step it is for each one."""
-MAX_DOUBLINGS = 8
 
 
 class Hangs:
@@ -64,8 +61,8 @@ class Hangs:
         self._looked = 0.0
         self._next = self._next_pace = 0.0
         self._excused = 0.0  # what began before this counts from here: the agent itself did not run
-        self._ended = 0  # workers of this node that were ended for being late
-        self._ended_at, self._ended_here = -1, 0  # the step of the last of them, and how many at that step
+        self._verdicts = Verdicts()
+        self._wheres: dict[int, Where] = {}  # as they were last reported
 
     def begin(self, run_dir: str, station: Station) -> None:
         """Look after the workers of this seat in this run of the script."""
@@ -85,22 +82,20 @@ class Hangs:
         self._answers[rank] = answer
 
     def ended(self, rank: int, reason: str) -> None:
-        """A worker is ended for being late. It may only have been slow: the next one is given longer at this step."""
+        """A worker is ended for being late."""
         logger.error("Rank %d is ended, it %s.", rank, reason)
-        step = self._station.step if self._station is not None else 0
-        self._ended_here = self._ended_here + 1 if step == self._ended_at else 1
-        self._ended_at = step
-        self._ended += 1
+        self._verdicts.ended(self._step, self._wheres.get(rank))
 
-    def _doublings(self) -> int:
-        here = self._station is not None and self._station.step == self._ended_at
-        return min(MAX_DOUBLINGS, self._ended // MANY + (self._ended_here if here else 0))
+    @property
+    def _step(self) -> int:
+        return self._station.step if self._station is not None else 0
 
-    def _limit(self, expected: int, activity: int) -> float:
-        """Seconds that what a rank does may take."""
+    def _limit(self, expected: int, activity: int, at: str | None = None) -> float:
+        """Seconds that what a rank does may take; ``at``: its place in the script, where that is known."""
         if not expected or activity == Activity.OUTSIDE:
             return self._unknown
-        return min(self._unknown, self._factor * expected / 1e9 + self._slack * 2.0 ** self._doublings())
+        slack = self._slack * 2.0 ** self._verdicts.doublings(self._step, at)
+        return min(self._unknown, self._factor * expected / 1e9 + slack)
 
     def _tick(self) -> None:
         self._loop.call_later(TICK_S, self._tick)
@@ -147,14 +142,15 @@ class Hangs:
         self._next = now + AGAIN_S
         if asked is None or asked != self._judged():
             return
-        wheres = {rank: self._where(rank, pid, now) for rank, pid in asked.items()}
+        wheres = self._wheres = {rank: self._where(rank, pid, now) for rank, pid in asked.items()}
         if self._station is not None and any(where.late for where in wheres.values()):
             self._tell(Halted(self._station.generation, self._station.step, wheres))
 
     def _where(self, rank: int, pid: int, now: float) -> Where:
         reading = self._monitor(rank).read()
         answer = self._answers.get(rank)
-        limit, lasts = self._limit(reading.expected, reading.activity), self._lasts(reading.since, now)
+        at = answer.at if answer is not None else ""
+        limit, lasts = self._limit(reading.expected, reading.activity, at), self._lasts(reading.since, now)
         if answer is not None and answer.compiles:
             limit = self._unknown
         elif self._is_starved(pid):
@@ -168,7 +164,7 @@ class Hangs:
             _is_stopped(pid),
             answer is not None,
             answer is not None and answer.waits,
-            answer.at if answer is not None else "",
+            at,
             limit,
         )
 

@@ -12,6 +12,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import msgspec
+
+from checkpointless_elastic.agent.bell import Bell
 from checkpointless_elastic.agent.directory import Directory, Leader
 from checkpointless_elastic.agent.peers import Closed, Identity, Peer, Peers
 from checkpointless_elastic.agent.runtime import EventLoop
@@ -32,14 +35,23 @@ from checkpointless_elastic.protocol.acts import (
     Word,
     Yield,
 )
-from checkpointless_elastic.protocol.between import Between, Child, Join, Seated, Standing, decode
+from checkpointless_elastic.protocol.between import (
+    Answers,
+    Between,
+    Child,
+    Join,
+    Ordered,
+    Seated,
+    Standing,
+    decode,
+)
 from checkpointless_elastic.protocol.events import Action, Overdue
+from checkpointless_elastic.protocol.guarding import Kept
 from checkpointless_elastic.protocol.holdings import Holdings
 from checkpointless_elastic.protocol.member import Me, Member
-from checkpointless_elastic.protocol.messages import encode_body
+from checkpointless_elastic.protocol.messages import Decision, Freeze, Report, encode_body
 from checkpointless_elastic.protocol.requests import Drain, Inquiry
 from checkpointless_elastic.protocol.rules import Rules
-from checkpointless_elastic.protocol.warding import Copy
 
 __all__ = ["Membership", "Network", "Office"]
 
@@ -109,7 +121,9 @@ class Membership:
         self._links: dict[int, Peer] = {}
         self._numbers: dict[Peer, int] = {}
         self._accepted = 0  # number of the newest accepted link: they are negative
-        self._keeper = Keeper(office.keeps, office.copied)
+        self._bell = Bell(loop) if network is not None else None
+        self._keeper = Keeper(office.run_dir, office.keeps, office.copied, self._bell)
+        self._lost: list[int] = []  # ranks, as the newest Freeze said
         self._wards: Wards | None = None
         me = Me("alone", "", size)
         if network is not None:
@@ -138,6 +152,8 @@ class Membership:
 
     def report(self, message: Between) -> None:
         """Say something to the coordinator."""
+        if isinstance(message, Answers):
+            message = msgspec.structs.replace(message, mirrored=self._keeper.mirrored(self._lost))
         self._do(self._member.report(message, time.monotonic()))
 
     def overdue(self, deadline: Overdue) -> None:
@@ -154,19 +170,35 @@ class Membership:
         return self._member.board is not None
 
     def take_seat(
-        self, seat: Seated, ranks: frozenset[int], fetched: Callable[[list[Copy]], None]
+        self,
+        seat: Seated,
+        ranks: frozenset[int],
+        fetched: Callable[[Kept], None],
+        say: Callable[[int, Report], None],
     ) -> Wards | None:
-        """This agent has a seat now: keep its private state with the guardian. None with one seat."""
-        if self._peers is not None and len(seat.bases) > 1:
-            self._wards = Wards(self._loop, self._peers, self._office.run_dir, seat, ranks, fetched)
+        """This agent has a seat now: keep its private state with the guardian. None with one seat. See `Wards`."""
+        if self._peers is not None and self._bell is not None and len(seat.bases) > 1:
+            run_dir = self._office.run_dir
+            self._wards = Wards(self._loop, self._bell, self._peers, run_dir, seat, ranks, fetched, say)
             self._keeper.recall()
         return self._wards
+
+    def ordered(self, message: Ordered) -> None:
+        """The coordinator has ordered this: what it means for what guardians keep."""
+        if isinstance(message, Freeze):
+            self._lost = message.lost
+        elif isinstance(message, Decision):
+            self._keeper.decided(message)
+            if self._wards is not None:
+                self._wards.decided(message)
 
     def leave_seat(self, generation: int = sys.maxsize) -> None:
         """The seat is given up, or the script is run again: what is kept from before this generation is void."""
         if self._wards is not None:
             self._wards.close()
             self._wards = None
+        if generation == sys.maxsize:
+            self._keeper.close()
         self._keeper.forget(generation)
 
     def close(self, verdict: str) -> None:
@@ -180,6 +212,9 @@ class Membership:
             self._clerk.ask(Ask(Query.END, verdict=verdict))
             self._loop.run(lambda: not any(number < 0 for number in self._links), LINGER_S)
         self._closed_for_good = True
+        if self._wards is not None:
+            self._wards.close()
+        self._keeper.close()
         self._peers.close()
         self._clerk.close()
 
@@ -239,14 +274,14 @@ class Membership:
 
     def _opened(self, peer: Peer) -> None:
         if self._wards is not None and self._wards.owns(peer):
-            self._wards.opened()
+            self._wards.opened(peer)
         elif peer in self._numbers:
             self._do(self._member.opened(self._numbers[peer], peer.agent, time.monotonic()))
 
     def _take(self, peer: Peer, body: bytes) -> None:
         message = decode(body)
         if self._wards is not None and self._wards.owns(peer):
-            self._wards.received(message)
+            self._wards.received(peer, message)
             return
         if peer not in self._numbers:
             if isinstance(message, (Inquiry, Drain)):
@@ -270,7 +305,7 @@ class Membership:
 
     def _closed(self, peer: Peer, reason: str) -> None:
         if self._wards is not None and self._wards.owns(peer):
-            self._wards.closed(reason)
+            self._wards.closed(peer, reason)
         elif peer in self._numbers:
             link = self._numbers.pop(peer)
             del self._links[link]
@@ -311,6 +346,11 @@ class Membership:
         """In the coordinator's agent: is this rank a replacement that has not joined?"""
         board = self._member.board
         return board is not None and board.coordinator is not None and rank in board.coordinator.pending
+
+    @property
+    def nodes(self) -> int:
+        """In the coordinator's agent: how many there are with workers."""
+        return len(self._member.board.bases) if self._member.board is not None else 0
 
     def holdings(self) -> Holdings | None:
         """In the coordinator's agent: what ranks have said that they hold."""

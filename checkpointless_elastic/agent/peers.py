@@ -21,6 +21,7 @@ from checkpointless_elastic.agent.handshake import Handshake, Identity, NotAccep
 from checkpointless_elastic.agent.runtime import EventLoop, Timer
 from checkpointless_elastic.agent.sparselog import SparseLog
 from checkpointless_elastic.agent.stream import Closed, Stream
+from checkpointless_elastic.agent.wire import Wire
 from checkpointless_elastic.errors import ConfigError, ProtocolError
 from checkpointless_elastic.protocol.messages import MAX_MESSAGE, Frames
 
@@ -98,6 +99,19 @@ class Peer:
         if self.how is None:
             logger.debug("Closing the connection with %s: %s", self, reason)
             self._end(Closed.GONE)
+
+    def detach(self) -> Wire:
+        """Take the opened connection out of the loop, between two messages: `closed` is not called any more.
+
+        Both sides must do so, each once it has heard that the other one will send nothing before. Raises ProtocolError
+        if something was sent too early.
+        """
+        taken = self._stream.detach() if self._stream is not None and self.is_open else None
+        if taken is None or self._frames.partial:
+            self.close("it cannot be used for mirrors")
+            raise ProtocolError("A connection for mirrors was used before both sides were ready.")
+        self._end(Closed.GONE)
+        return Wire(taken, self._channel)
 
     # ---- for Peers ------------------------------
 

@@ -230,6 +230,9 @@ class ControlPlane(Protocol):
     def exited(self, rank: int, incarnation: int, status: int) -> None:
         """Always after `lost`: exit code, or the negative number of the signal that ended the worker."""
 
+    def stuck(self, rank: int, pid: int) -> None:
+        """A worker that was killed does not end, as it waits for a device: its node is of no use any more."""
+
     def will_end(self, cause: str) -> None:
         """This process ends by a signal: tell the other agents. ``cause`` completes "node 3 ..."."""
 

@@ -94,6 +94,15 @@ class Stream:
             self._done()
         self._out.clear()
 
+    def detach(self) -> socket.socket | None:
+        """The socket, which the loop has nothing to do with any more; None if it is closed or bytes wait."""
+        if self.closed or self._broken or self._linger is not None or self._out:
+            return None
+        self._loop.unwatch(self._socket.fileno())
+        taken, self._socket = self._socket, socket.socket()
+        self._socket.close()
+        return taken
+
     def _flush(self) -> None:
         try:
             for _ in range(_CHUNKS_PER_ROUND):

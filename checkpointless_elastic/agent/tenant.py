@@ -31,6 +31,7 @@ class Tenant(Caretaker):
     _deferred: list[Word]
     _incarnations: dict[int, int]
     _tokens: dict[int, str]
+    _pids: dict[int, int]
     _known_lost: set[tuple[int, int]]
 
     def _take_seat(self, seat: Seated) -> None:

@@ -166,6 +166,10 @@ class LocalWorkforce:
         else:
             self._control.exited(self.base + child.local_rank, child.incarnation, status)
 
+    def stuck(self, child: Child) -> None:
+        """Passed on: also while all are being stopped, it would be waited for without an end."""
+        self._control.stuck(self.base + child.local_rank, child.pid)
+
     # ---- Workforce ------------------------------
 
     def replace(self, rank: int) -> None:
@@ -272,8 +276,8 @@ class LocalWorkforce:
 
     def withdraw(self, reason: str) -> None:
         """See Workforce."""
-        if not self._decided():
-            self._withdrawn = reason
+        if self.verdict is None:
+            self._withdrawn, self._leaving = reason, None
             self.verdict = Verdict(VerdictKind.FAILED)
 
     def when_warm(self, then: Callable[[], None]) -> None:

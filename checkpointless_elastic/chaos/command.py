@@ -131,7 +131,8 @@ def _kinds(text: str) -> list[str]:
 def _measure(options: argparse.Namespace, folder: Path) -> int:
     calm_folder = options.oracle.absolute() if options.oracle else folder / "oracle"
     oracle = _oracle(options, calm_folder)
-    faults = draw(options.faults, options.seed, options.kinds, oracle.ranks, oracle.spares)
+    kinds = _possible(options.kinds, oracle)
+    faults = draw(options.faults, options.seed, kinds, oracle.ranks, oracle.spares)
     with Job(options.command, folder / "faults") as job:
         trial = Trial(job, oracle, Limits(options.stop_seconds, options.timeout), _say)
         trial.run(faults)
@@ -169,6 +170,18 @@ def _oracle(options: argparse.Namespace, folder: Path) -> Oracle:
         f"{oracle.ranks} ranks{spares}, {what} in {oracle.seconds:.1f} s; now with {options.faults} faults ..."
     )
     return oracle
+
+
+def _possible(kinds: list[str], oracle: Oracle) -> list[str]:
+    """Without those that this job cannot have, where all are asked for. Raises ChaosError where they were named."""
+    silent = [name for name in kinds if KINDS[name].silent]
+    if not silent or not oracle.flips:
+        return kinds
+    reason = f"{silent[0]} is not done: {oracle.flips}."
+    if kinds != list(KINDS):
+        raise ChaosError(f"{reason} Or leave it out of --kinds.")
+    _say(reason)
+    return [name for name in kinds if name not in silent]
 
 
 def _say(line: str) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from checkpointless_elastic.chaos.processes import Agent, agents, glance_at, members, written_at
 from checkpointless_elastic.errors import CheckpointlessError
 from checkpointless_elastic.observe.records import Recovery, read_recoveries
+from checkpointless_elastic.worker.damage import ASKED
 
-__all__ = ["ChaosError", "Job", "StuckError", "is_up", "moved", "steps", "training"]
+__all__ = ["ChaosError", "Job", "StuckError", "flips_obstacle", "is_up", "moved", "steps", "training"]
 
 PAUSE_S = 0.02
 GRACE_S = 10.0
@@ -42,13 +43,13 @@ class Job:
         self.left: list[str] = []
         self._run_dirs: set[str] = set()
         self._mark = f"CHAOS_OUT={self.out}"
-        events = {"CHECKPOINTLESS_EVENTS": str(self._events)}
+        ours = {"CHECKPOINTLESS_EVENTS": str(self._events), ASKED: "1", "CHAOS_OUT": str(self.out)}
         words = [word.replace("{out}", str(self.out)) for word in command]
         with self.log.open("wb") as log:
             try:
                 self._process = subprocess.Popen(
                     words,
-                    env={**os.environ, **events, "CHAOS_OUT": str(self.out)},
+                    env={**os.environ, **ours},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -154,6 +155,12 @@ def training(agent: Agent, rank: int) -> bool:
 def moved(found: Sequence[Agent], since: float) -> bool:
     """Whether each rank has begun or ended to compute a step since this time (seconds since the epoch)."""
     return all(written_at(path) > since for agent in found for path in agent.slots().values())
+
+
+def flips_obstacle(found: Sequence[Agent], known: str) -> str:
+    """Why a flipped bit of a rank's memory would not be put right, as the ranks say it; `known` while one is silent."""
+    said = [agent.flips(rank) for agent in found for rank in agent.slots()]
+    return known if None in said or not said else next(filter(None, said), "")
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

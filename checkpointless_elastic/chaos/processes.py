@@ -18,9 +18,10 @@ from checkpointless_elastic.agent.forkserver import run_dir_of
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.process_stat import PARENT, stat_fields
 from checkpointless_elastic.state.slot import Slot
-from checkpointless_elastic.worker.private import PrivateState, glance, slot_path
+from checkpointless_elastic.worker.damage import obstacle_path
+from checkpointless_elastic.worker.private import PrivateState, glance
 
-__all__ = ["Agent", "Process", "agents", "glance_at", "holds_store", "members", "written_at"]
+__all__ = ["Agent", "Process", "agents", "glance_at", "holds_store", "members", "seat", "written_at"]
 
 _LISTEN = "0A"  # in /proc/net/tcp
 
@@ -68,6 +69,13 @@ class Agent:
         numbers = ((path.name.partition("-")[2], str(path)) for path in paths)
         return {int(rank): path for rank, path in numbers if rank.isdecimal()}
 
+    def flips(self, rank: int) -> str | None:
+        """What a rank of this node has said of flipped bits, see `worker.damage`; None if nothing yet."""
+        for run_dir in self.run_dirs:
+            with suppress(FileNotFoundError):
+                return Path(obstacle_path(run_dir, rank)).read_text()
+        return None
+
 
 def members(mark: str) -> list[int]:
     """All living processes whose first environment has this "NAME=value"."""
@@ -89,6 +97,15 @@ def agents(mark: str) -> list[Agent]:
             if rank is not None:
                 agent.workers[rank] = pid
     return [found[pid] for pid in sorted(found)]
+
+
+def seat(pid: int) -> tuple[str, int] | None:
+    """The run directory and the rank of a worker, by the slot that it has open; None if it has none."""
+    for link in _links(pid):
+        run_dir, name = os.path.split(link)
+        if name.startswith("slot-") and name[5:].isdecimal():
+            return run_dir, int(name[5:])
+    return None
 
 
 def holds_store(pid: int) -> bool:
@@ -127,10 +144,9 @@ def written_at(path: str) -> float:
 
 
 def _rank(pid: int, run_dir: str) -> int | None:
-    prefix = slot_path(run_dir, 0)[:-1]
-    for link in _links(pid):
-        if link.startswith(prefix) and link[len(prefix) :].isdecimal():
-            return int(link[len(prefix) :])
+    place = seat(pid)
+    if place is not None and place[0] == run_dir:
+        return place[1]
     own = (text[5:] for text in _strings(pid, "environ") if text.startswith(b"RANK="))
     return next((int(rank) for rank in own if rank.isdigit()), None)
 

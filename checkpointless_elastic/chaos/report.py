@@ -22,7 +22,7 @@ def document(trial: Trial, job: Job, differences: Sequence[str], seed: int) -> d
     longest = max((o for o in struck if o.seconds is not None), key=lambda o: o.seconds or 0.0, default=None)
     code = None if trial.stuck else job.code
     fatal = struck[-1] if struck and code != 0 else None
-    entries = [_entry(outcome, outcome is not fatal) for outcome in trial.outcomes]
+    entries = [_entry(outcome, outcome is not fatal and outcome.found) for outcome in trial.outcomes]
     return {
         "faults": len(struck),
         "survived": sum(entry["survived"] for entry in entries),
@@ -82,8 +82,12 @@ def verdict(report: dict[str, Any]) -> str:
 
 def _cause(outcome: Outcome) -> str:
     answer = outcome.recovery
-    how = f"answered by rung {answer.rung} ({answer.reason})" if answer else "nobody was lost"
+    how = f"answered by rung {answer.rung} ({answer.reason})" if answer else _unanswered(outcome)
     return f"{outcome.fault.kind} of {outcome.who}, {how}"
+
+
+def _unanswered(outcome: Outcome) -> str:
+    return "nobody was lost" if outcome.found else "which was not found"
 
 
 def _entry(outcome: Outcome, survived: bool) -> dict[str, Any]:

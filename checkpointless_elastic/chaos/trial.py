@@ -9,7 +9,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from checkpointless_elastic.chaos.job import ChaosError, Job, StuckError, is_up, moved, steps, training
+from checkpointless_elastic.chaos.job import (
+    ChaosError,
+    Job,
+    StuckError,
+    flips_obstacle,
+    is_up,
+    moved,
+    steps,
+    training,
+)
 from checkpointless_elastic.chaos.plan import Fault
 from checkpointless_elastic.chaos.processes import Agent, Process, holds_store
 from checkpointless_elastic.chaos.strikes import KINDS
@@ -18,6 +27,8 @@ from checkpointless_elastic.observe.records import Recovery
 __all__ = ["Limits", "Oracle", "Outcome", "Trial", "calm"]
 
 LOOK_S = 0.05
+FOUND = "other bytes than its replicas"
+"""What the record of a recovery says where a rank was replaced for its state."""
 SLOWER = 5.0
 """So many times as long as in the run without faults the rest of the job may take."""
 
@@ -31,12 +42,14 @@ class Oracle:
         ranks: workers.
         spares: agents without workers.
         steps: that all ranks had committed when they were last looked at; 0 if the script has no Run.
+        flips: why a flipped bit of a rank's memory would not be put right, as a clause; empty if it would.
     """
 
     seconds: float
     ranks: int
     spares: int
     steps: int
+    flips: str = "the run without faults did not say whether it would be found"
 
     @property
     def step_seconds(self) -> float:
@@ -90,12 +103,19 @@ class Outcome:
     def struck(self) -> bool:
         return self.moment is not None
 
+    @property
+    def found(self) -> bool:
+        """Whether the job did not overlook it: something that is silent must be named as what it is."""
+        silent = KINDS[self.fault.kind].silent
+        return not silent or (self.recovery is not None and FOUND in self.recovery.cause)
+
 
 def calm(command: Sequence[str], folder: Path) -> Oracle:
     """Runs the command to its end. Raises ChaosError when it fails or starts no workers under our agent."""
     up: float | None = None
     first: float | None = None
     ranks = spares = done = 0
+    flips = Oracle.flips
     with Job(command, folder) as job:
         while job.running():
             found, now = job.agents(), time.monotonic()
@@ -104,6 +124,7 @@ def calm(command: Sequence[str], folder: Path) -> Oracle:
                 up, ranks, spares = up or now, workers, sum(not agent.workers for agent in found)
             done = max(done, steps(found))
             first = first or (now if done > 0 else None)
+            flips = flips_obstacle(found, flips)
             time.sleep(LOOK_S)
         end = time.monotonic()
         if job.code:
@@ -113,7 +134,7 @@ def calm(command: Sequence[str], folder: Path) -> Oracle:
             f"No worker of an agent of checkpointless_elastic was seen: the command must start torchrun with "
             f"--rdzv-backend checkpointless. Its output:\n{job.tail()}"
         )
-    oracle = Oracle(end - (first or up), ranks, spares, done)
+    oracle = Oracle(end - (first or up), ranks, spares, done, flips)
     oracle.save(folder)
     return oracle
 
@@ -183,7 +204,10 @@ class Trial:
         outcome.moment = at - self._begun
         assert self._chosen is not None
         with self._chosen as process:
-            KINDS[kind].strike(process, self._limits.stop)
+            limit = self._limits.patience if KINDS[kind].silent else self._limits.stop
+            if not KINDS[kind].strike(process, limit):
+                outcome.moment = None
+                return
             ready = partial(self._has_gone_on, outcome, process, time.time())
             if self._job.until(
                 ready, self._limits.patience, f"the job did not go on after {kind} of {outcome.who}"

@@ -1,8 +1,7 @@
 """Messages between agents, encoded as those between a worker and its agent (see `messages`).
 
 Up go what an agent's ranks have reached and what became of them; down go orders, which carry the term of the
-coordinator that gave them. An agent and its *guardian* (the agent of the next seat) talk directly: the guardian keeps
-copies of the private state of the other's ranks.
+coordinator that gave them. An agent and its *guardian* (the agent of the next seat) talk directly, see `guarding`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from checkpointless_elastic.errors import ProtocolError
+from checkpointless_elastic.protocol.guarding import Bulk, Copy, Holds, Kept, Lacking, Ward
 from checkpointless_elastic.protocol.hangs import Where
 from checkpointless_elastic.protocol.messages import (
     Commit,
@@ -38,7 +38,6 @@ from checkpointless_elastic.protocol.requests import (
     Took,
     Warm,
 )
-from checkpointless_elastic.protocol.warding import Copy, Kept, Lacking, Ward
 
 VERSION = 3
 
@@ -116,10 +115,14 @@ class Gathered(Message, frozen=True):
 
 
 class Answers(Message, frozen=True):
-    """What ranks of this agent answered to Freeze."""
+    """What ranks of this agent answered to Freeze.
+
+    ``mirrored``: by lost rank, the step of the newest mirror that this agent keeps for it.
+    """
 
     generation: int
     reports: dict[int, Frozen]
+    mirrored: dict[int, int] = {}
 
 
 class RankStarted(Message, frozen=True):
@@ -223,6 +226,7 @@ class AnswerBundle(Message, frozen=True):
 
     generation: int
     runs: list[tuple[int, int, Frozen]]
+    mirrored: dict[int, int] = {}
 
 
 # ---- from the coordinator --------------------------------------------------------------------------------------------
@@ -402,6 +406,8 @@ Between = (
     | Copy
     | Lacking
     | Kept
+    | Holds
+    | Bulk
     | Inquiry
     | Overview
     | Drain

@@ -147,7 +147,8 @@ def merged(parts: Iterable[Merged]) -> Merged:
             runs.append((first, count, report))
     one = parts[0]
     if isinstance(one, (Answers, AnswerBundle)):
-        return AnswerBundle(one.generation, runs)  # type: ignore[arg-type]
+        kept = {rank: step for part in parts for rank, step in part.mirrored.items()}  # type: ignore[union-attr]
+        return AnswerBundle(one.generation, runs, kept)  # type: ignore[arg-type]
     return Bundle(one.stage, one.generation, max(part.step for part in parts), runs)  # type: ignore[arg-type,union-attr]
 
 
@@ -161,5 +162,5 @@ def unbundled(message: Bundle | AnswerBundle) -> Gathered | Answers:
     """By rank, as one agent would say it."""
     reports = {first + n: report for first, count, report in message.runs for n in range(count)}
     if isinstance(message, AnswerBundle):
-        return Answers(message.generation, reports)  # type: ignore[arg-type]
+        return Answers(message.generation, reports, message.mirrored)  # type: ignore[arg-type]
     return Gathered(message.stage, message.generation, message.step, reports)  # type: ignore[arg-type]

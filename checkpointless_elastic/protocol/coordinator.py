@@ -252,6 +252,7 @@ class Coordinator(Resizing):
         if event.generation != self.generation:
             return []
         self._frozen.update(event.reports)
+        self._keeps(event.mirrored)
         known = self.whole <= self._frozen.keys() - self.ended  # a rank that was ended must not be a source
         return self._answered(event) + (self._decide() if known else [])
 
@@ -293,6 +294,7 @@ class Coordinator(Resizing):
             sorted(self.whole),
             sorted(self.pending),
             self.store,
+            list(self._stranded()) if choice.rung is Rung.MIRROR else [],
             bool(self.resizing),
         )
         return [

@@ -24,10 +24,11 @@ class Tally(Event):
 
 @dataclass(frozen=True)
 class AllFrozen(Event):
-    """Answers to Freeze of some ranks, all of one agent or subtree."""
+    """Answers to Freeze of some ranks, all of one agent or subtree. ``mirrored``: see `between.Answers`."""
 
     generation: int
     reports: dict[int, Frozen]
+    mirrored: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

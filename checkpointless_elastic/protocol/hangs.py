@@ -2,16 +2,23 @@
 
 A step has a limit that a rank learns from its own steps, see `worker.pulse`. Agents say where their ranks are once one
 of them is past its limit. A rank that waits at the gate or in a collective is past its limit too, but not to blame.
+
+A worker that was ended may only have been slow. It is taken for that where the same happens again, see `Verdicts`.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from checkpointless_elastic.protocol.messages import Message
 
-__all__ = ["Activity", "Where", "culprits"]
+__all__ = ["Activity", "Verdicts", "Where", "culprits"]
+
+QUIET = 100
+"""Steps after which an ended worker is forgotten."""
+MAX_DOUBLINGS = 8
 
 
 class Activity(enum.IntEnum):
@@ -54,6 +61,33 @@ class Where(Message, frozen=True):
     waits: bool = False
     at: str = ""
     limit: float = 0.0
+
+
+class _Verdict(NamedTuple):
+    step: int
+    at: str
+
+
+class Verdicts:
+    """The workers of a node that were ended for being late.
+
+    What is slow and not stuck is late again: in the replay of its step, and whenever the script comes to the same
+    place. So each worker that was ended doubles what others are given at its step, and at its place for QUIET steps.
+    Elsewhere nobody is given longer: hangs have no reason to come at one place.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[_Verdict] = []
+
+    def ended(self, step: int, where: Where | None) -> None:
+        """A worker was ended there. One that a signal had stopped was not slow. None: not known where it was."""
+        if where is None or not where.stopped:
+            self._known.append(_Verdict(step, where.at if where is not None else ""))
+
+    def doublings(self, step: int, at: str | None = None) -> int:
+        """How often the slack is doubled at this step and place; ``at``: as in Where, None while it is not known."""
+        self._known = [verdict for verdict in self._known if 0 <= step - verdict.step <= QUIET]
+        return min(MAX_DOUBLINGS, sum(step == known.step or at == known.at for known in self._known))
 
 
 def culprits(ranks: Mapping[int, Where], running: bool) -> dict[int, str]:

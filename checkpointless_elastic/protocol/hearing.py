@@ -31,7 +31,7 @@ def event_of(message: Between) -> Event | None:
     if isinstance(message, Gathered):
         return Tally(message.stage, message.generation, message.step, message.reports)
     if isinstance(message, Answers):
-        return AllFrozen(message.generation, message.reports)
+        return AllFrozen(message.generation, message.reports, message.mirrored)
     if isinstance(message, RankGone):
         return Lost(message.rank, message.cause, message.error, message.mirrored)
     if isinstance(message, RankExited):

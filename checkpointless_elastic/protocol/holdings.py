@@ -63,8 +63,11 @@ class Holdings:
         """How many ranks may be lost at once, whichever of those are not `exposed` they are; 0 as far as is known."""
         return min((len(twins) - 1 for twins in self._twins.values() if len(twins) > 1), default=0)
 
-    def warning(self, mirrored: bool) -> str:
-        """Once all have said what they hold: why not every loss can be answered live, and what to do; else ''."""
+    def warning(self, mirrored: bool, nodes: int) -> str:
+        """Once all have said what they hold: why not every loss can be answered live, and what to do; else ''.
+
+        ``nodes``: on which they are.
+        """
         if self.held.keys() != self.ranks:
             return ""
         if self.distrust:
@@ -73,8 +76,14 @@ class Holdings:
                 "the ranks that share it with run.declare_replicas."
             )
         exposed = self.exposed()
-        if not exposed or mirrored:
+        if not exposed or (mirrored and nodes > 1):
             return ""
+        if mirrored:
+            return (
+                f"{len(exposed)} of {len(self.ranks)} ranks hold state that no other rank holds "
+                f"({', '.join(map(str, exposed))}), and all mirrors of it are on one node: a lost worker comes back "
+                "from them, a lost node does not. Train on two nodes or more, and each keeps mirrors of another one."
+            )
         return (
             f"{len(exposed)} of {len(self.ranks)} ranks hold state that no other rank holds "
             f"({', '.join(map(str, exposed))}): the loss of one of them cannot be recovered live, that of "

@@ -118,6 +118,16 @@ class Explained(Message, frozen=True):
     compiles: bool
 
 
+class Mirrored(Message, frozen=True):
+    """A mirror of this rank is whole, of this step and begun in this generation; it is the newest one that counts.
+
+    Comes before the report that the rank is ready for that step, on the same connection. Step -1: there is none.
+    """
+
+    step: int
+    generation: int
+
+
 class Unhealthy(Message, frozen=True):
     """In a replacement, before it joins: the device that it has does not work; the sentence says why."""
 
@@ -194,6 +204,7 @@ class Decision(Message, frozen=True):
     """All ranks go on at ``step``. A rank that is ready for ``step - 1`` applies it first.
 
     ``store``: "host:port" of the TCPStore in which workers meet from now on; empty: that of MASTER_ADDR, MASTER_PORT.
+    ``mirrors``: pending ranks that go on from their mirrors of that step.
     ``resizes``: the script is run again, by another number of ranks: the sources leave their state behind for it.
     """
 
@@ -202,6 +213,7 @@ class Decision(Message, frozen=True):
     sources: list[int]
     pending: list[int]
     store: str = ""
+    mirrors: list[int] = []
     resizes: bool = False
 
 
@@ -252,6 +264,7 @@ FromWorker = (
     | Failed
     | Mismatch
     | Explained
+    | Mirrored
     | Unhealthy
     | Learned
     | Replicas
@@ -314,6 +327,11 @@ class Frames:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+
+    @property
+    def partial(self) -> bool:
+        """Has a part of a message come?"""
+        return bool(self._buffer)
 
     def feed(self, data: bytes) -> list[bytes]:
         """The bodies that are complete now. Raises ProtocolError when a length is over the limit."""

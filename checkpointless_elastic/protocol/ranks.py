@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 
 from checkpointless_elastic.protocol.between import Standing
 from checkpointless_elastic.protocol.events import Lost
@@ -124,6 +124,11 @@ class Ranks:
         if event.error:
             self._errors[event.rank] = failure
         return ""
+
+    def _keeps(self, mirrored: Mapping[int, int]) -> None:
+        """Guardians have said of which steps they keep mirrors: what a lost rank left on its own node may be older."""
+        for rank in mirrored.keys() & self.lost:
+            self._mirrored[rank] = max(self._mirrored.get(rank, -1), mirrored[rank])
 
     def _stranded(self) -> tuple[int, ...]:
         """Ranks that are lost, or soon will be, of which no other rank holds all that they held."""

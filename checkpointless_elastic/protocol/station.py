@@ -6,6 +6,8 @@ also what a new coordinator is told when the last one is gone (`standing`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from checkpointless_elastic.protocol.between import (
@@ -133,6 +135,10 @@ class Station:
             self._held[rank] = message
         return RankSays(rank, message) if isinstance(message, (Protected, Replicas, Left, Mismatch)) else None
 
+    def recall(self, held: Mapping[int, Replicas]) -> None:
+        """What ranks of a taken seat said to the agent that had it before."""
+        self._held.update(held)
+
     def keeps(self, rank: int, generation: int) -> bool:
         """Is a copy of this generation still a ward's? An agent that lost that seat may not know it."""
         return generation >= self._gone_wards.get(rank, 0)
@@ -202,7 +208,7 @@ class Station:
         elif isinstance(message, Freeze):
             self._opened(message)
         elif isinstance(message, Decision):
-            self.decision, self.step = message, max(self.step, message.step)
+            self.decision, self.step = message, message.step  # all may have gone back
             self.pending = set(message.pending) & self.ranks
             if self.fresh and not message.resizes:
                 self.keepers = self.ranks - self.pending

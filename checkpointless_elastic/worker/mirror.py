@@ -3,13 +3,15 @@
 At the start of every `mirror_every`-th step the state is copied into shared memory, beside the step: its tensors do not
 change until the first optimizer step, which waits for the copy. What forward or backward may write is copied first. Two
 buffers take turns, and a slot names those that are whole, so a copy that was cut short is never used. Each block is
-kept by the lowest of the ranks of each node that hold it.
+kept by the lowest of the ranks of each node that hold it. With several nodes the agent sends each mirror that is whole
+to the guardian of its node (`agent.mirrors`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.protocol.messages import Mirrored
 from checkpointless_elastic.protocol.mirrors import is_due
 from checkpointless_elastic.protocol.places import Nodes
 from checkpointless_elastic.state.pieces import STILL, Piece, carrier, make_tensor
@@ -30,8 +33,9 @@ from checkpointless_elastic.worker.private import PrivateState
 
 if TYPE_CHECKING:
     from checkpointless_elastic.worker.run import Run
+    from checkpointless_elastic.worker.session import Session
 
-__all__ = ["Entry", "Mirror", "find", "lead", "newest"]
+__all__ = ["Entry", "Mirror", "decode", "encode", "entries", "find", "lead", "newest", "path_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class Entry(msgspec.Struct, frozen=True):
         buckets: bucket order of each DDP module.
         private: the rank's private state, a blob.
         parts: what the blob names.
+        begun: the generation in which the copy was begun.
     """
 
     step: int
@@ -56,14 +61,15 @@ class Entry(msgspec.Struct, frozen=True):
     buckets: list[bytes | None]
     private: bytes
     parts: dict[int, bytes]
+    begun: int
 
     def private_state(self) -> PrivateState:
         """The private state of then."""
         return unpack(Content(self.private, self.parts), PrivateState, PrivateState.states)
 
 
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Entry).decode
+encode: Callable[[Entry], bytes] = msgspec.msgpack.Encoder().encode
+decode: Callable[[bytes], Entry] = msgspec.msgpack.Decoder(Entry).decode
 
 
 def lead(block: Block, nodes: Nodes, rank: int) -> int:
@@ -72,13 +78,14 @@ def lead(block: Block, nodes: Nodes, rank: int) -> int:
     return min((other for other in block.ranks if nodes.of(other) == node), default=nodes.bases[node])
 
 
-def _path(run_dir: str, rank: int) -> str:
+def path_of(run_dir: str, rank: int) -> str:
+    """The slot that names the mirrors of a rank."""
     return os.path.join(run_dir, f"mirror-{rank}")
 
 
-def _entries(run_dir: str, rank: int) -> dict[int, bytes]:
+def entries(run_dir: str, rank: int) -> dict[int, bytes]:
     """The mirrors of a rank that are whole, encoded, by step."""
-    path = _path(run_dir, rank)
+    path = path_of(run_dir, rank)
     if not os.path.exists(path):
         return {}
     with Slot.open(path) as slot:
@@ -88,23 +95,24 @@ def _entries(run_dir: str, rank: int) -> dict[int, bytes]:
 
 def newest(run_dir: str, rank: int) -> int:
     """The newest step of which a rank has a whole mirror; -1 if there is none."""
-    return max(_entries(run_dir, rank), default=-1)
+    return max(entries(run_dir, rank), default=-1)
 
 
 def find(run_dir: str, rank: int, step: int) -> Entry:
     """The mirror of a step. StateMismatchError if there is none that is whole."""
-    found = _entries(run_dir, rank).get(step)
+    found = entries(run_dir, rank).get(step)
     if found is None:
         raise StateMismatchError(f"rank {rank} has no whole mirror of step {step}")
-    return _decode(found)
+    return decode(found)
 
 
 class Mirror:
     """This rank's mirrors: the two newest that are whole, in two buffers. Its methods belong to the main thread."""
 
-    def __init__(self, run: Run, run_dir: str, rank: int, every: int, nodes: Nodes) -> None:
-        self._nodes = nodes
-        self._run, self._run_dir, self._rank, self._every = run, run_dir, rank, every
+    def __init__(self, run: Run, host: Session) -> None:
+        self._run, self._host = run, host
+        self._run_dir, self._rank, self._nodes = host.run_dir, host.rank, host.nodes
+        every = self._every = host.channel.welcome.mirror_every
         self._pool = ThreadPoolExecutor(1, "checkpointless-mirror") if every else None
         self._copying: Future[None] | None = None
         self._slot: Slot | None = None
@@ -131,6 +139,7 @@ class Mirror:
             self._run.known_bucket_orders(),
             content.blob,
             {number: content.parts[number] for number in numbers},
+            self._host.generation,
         )
         self._copying = self._pool.submit(self._copy, entry, copies)
 
@@ -143,8 +152,16 @@ class Mirror:
     def continue_at(self, step: int) -> None:
         """In a replacement that goes on at this step: mirrors of later steps are of a run that was given up."""
         if self._pool is not None:
-            self._whole = {at: data for at, data in _entries(self._run_dir, self._rank).items() if at <= step}
+            self._whole = {at: data for at, data in entries(self._run_dir, self._rank).items() if at <= step}
             self._write()
+            self._tell()
+
+    def _tell(self) -> None:
+        """The agent copies the newest mirror to another node, if there is one."""
+        if len(self._nodes.bases) > 1:
+            newest = decode(self._whole[max(self._whole)]) if self._whole else None
+            told = Mirrored(newest.step, newest.begun) if newest is not None else Mirrored(-1, -1)
+            self._host.channel.vote.send(told)
 
     def _copy(self, entry: Entry, copies: dict[Block, list[Piece]]) -> None:
         """On the thread of the pool."""
@@ -168,7 +185,7 @@ class Mirror:
             tensor for held in copies.values() for piece in held for tensor in (piece.tensor, piece.outer)
         ]
         versions = list(map(_version, watched))
-        used = {stripe.path for data in self._whole.values() for stripe in _decode(data).stripes}
+        used = {stripe.path for data in self._whole.values() for stripe in decode(data).stripes}
         for block, held in copies.items():
             whole = layout_of(held, [self._rank])
             segment = self._segment(block_name(block), whole.segment_bytes, used)
@@ -180,8 +197,9 @@ class Mirror:
                 entry.step,
             )
             return
-        self._whole[entry.step] = _encode(entry)
+        self._whole[entry.step] = encode(entry)
         self._write()
+        self._tell()
 
     def _segment(self, block: str, nbytes: int, used: set[str]) -> Segment:
         """The one of two segments for this block that no whole mirror uses."""
@@ -195,7 +213,7 @@ class Mirror:
     def _write(self) -> None:
         """Say which mirrors are whole, in one go."""
         if self._slot is None:
-            path = _path(self._run_dir, self._rank)
+            path = path_of(self._run_dir, self._rank)
             self._slot = Slot.open(path) if os.path.exists(path) else Slot.create(path)
         self._slot.write(b"", self._whole)
 

@@ -81,8 +81,7 @@ class Recovery:
         self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
         self._groups: dict[int, list[GroupSignature]] = {}
         self._own: resize.Own | None = None  # when the last call had returned
-        every = session.channel.welcome.mirror_every
-        self.mirror = mirror.Mirror(run, session.run_dir, session.rank, every, session.nodes)
+        self.mirror = mirror.Mirror(run, session)
         self.last_value: bytes | None = None
 
     # ---- following a decision

@@ -80,7 +80,7 @@ def keep(run: Run, decision: Decision, here: Here, own: Own | None, last_value: 
             if _lead(block, decision, here) == here.rank
         ]
         shared = run.shared(twins(pieces), last_value)
-        entry = Entry(decision.step, stripes, shared, [], blob, parts)
+        entry = Entry(decision.step, stripes, shared, [], blob, parts, decision.generation)
         _write(directory / _name(here), msgspec.msgpack.encode(entry))
     except OSError as error:
         raise StateMismatchError(

@@ -24,6 +24,7 @@ from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
 from checkpointless_elastic.worker import gate, private_tensors, rng, session
 from checkpointless_elastic.worker.blocks import Shared
 from checkpointless_elastic.worker.channel import AgentGone
+from checkpointless_elastic.worker.damage import Damage
 from checkpointless_elastic.worker.recovery import Recovery
 from checkpointless_elastic.worker.unwind import Unwinding
 from checkpointless_elastic.worker.verifier import Verifier
@@ -90,7 +91,8 @@ class Run:
         self._session = session.current()
         self._recovery: Recovery | None = None
         if self._session is not None:
-            self._verifier = Verifier(self._session.rank, self._session.channel.welcome.verify_every)
+            rank, every = self._session.rank, self._session.channel.welcome.verify_every
+            self._verifier, self._damage = Verifier(rank, every), Damage(self._session.run_dir, rank, every)
             self._recovery = Recovery(self._session, self)
             self._session.protect(self._recovery)
         _run = self
@@ -199,6 +201,7 @@ class Run:
         args: Any,
         kwargs: Any,
     ) -> Any:
+        self._damage.begin(host.step, self._shared_pieces)
         start = rng.capture()
         self._snapshot.begin(name)
         self.private = self.read_private()

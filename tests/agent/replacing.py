@@ -64,6 +64,9 @@ class ReplacingControl:
         elif not self._running:
             self._workers.succeed()
 
+    def stuck(self, rank: int, pid: int) -> None:
+        """None is."""
+
     def will_end(self, cause: str) -> None:
         """There are no other agents."""
 

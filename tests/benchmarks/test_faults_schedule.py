@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness.schedule import schedule, steps_needed
+from harness.schedule import last_step, schedule, steps_needed, with_flips, with_nodes
 from jobs.faults import (
     CLOCK,
+    FLIP,
     KINDS,
     OUTSIDE_KINDS,
     READY,
@@ -19,6 +20,8 @@ from jobs.faults import (
     read_schedule,
     write_schedule,
 )
+
+from checkpointless_elastic.worker.damage import request_path
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -57,6 +60,18 @@ def test_a_schedule_of_what_passes_only_has_no_deaths() -> None:
     assert {fault.kind for fault in schedule(9, 0, 4, 100, ["stop", "slow"])} == {"stop", "slow"}
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_flipped_bit_has_a_step_of_its_own(seed: int) -> None:
+    steps = steps_needed(60)
+    others = with_nodes(schedule(42, seed, 4, steps, (*KINDS, *OUTSIDE_KINDS)), 12, seed, steps)
+    faults = with_flips(others, 6, seed, 4, steps)
+    assert sorted(fault.number for fault in faults) == list(range(60))
+    flips = [fault for fault in faults if fault.kind == FLIP]
+    assert len(flips) == len({fault.step for fault in flips}) == 6
+    assert [fault for fault in faults if fault.kind != FLIP] == others
+    assert not any(other.step <= flip.step <= last_step(other) + 1 for flip in flips for other in others)
+
+
 def test_the_same_seed_gives_the_same_schedule() -> None:
     assert schedule(30, 5, 4, 200) == schedule(30, 5, 4, 200) != schedule(30, 6, 4, 200)
 
@@ -91,6 +106,18 @@ def test_a_fault_of_a_replacement_waits_for_the_fault_that_causes_it(tmp_path: P
         mine.at("forward", 0)
     with pytest.raises(InjectedError, match="fault 1"):
         mine.at("start", 0)
+
+
+def test_a_flip_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHECKPOINTLESS_RUN_DIR", str(tmp_path))
+    write_schedule(tmp_path, [Fault(0, FLIP, "data", 3, (1,))])
+    request = Path(request_path(str(tmp_path), 1))
+    mine = Faults(tmp_path, 1, 4)
+    mine.at("data", 3)
+    assert request.exists()
+    request.unlink()
+    mine.at("data", 4)
+    assert not request.exists()
 
 
 @pytest.mark.parametrize(

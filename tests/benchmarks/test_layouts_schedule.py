@@ -65,6 +65,21 @@ def test_chaos_does_not_start_fsdp_without_mirrors(capsys: pytest.CaptureFixture
     assert calm.environment["BENCH_LAYOUT"] == struck.environment["BENCH_LAYOUT"] == "fsdp"
 
 
+def test_bits_flip_only_where_three_ranks_hold_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--kinds", "all", "--layout", "ddp,hsdp", "--faults", "40"]
+    ddp, hsdp = chaos.parse(options).runs
+    assert [chaos.flips_of(run) for run in (ddp, hsdp)] == [2, 0]
+    assert len(chaos.draw(ddp, 100)) == len(chaos.draw(hsdp, 100)) == 20
+    struck = [chaos.plans(run, Path("folder"), steps=10)[1].environment for run in (ddp, hsdp)]
+    assert ["CHECKPOINTLESS_VERIFY_EVERY" in environment for environment in struck] == [True, False]
+    assert [
+        chaos.flips_of(run) for run in chaos.parse([*options, "--layout", "tp", "--ranks", "6"]).runs
+    ] == [4]
+    with pytest.raises(SystemExit):
+        chaos.parse(["--kinds", "corrupted-memory", "--layout", "hsdp"])
+    assert "3 ranks hold the same" in capsys.readouterr().err
+
+
 def test_recovery_time_takes_several_layouts(capsys: pytest.CaptureFixture[str]) -> None:
     assert recovery_time.parse(["--layout", "ddp,hsdp"]).layout == ["ddp", "hsdp"]
     assert recovery_time.parse([]).layout == ["ddp"]

@@ -1,6 +1,7 @@
 """Trains for STEPS short steps with small whole numbers, so that anyone can say what each rank ends with.
 
-The gradient of step n on rank r is n % 3 + 2 r; with SGD at a rate of 1, two ranks take its mean away in each step.
+The gradient of step n on rank r is n % 3 + 2 r; with SGD at a rate of 1, N ranks take its mean away in each step, which
+is n % 3 + N - 1.
 """
 
 from __future__ import annotations

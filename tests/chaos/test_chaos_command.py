@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,22 +28,22 @@ EXACT = Path(__file__).with_name("job_exact.py")
 LIMIT_S = 300
 
 
-def arguments(*options: object, script: Path = JOB, restarts: int = 0) -> list[str]:
-    """The command line of chaos; if the options have no command, for a job of two ranks."""
+def arguments(*options: object, script: Path = JOB, restarts: int = 0, ranks: int = 2) -> list[str]:
+    """The command line of chaos; if the options have no command, for a job of so many ranks."""
     if "--" in options:
         return [sys.executable, "-c", PROGRAM, "chaos", *map(str, options)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "checkpointless"]
-    job = [*torchrun, "--nproc-per-node", "2", "--max-restarts", str(restarts), str(script), "{out}"]
+    job = [*torchrun, "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), str(script), "{out}"]
     return [sys.executable, "-c", PROGRAM, "chaos", *map(str, options), "--", *job]
 
 
 def chaos(
-    folder: Path, *options: object, steps: int = 40, code: int = 0, script: Path = JOB, restarts: int = 0
+    folder: Path, *options: object, steps: int = 40, code: int = 0, script: Path = JOB, **job: int
 ) -> dict[str, Any]:
     """The report of a run, which must end with this exit code."""
     report = folder / "report.json"
     done = subprocess.run(
-        arguments("--json", report, *options, script=script, restarts=restarts),
+        arguments("--json", report, *options, script=script, **job),
         env={**os.environ, "STEPS": str(steps), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
         capture_output=True,
         text=True,
@@ -66,16 +67,19 @@ def _signals() -> Iterator[None]:
 STEPS = 45
 
 
+def exact(folder: Path, ranks: int, flips: str = "") -> Path:
+    """What a run of job_exact.py without faults would have left, by its own rule."""
+    (folder / "out").mkdir(parents=True)
+    weight = torch.full((1, 8), -float(sum(step % 3 + ranks - 1 for step in range(STEPS))))
+    for rank in range(ranks):
+        torch.save({"weight": weight}, folder / "out" / f"final-{rank}.pt")
+    Oracle(STEPS * 0.025, ranks, 0, STEPS, flips).save(folder)
+    return folder
+
+
 @pytest.fixture
 def oracle(tmp_path: Path) -> Path:
-    """What a run of job_exact.py without faults would have left, by its own rule."""
-    folder = tmp_path / "oracle"
-    (folder / "out").mkdir(parents=True)
-    weight = torch.full((1, 8), -float(sum(step % 3 + 1 for step in range(STEPS))))
-    for rank in range(2):
-        torch.save({"weight": weight}, folder / "out" / f"final-{rank}.pt")
-    Oracle(STEPS * 0.025, 2, 0, STEPS).save(folder)
-    return folder
+    return exact(tmp_path / "oracle", 2)
 
 
 def test_a_job_is_struck_and_ends_as_its_oracle(
@@ -94,6 +98,28 @@ def test_a_job_is_struck_and_ends_as_its_oracle(
     assert found["longest_interruption_s"] == max(fault["seconds"] for fault in found["fault_list"])
 
 
+def test_a_flipped_bit_is_found_and_its_rank_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "report.json"
+    monkeypatch.setenv("STEPS", str(STEPS))
+    monkeypatch.setenv("CHECKPOINTLESS_VERIFY_EVERY", "1")
+    options = ("--faults", 1, "--kinds", "corrupted-memory", "--seed", 2, "--json", report)
+    oracle = exact(tmp_path / "oracle", 3)
+    assert main(arguments(*options, "--oracle", oracle, script=EXACT, ranks=3)[4:]) == 0
+    found = json.loads(report.read_text())
+    (fault,) = found["fault_list"]
+    assert (fault["kind"], fault["rung"], fault["survived"], found["equal"]) == (
+        "corrupted-memory",
+        1,
+        True,
+        True,
+    )
+    assert re.fullmatch(
+        r"has other bytes than its replicas in model\.module\.weight at step \d+", fault["cause"]
+    )
+
+
 def test_a_job_that_does_not_go_on_is_stuck_and_ended(
     tmp_path: Path, oracle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,11 +130,34 @@ def test_a_job_that_does_not_go_on_is_stuck_and_ended(
 
 
 @pytest.mark.slow
-def test_every_kind_is_survived(tmp_path: Path) -> None:
-    found = chaos(tmp_path, "--faults", len(KINDS), "--stop-seconds", 1, steps=200)
+def test_every_kind_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHECKPOINTLESS_VERIFY_EVERY", "1")
+    found = chaos(tmp_path, "--faults", len(KINDS), "--stop-seconds", 1, steps=220, ranks=3)
     assert {fault["kind"] for fault in found["fault_list"]} == set(KINDS) - {"killed-agent"}
     assert found["survived"] == len(KINDS)
     assert list(tmp_path.glob("chaos-*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("every", "ranks", "why"), [("0", 3, "give it verify_every=1"), ("1", 2, "held by 3 ranks")]
+)
+def test_memory_is_left_alone_where_a_flip_would_not_be_put_right(
+    every: str, ranks: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHECKPOINTLESS_VERIFY_EVERY", every)
+    found = chaos(tmp_path, "--faults", 2, "--seed", 3, steps=60, ranks=ranks)
+    assert "corrupted-memory" not in {fault["kind"] for fault in found["fault_list"]}
+    assert f"corrupted-memory is not done: {'the job' if every == '0' else 'no parameter'}" in found["text"]
+    assert why in found["text"]
+
+
+def test_a_named_kind_that_this_job_cannot_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    oracle = exact(tmp_path / "oracle", 2, flips="no parameter is held by 3 ranks")
+    assert main(["--kinds", "kill,corrupted-memory", "--oracle", str(oracle), "--", "true"]) == 2
+    assert "not done: no parameter is held by 3 ranks. Or leave it out of --kinds." in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -383,7 +383,7 @@ def test_all_go_back_to_an_older_mirror_and_the_reason_is_said_until_the_end() -
     assert isinstance(decided, Chosen)
     assert (decided.what, decided.rung, decided.ends) == ("rank 0 was ended", 2, frozenset())
     assert decided.reason.endswith("so every rank goes on from its mirror of step 4")
-    assert coordinator.decision == Decision(2, 4, [], [0, 1])
+    assert coordinator.decision == Decision(2, 4, [], [0, 1], mirrors=[0, 1])
     assert list(coordinator.blamed) == [1]
 
 

@@ -12,13 +12,14 @@ import msgspec
 import pytest
 
 from checkpointless_elastic.errors import ProtocolError
-from checkpointless_elastic.protocol import between, messages
+from checkpointless_elastic.protocol import between, guarding, messages
 from checkpointless_elastic.protocol.messages import MAX_MESSAGE, Frames, Message, encode
 
 DECODERS: dict[str, tuple[Callable[[bytes], Message], Any]] = {
     "from worker": (messages.decode_from_worker, messages.FromWorker),
     "to worker": (messages.decode_to_worker, messages.ToWorker),
     "between": (between.decode, between.Between),
+    "bulk": (guarding.decode_bulk, guarding.OnBulk),
 }
 NESTED = [b"\x91" * depth + tail for depth in (10, 5000) for tail in (b"", b"\xc0")]
 

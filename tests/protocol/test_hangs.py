@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from checkpointless_elastic.protocol.hangs import Activity, Where, culprits
+from checkpointless_elastic.protocol.hangs import QUIET, Activity, Verdicts, Where, culprits
 
 GROUP, OTHER = 11, 12
 CALL = Where(Activity.CALL, True, 9, {GROUP: 4}, 2.0)
@@ -88,3 +88,59 @@ def test_when_all_processes_are_stopped_somebody_meant_it() -> None:
     stopped = replace(CALL, stopped=True, answers=False)
     assert blamed(stopped, stopped, stopped) == set()
     assert blamed(stopped, CALL, CALL) == {0}
+
+
+HERE, THERE = replace(CALL, at="train.py:7 in step"), replace(CALL, at="train.py:9 in step")
+
+
+def test_a_worker_that_was_ended_gives_longer_at_its_step_and_at_its_place_for_a_while() -> None:
+    known = Verdicts()
+    known.ended(20, HERE)
+    assert known.doublings(20) == known.doublings(20, THERE.at) == 1  # in the replay
+    assert known.doublings(21) == known.doublings(21, THERE.at) == 0
+    assert known.doublings(20 + QUIET, HERE.at) == 1
+    assert known.doublings(21 + QUIET, HERE.at) == 0
+
+
+def test_each_verdict_at_the_same_place_gives_longer_and_each_is_forgotten_after_quiet_steps() -> None:
+    known = Verdicts()
+    known.ended(20, HERE)
+    known.ended(60, HERE)
+    known.ended(60, THERE)
+    assert known.doublings(70, HERE.at) == 2
+    assert known.doublings(60, HERE.at) == 3
+    assert known.doublings(21 + QUIET, HERE.at) == 1
+
+
+def test_many_hangs_at_other_places_leave_the_limit_as_it_is() -> None:
+    known = Verdicts()
+    for step in range(1, 10):
+        known.ended(step, replace(CALL, at=f"other.py:{step} in step"))
+    assert known.doublings(10, HERE.at) == 0
+
+
+def test_a_process_that_was_stopped_was_not_slow() -> None:
+    known = Verdicts()
+    known.ended(20, replace(HERE, stopped=True))
+    assert known.doublings(20, HERE.at) == 0
+
+
+def test_workers_of_which_nobody_knows_where_they_were_count_as_at_one_place() -> None:
+    known = Verdicts()
+    known.ended(20, None)
+    known.ended(30, replace(CALL, at=""))
+    assert known.doublings(40, "") == 2
+    assert known.doublings(40, HERE.at) == 0
+
+
+def test_a_run_that_begins_anew_forgets_what_came_later() -> None:
+    known = Verdicts()
+    known.ended(500, HERE)
+    assert known.doublings(3, HERE.at) == 0
+
+
+def test_the_limit_grows_up_to_a_bound() -> None:
+    known = Verdicts()
+    for _ in range(50):
+        known.ended(20, HERE)
+    assert known.doublings(20, HERE.at) == 8

@@ -20,6 +20,7 @@ import threading
 import time
 from typing import Any
 
+import held
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -90,7 +91,14 @@ def deadlock() -> None:
     lock.acquire()
 
 
+def hold_at_exit() -> None:
+    """From here on SIGKILL does not end this process, see held.py."""
+    held.hold(OUT)
+    spin()
+
+
 HANGS = {
+    "held": hold_at_exit,
     "freeze": freeze,
     "freezesoon": freeze_soon,
     "pause": functools.partial(time.sleep, 0.3),

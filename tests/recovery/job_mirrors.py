@@ -1,10 +1,15 @@
-"""Trains with state that no other rank holds: shards of FSDP2, or of an optimizer. Dies as DIE says: moment:step,..."""
+"""Trains with state that no other rank holds: shards of FSDP2. Dies as DIE says: rank:moment:step,...
+
+With LOSES=node the rank's agent dies, and all of its node with it, with LOSES=torn as soon as it is sending a mirror.
+With LOSES=off the rank waits for its end, with LOSES=held its agent dies when the file go-RANK is there.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +22,11 @@ from checkpointless_elastic.state.sharding import local
 
 OUT = Path(os.environ["OUT"])
 STEPS = 9
+BALLAST = int(os.environ.get("BALLAST", "0"))  # MiB of state of each rank that is only kept
+LOSES = os.environ.get("LOSES", "rank")
+AGENT = int(
+    os.environ.get("CHECKPOINTLESS_RUN_DIR", "checkpointless-0-").split("checkpointless-")[1].split("-")[0]
+)
 
 
 def die_if(moment: str) -> None:
@@ -25,9 +35,26 @@ def die_if(moment: str) -> None:
         rank, at, step = fault.split(":")
         mark = OUT / fault.replace(":", "-")
         if (int(rank), at, int(step)) == (dist.get_rank(), moment, run.step) and not mark.exists():
+            while LOSES == "torn" and not is_sending(AGENT):
+                pass  # a mirror of 48 MiB is sent in some 20 ms
+            (OUT / f"held-{rank}").touch()
+            while LOSES == "held" and not (OUT / f"go-{rank}").exists():
+                time.sleep(0.005)
             mark.touch()
             sys.stdout.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+            if LOSES != "off":
+                os.kill(os.getpid() if LOSES == "rank" else AGENT, signal.SIGKILL)
+            signal.pause()
+
+
+def is_sending(pid: int) -> bool:
+    """Has a socket of this process more to send than any message is long?"""
+    links = (os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir())
+    sockets = {
+        link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")
+    }
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    return any(row[9] in sockets and int(row[4].split(":")[0], 16) > 1 << 20 for row in rows)
 
 
 class Slow(torch.optim.AdamW):
@@ -56,6 +83,7 @@ def main() -> None:
     global run
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    (OUT / f"agent-{rank}").write_text(str(AGENT))
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 24), Layer(24), Layer(24), nn.Linear(24, 8))
     for layer in model:
@@ -64,7 +92,9 @@ def main() -> None:
     optimizer = Slow(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     torch.manual_seed(rank)
-    run = ce.Run(model=model, optimizer=optimizer, scheduler=scheduler)
+    ballast = nn.ParameterList([torch.randn(BALLAST << 18)]).requires_grad_(False)
+    run = ce.Run(model=model, optimizer=optimizer, scheduler=scheduler, ballast=ballast)
+    run.declare_replicas(ballast=[rank])
 
     @run.replayable
     def step() -> float:
@@ -101,6 +131,7 @@ def main() -> None:
             "state": state,
             "moments": moments,
             "seen": seen,
+            "ballast": ballast[0].sum(),
             "rng": torch.get_rng_state(),
             "lr": scheduler.get_last_lr(),
         },

@@ -1,0 +1,35 @@
+"""How a thread of an agent has something done on the agent's loop."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Callable
+
+from checkpointless_elastic.agent.runtime import EventLoop
+
+__all__ = ["Bell"]
+
+
+class Bell:
+    """Calls come in the order in which they were asked for, from whatever thread."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        self._loop = loop
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        loop.watch(self._event, self._deliver)
+
+    def ring(self, call: Callable[[], None]) -> None:
+        """Have this called on the loop. Any thread; never blocks."""
+        self._calls.put(call)
+        os.eventfd_write(self._event, 1)
+
+    def close(self) -> None:
+        """On the loop: nothing is called from now on. The descriptor stays open, since threads may still ring."""
+        self._loop.unwatch(self._event)
+
+    def _deliver(self) -> None:
+        os.eventfd_read(self._event)
+        while not self._calls.empty():
+            self._calls.get()()
