@@ -1,8 +1,8 @@
 """The board's part in running the script again: when the number of ranks changes, and who gets which seat then.
 
 With ``on_loss=shrink`` the job shrinks at once when a node is lost and no spare can take its seat, and grows back, up
-to ``active_nodes``, when an agent waits as a spare. It does neither where not every rank holds the whole state, and it
-does not shrink below ``min_nodes``: it waits for a node then, as with ``on_loss=wait``. See `resize`.
+to ``active_nodes``, when an agent waits as a warm spare. It does neither where no whole replicas of the state would be
+left (`resize.obstacle`), and it does not shrink below ``min_nodes``: it waits for a node then, as with ``on_loss=wait``.
 """
 
 from __future__ import annotations
