@@ -2,7 +2,7 @@
 
 With ``on_loss=shrink`` the job shrinks at once when a node is lost and no spare can take its seat, and grows back, up
 to ``active_nodes``, when an agent waits as a warm spare. It does neither where no whole replicas of the state would be
-left (`resize.obstacle`), and it does not shrink below ``min_nodes``: it waits for a node then, as with ``on_loss=wait``.
+left (`resize.obstacle`), and it does not shrink below ``min_nodes``: then it waits, as with ``on_loss=wait``.
 """
 
 from __future__ import annotations
