@@ -68,9 +68,11 @@ def lifeline_path(run_dir: str, rank: int, incarnation: int) -> str:
     return os.path.join(run_dir, f"lifeline-{rank}-{incarnation}")
 
 
-def write_state(slot: Slot, state: PrivateState) -> None:
-    """Replace the private state in the slot, whole or not at all."""
-    slot.write(*pack(state))
+def write_state(slot: Slot, state: PrivateState) -> bytes:
+    """Replace the private state in the slot, whole or not at all; its blob."""
+    content = pack(state)
+    slot.write(*content)
+    return content.blob
 
 
 def read_state(slot: Slot) -> PrivateState | None:
