@@ -45,8 +45,9 @@ class Config:
             in is checked.
         unprotected: how rung 3 is done: rerun (in the surviving processes) or restart (in new ones).
         active_nodes: nodes that get workers, the others wait as spares; 0: the smaller number of --nnodes MIN:MAX.
-        on_loss: what is done about a lost node without a spare: wait for a node to come, or fail.
-        on_loss_timeout: how long to wait for it.
+        on_loss: what is done about a lost node without a spare: wait for a node to come, shrink (the job goes on
+            with fewer nodes, at least MIN of --nnodes MIN:MAX, and with up to active_nodes when they come), or fail.
+        on_loss_timeout: how long to wait for it, with shrink too where the job cannot go on without it.
         heartbeat: seconds between two signs of life of an agent.
         heartbeat_misses: after so many heartbeats without a sign of life an agent is taken to be gone.
         store_timeout: limit for one call to the rendezvous store; with etcd, more than an election there takes (2 s).
@@ -92,7 +93,9 @@ class Config:
     active_nodes: int = _setting(
         0, "nodes that get workers, others wait as spares; 0: the smaller number of --nnodes MIN:MAX"
     )  # type: ignore[assignment]
-    on_loss: str = _setting("wait", "about a lost node without a spare: wait for a node to come, or fail")  # type: ignore[assignment]
+    on_loss: str = _setting(
+        "wait", "about a lost node without a spare: wait for a node, shrink to fewer, or fail"
+    )  # type: ignore[assignment]
     on_loss_timeout: timedelta = _setting(  # type: ignore[assignment]
         timedelta(seconds=600), "how long to wait for a node in place of a lost one"
     )
@@ -144,8 +147,8 @@ class Config:
             raise ConfigError(f"max_faults_per_step must be at least 1, not {self.max_faults_per_step}.")
         if self.heartbeat_misses < 2:
             raise ConfigError(f"heartbeat_misses must be at least 2, not {self.heartbeat_misses}.")
-        if self.on_loss not in ("wait", "fail"):
-            raise ConfigError(f"on_loss must be wait or fail, not {self.on_loss!r}.")
+        if self.on_loss not in ("wait", "shrink", "fail"):
+            raise ConfigError(f"on_loss must be wait, shrink or fail, not {self.on_loss!r}.")
         if not 0 <= self.hang_factor < 1e6:
             raise ConfigError(f"hang_factor must be 0 or a positive number, not {self.hang_factor}.")
         if self.node_faults < 0:

@@ -15,11 +15,12 @@ import stat
 import tempfile
 from pathlib import Path
 
-__all__ = ["RunDir", "empty", "overflow", "remove", "remove_abandoned", "scratch"]
+__all__ = ["RunDir", "empty", "forget_kept", "kept", "overflow", "remove", "remove_abandoned", "scratch"]
 
 _PREFIX = "checkpointless-"
 _LOCK = "alive"
 _SCRATCH = "multiprocessing-"
+_KEPT = "kept"
 
 
 class RunDir:
@@ -47,17 +48,27 @@ def remove(path: str) -> None:
         shutil.rmtree(found, ignore_errors=True)
 
 
-def empty(path: str) -> None:
+def empty(path: str, kept: bool = False) -> None:
     """Remove what workers have left in it, but for what is of a process, not of a run of the script.
 
-    Sockets stay too, since the control plane listens on them.
+    Sockets stay too, since the control plane listens on them. ``kept``: so does the state for the next run.
     """
     for entry in os.scandir(path):
         if entry.is_dir(follow_symlinks=False):
-            if not entry.name.startswith(_SCRATCH):
+            if not entry.name.startswith(_SCRATCH) and not (kept and entry.name == _KEPT):
                 shutil.rmtree(entry.path)
         elif entry.name != _LOCK and not stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
             os.unlink(entry.path)
+
+
+def kept(path: str) -> str:
+    """Where workers leave the state that the next run of the script takes up."""
+    return f"{path}/{_KEPT}"
+
+
+def forget_kept(path: str) -> None:
+    """That state is of no use any more."""
+    shutil.rmtree(kept(path), ignore_errors=True)
 
 
 def scratch(path: str, pid: int) -> str:

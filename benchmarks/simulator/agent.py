@@ -37,13 +37,24 @@ from checkpointless_elastic.protocol.between import (
     RollCall,
     RunAgain,
     Seated,
+    Spare,
     Standing,
     Turned,
 )
 from checkpointless_elastic.protocol.events import Deadline, Overdue
 from checkpointless_elastic.protocol.member import Closed, Me, Member
-from checkpointless_elastic.protocol.messages import FromWorker, Message, Release, Report, Restore, Stage
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    FromWorker,
+    Message,
+    Release,
+    Report,
+    Restore,
+    Stage,
+)
+from checkpointless_elastic.protocol.requests import Took, Warm
 from checkpointless_elastic.protocol.station import Station
+from simulator.keeping import Keeping
 from simulator.oracle import Run, Violation
 from simulator.worker import Worker
 
@@ -56,12 +67,13 @@ LINGER_S = 5.0
 """How long the coordinator's process stays when the job has ended."""
 
 
-class Agent:
+class Agent(Keeping):
     """Implements network.Host.
 
     Attributes:
         private: by rank, the step and the generation of the newest private state on this node, as (generation, step).
         kept: the same of the ranks of the seat before this one.
+        left: by place on this node, the step and the weights that workers have left behind for another number of ranks.
         verdict: how the job ended, as far as this agent knows.
     """
 
@@ -74,6 +86,7 @@ class Agent:
         self.workers: dict[int, Worker] = {}
         self.private: dict[int, tuple[int, int]] = {}
         self.kept: dict[int, tuple[int, int]] = {}
+        self.left: dict[int, tuple[int, list[int]]] = {}
         self.verdict = ""
         self._deadline: Deadline | None = None
         self.member = Member(
@@ -233,6 +246,8 @@ class Agent:
         station = self.station
         if isinstance(message, Seated):
             self._take_seat(message)
+        elif isinstance(message, Spare):
+            self.world.clock.after(self.world.draw_fork(), self.hear, self._report, Warm())
         elif isinstance(message, Done):
             self._finish("succeeded")
         elif isinstance(message, Halt):
@@ -258,6 +273,8 @@ class Agent:
 
     def _deliver(self, station: Station, message: Any) -> None:
         station.obey(message)
+        if isinstance(message, Commit) and message.step == station.seat.kept:
+            self.left.clear()
         ranks = sorted(station.pending) if isinstance(message, Restore) else list(self.workers)
         for rank in ranks:
             if rank in self.workers:
@@ -266,16 +283,19 @@ class Agent:
             self._report(station.ended())
 
     def _take_seat(self, seat: Seated) -> None:
+        left = dict(self.left) if seat.kept >= 0 else {}
         if self.station is not None:
             self._leave_seat()
+        self.left = left
+        if seat.kept >= 0:
+            self._report(Took(seat.generation))
         self.station = Station(seat)
         self.seat, self._guardian = seat.seat, seat.guardian
         oracle = self.world.oracle
-        oracle.world = seat.world
         oracle.seated(seat.seat, seat.restarts, seat.generation, self.name)
         how = "after the agent that was lost" if seat.taken else "and starts its workers"
         self.world.note(f"{self.name} takes seat {seat.seat} in generation {seat.generation} {how}")
-        self._run = oracle.run(seat.restarts, seat.store, seat.taken)
+        self._run = oracle.run(seat.restarts, seat.store, seat.taken, seat.world, seat.kept)
         for rank, (generation, step) in self.kept.items():
             self._report(self.station.copied(rank, generation, step))
         if seat.taken and len(seat.bases) > 1:
@@ -306,6 +326,7 @@ class Agent:
         self.station, self.seat, self._guardian = None, -1, ""
         self.private.clear()
         self.kept.clear()
+        self.left.clear()
 
     def _run_again(self, station: Station, order: RunAgain) -> None:
         self._end_all()
@@ -318,6 +339,7 @@ class Agent:
             restarts=order.restarts,
             taken=False,
             guardian=self._guardian,
+            kept=order.kept,
         )
         self.station = None
         self._take_seat(seat)
@@ -344,7 +366,8 @@ class Agent:
         station = self.station
         if station is None or self.workers.get(worker.rank) is not worker:
             return
-        worker.welcome(station.generation, worker.rank in station.pending)
+        shadow = worker.rank in station.pending and not station.fresh
+        worker.welcome(station.generation, shadow, station.fresh)
         if station.decision is not None:
             worker.send(station.decision)
 
@@ -381,62 +404,3 @@ class Agent:
             self._report(station.exited(rank))
         else:
             self._report(station.lost(rank, "was lost", "", -1))
-
-    # ---- the guardian
-
-    def _copy_all(self) -> None:
-        for rank in list(self.private):
-            self._copy(rank)
-
-    def _copy(self, rank: int) -> None:
-        if self._guardian and rank in self.private:
-            self._copied_at = max(self._copied_at, self.world.clock.now + self.world.network.delay())
-            self.world.clock.at(
-                self._copied_at, self._copy_arrives, self._guardian, rank, self.private[rank], self.station
-            )
-
-    def _copy_arrives(self, address: str, rank: int, at: tuple[int, int], station: Station) -> None:
-        if not self._guarded_by(address, station):
-            return
-        guardian = self.world.agents[address]
-        if guardian.alive and self.world.network.reaches(self, guardian):
-            self.world.copied(self, guardian)
-            guardian.hear(guardian.keep, rank, at)
-        elif self.alive and self.private.get(rank) == at:
-            self.world.clock.after(self.world.rules.heartbeat, self._copy_arrives, address, rank, at, station)
-
-    def _guarded_by(self, address: str, station: Station) -> bool:
-        return self.alive and self.station is station and self._guardian == address
-
-    def keep(self, rank: int, at: tuple[int, int]) -> None:
-        """As a guardian: a ward's private state has come."""
-        stale = self.station is not None and not self.station.keeps(rank, at[0])
-        if stale or self.kept.get(rank, (-1, -1)) > at:
-            return
-        self.kept[rank] = at
-        if self.station is not None:
-            self._report(self.station.copied(rank, *at))
-
-    def _fetch(self, station: Station) -> None:
-        """Get the copies from the guardian, as soon as there is one that answers."""
-        guardian = self.world.agents.get(self._guardian)
-        reached = guardian is not None and guardian.alive and self.world.network.reaches(self, guardian)
-        if guardian is None or not reached:
-            self.world.clock.after(self.world.rules.heartbeat / 5, self.hear, self._fetch_again, station)
-            return
-        self.world.clock.after(self.world.network.delay(), guardian.hear, guardian.give, self, station)
-
-    def _fetch_again(self, station: Station) -> None:
-        if self.station is station and not self.workers:
-            self._fetch(station)
-
-    def give(self, ward: Agent, station: Station) -> None:
-        """As a guardian: send what is kept."""
-        kept = {rank: self.kept[rank] for rank in station.ranks if rank in self.kept}
-        self.world.clock.after(self.world.network.delay(), ward.hear, ward.fetched, station, kept)
-
-    def fetched(self, station: Station, kept: dict[int, tuple[int, int]]) -> None:
-        """The guardian's copies."""
-        if self.station is station and not self.workers:
-            self.private.update(kept)
-            self._start_all()

@@ -162,6 +162,8 @@ class Faults:
             return False
         seated = {agent.seat for agent in world.live() if agent.seat >= 0 and not agent.frozen}
         spare = any(agent.seat < 0 and agent.member.state.value == "following" for agent in world.live())
+        if world.job.shrinks:  # it has grown back
+            spare = len(seated) == world.job.agents and not board.coordinator.fresh
         whole = board.coordinator.state.value == "running" and len(board.bases) == len(seated)
         return whole and spare and all(agent.workers for agent in world.live() if agent.seat >= 0)
 

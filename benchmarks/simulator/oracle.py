@@ -29,31 +29,39 @@ class Doomed(Protocol):
 
 @dataclass(eq=False)
 class Run:
-    """One run of the script. ``store``: where its workers first met; ``steps``: by step, its committed attempt."""
+    """One run of the script. ``store``: where its workers first met; ``steps``: by step, its committed attempt.
+
+    ``world``: number of ranks.
+    """
 
     restarts: int
     store: str
+    world: int
     steps: list[int] = field(default_factory=list)
     ready: dict[tuple[int, int], set[int]] = field(default_factory=dict)  # (generation, step) -> ranks
     last: dict[Doomed, None] = field(default_factory=dict)  # who has applied the newest step
 
 
 class Oracle:
-    """Watches one job. ``world``: number of ranks."""
+    """Watches one job."""
 
     def __init__(self) -> None:
-        self.world = 0
         self.detection = 2.0
         self.runs: dict[int, Run] = {}
         self.commits = 0
         self._seats: dict[int, tuple[int, int, str]] = {}  # by seat: restarts, generation, agent
         self._terms: dict[str, int] = {}
 
-    def run(self, restarts: int, store: str, taken: bool) -> Run:
-        """The run that workers of a seat belong to."""
+    def run(self, restarts: int, store: str, taken: bool, world: int, kept: int = -1) -> Run:
+        """The run that workers of a seat belong to. ``kept``: it goes on with the first steps of the run before."""
         known = self.runs.get(restarts)
         if known is None or not (taken or known.store == store):
-            known = self.runs[restarts] = Run(restarts, store)
+            before = self.runs[restarts - 1].steps if kept >= 0 else []
+            if len(before) < kept:
+                raise Violation(
+                    f"a run is to go on at step {kept}, and the one before has {len(before)} steps"
+                )
+            known = self.runs[restarts] = Run(restarts, store, world, before[: max(0, kept)])
         return known
 
     # ---- steps
@@ -84,7 +92,7 @@ class Oracle:
             run.last[worker] = None
 
     def _first(self, run: Run, step: int, attempt: int) -> None:
-        missing = self.world - len(run.ready.get((attempt, step), ()))
+        missing = run.world - len(run.ready.get((attempt, step), ()))
         if missing:
             raise Violation(f"step {step} is applied in generation {attempt}; {missing} ranks were not ready")
         run.steps.append(attempt)

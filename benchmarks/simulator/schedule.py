@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simulator.faults import Faults, plan
 from simulator.oracle import Violation
@@ -35,6 +35,7 @@ class Result:
     events: int
     faults: int
     restarts: int
+    resizes: int
     seconds: float
     violation: str
 
@@ -45,8 +46,12 @@ def play(
     tell: Callable[[str], None] | None = None,
     mutations: Mutations | None = None,
     only: tuple[str, ...] = (),
+    shrinks: bool | None = None,
 ) -> Result:
-    """Run one schedule to its end, or to the first broken invariant. ``only``: kinds of faults."""
+    """Run one schedule to its end, or to the first broken invariant.
+
+    ``only``: kinds of faults; ``shrinks``: whether the job goes on with fewer nodes, None: as the seed says.
+    """
     draw = random.Random(f"schedule {seed}")
     agents = draw.randint(sizes.least, sizes.most)
     large, gentle = agents >= LARGE, draw.random() < 0.3
@@ -60,11 +65,24 @@ def play(
         fan_out=32 if large else draw.choice([2, 2, 3, 32]),
         leave_early=0.0 if gentle else draw.choice([0.0, 0.0, 0.3]),
     )
+    if shrinks is None:
+        shrinks = not large and random.Random(f"shrinks {seed}").random() < 0.3
+    if shrinks:
+        job = replace(
+            job, shrinks=True, spares=0 if gentle else job.spares, steps=300 if gentle else job.steps
+        )
     world = World(job, seed, mutations or Mutations(), tell)
     Faults(world, plan(draw, count, gentle, agents, only), gentle, draw)
     violation = _run(world, gentle)
     return Result(
-        seed, agents, world.clock.events, world.faults, len(world.restarts), world.clock.now, violation
+        seed,
+        agents,
+        world.clock.events,
+        world.faults,
+        len(world.restarts),
+        len(world.resizes),
+        world.clock.now,
+        violation,
     )
 
 

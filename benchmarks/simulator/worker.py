@@ -38,7 +38,7 @@ class Worker:
     def __init__(self, agent: Agent, rank: int, run: Run) -> None:
         self.agent, self.rank, self.run = agent, rank, run
         self.alive, self.connected, self.doomed = True, False, False
-        self.shadow = False
+        self.shadow = self.returns = False
         self.generation = self.frozen = -1
         self.weights: list[int] = []
         self.phase = Phase.COMPUTING
@@ -51,6 +51,7 @@ class Worker:
         }  # when what was sent last arrives, on the control channel or the other
         self._up = {True: 0.0, False: 0.0}
         self._world = agent.world
+        self._introduces = 1  # after so many steps it says what it holds
         self._attempts = 0  # a compute that was asked for in another attempt does not count
         self._world.clock.after(self._world.draw_fork(), self._connect)
 
@@ -68,10 +69,14 @@ class Worker:
         if self.alive:
             self.agent.hear(self.agent.connected, self)
 
-    def welcome(self, generation: int, shadow: bool) -> None:
+    def welcome(self, generation: int, shadow: bool, returns: bool) -> None:
         """The agent has accepted this worker."""
-        self.connected, self.shadow = True, shadow
+        self.connected, self.shadow, self.returns = True, shadow, returns
         self.frozen, self.generation = generation, -1 if shadow else generation
+        if returns:
+            self._say(Protected(), True)
+            self.waiting = Decision
+            return
         if shadow:
             self.waiting = Decision
         else:
@@ -170,13 +175,17 @@ class Worker:
         self._world.oracle.applied(self.run, self, self.step, attempt)
         self.weights.append(attempt)
         self.phase = Phase.COMPUTING
-        if self.step == 1:
+        if self.step == self._introduces:
             self._say(Replicas([[]], {"model": (0, 7)}), True)
 
     def _follow(self, decision: Decision) -> None:
         if self.doomed:
             raise Violation(f"rank {self.rank} has applied a void step and recovers with the others")
         self.decision = decision
+        if self.returns and self.rank not in self._world.members(decision.pending):
+            self.weights = list(self.agent.taken_up(self.rank, decision.step))
+            if self.weights != self.run.steps[: decision.step] or self.step != decision.step:
+                raise Violation(f"rank {self.rank} takes up {self.weights}, the job is at {self.run.steps}")
         if self.rank in self._world.members(decision.pending):
             self._arrive(decision)
             return
@@ -187,10 +196,16 @@ class Worker:
         if decision.step != self.step:
             raise Violation(f"rank {self.rank} is at step {self.step}, the decision says {decision.step}")
         self.phase = Phase.COMPUTING
+        if decision.resizes:
+            self.agent.leave_behind(self.rank, decision.step, self.weights)
         self._report(Stage.PUBLISHED, decision.generation, bytes(g % 256 for g in self.weights))
         self.waiting = Rebuild
 
     def _arrive(self, decision: Decision) -> None:
+        if self.returns:
+            self._report(Stage.ARRIVED, decision.generation)
+            self.waiting = Restore
+            return
         if not self.shadow:
             raise Violation(f"rank {self.rank} is whole, the decision says that it is a replacement")
         private = self.agent.private.get(self.rank)
@@ -219,7 +234,10 @@ class Worker:
             self._report(Stage.REBUILT, decision.generation)
             self.waiting = Resume
         elif isinstance(message, Resume) and self.waiting is Resume:
+            if self.returns:
+                self._introduces = self.step + 1
             self.generation, self.shadow, self.decision = decision.generation, False, None
+            self.returns = False
             if self.frozen > self.generation:
                 self.waiting = Decision
             else:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from checkpointless_elastic.protocol.acts import Restarting
 from checkpointless_elastic.protocol.between import Between, Join, Order, Seated
-from checkpointless_elastic.protocol.events import Action, Chosen, Opened, Reached
+from checkpointless_elastic.protocol.events import Action, Chosen, Opened, Reached, Resized
 from checkpointless_elastic.protocol.messages import Message
-from checkpointless_elastic.protocol.rules import Rules
+from checkpointless_elastic.protocol.rules import OnLoss, Rules
 from simulator.agent import Agent
 from simulator.clock import Clock
 from simulator.directory import Directory
@@ -29,7 +29,7 @@ class Job:
     """What is simulated. ``compute``: seconds of a step, from and to; ``fixed``: one delay for every message.
 
     ``leave_early``: share of workers that end without waiting for the others; ``leaves``: of those that leave a void
-    attempt early; ``node_faults``: see Config.
+    attempt early; ``node_faults``: see Config; ``shrinks``: on_loss=shrink.
     """
 
     agents: int = 4
@@ -42,6 +42,7 @@ class Job:
     fixed: float | None = None
     fan_out: int = 32
     node_faults: int = 0
+    shrinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class World:
         steps, size: of the job.
         limits: by name in Config, seconds.
         restarts: why the script was run again, each time.
+        resizes: numbers of ranks before and after, and the step, each time that their number was changed.
         late: which ranks were ended since they had missed a deadline, each time.
         last_fault: when.
     """
@@ -81,6 +83,7 @@ class World:
             max_restarts=100,
             max_faults_per_step=1000,
             node_faults=job.node_faults,
+            on_loss=OnLoss.SHRINK if job.shrinks else OnLoss.WAIT,
             loss_timeout=60.0,
             fan_out=job.fan_out,
         )
@@ -92,6 +95,7 @@ class World:
         self.agents: dict[str, Agent] = {}  # by address
         self.restarts: list[str] = []
         self.late: list[str] = []
+        self.resizes: list[tuple[int, int, int]] = []
         self.faults = 0  # that struck before the job had ended
         self.last_fault = 0.0
         self.killed_at_end = False  # a worker that had finished died: the job may end with its exit code
@@ -214,7 +218,9 @@ class World:
         if isinstance(action, Chosen) and action.ends:
             self.late.append(f"step {action.step}: {action.what}")
             self.note(f"{agent.name}: {action.what}: {action.reason}")
-        if isinstance(action, (Opened, Reached, Restarting)):
+        if isinstance(action, Resized):
+            self.resizes.append((action.before, action.after, action.step))
+        if isinstance(action, (Opened, Reached, Resized, Restarting)):
             self.note(f"{agent.name}: {told(action)}")
         for watch in self.on_reach:
             watch(agent, action)
@@ -282,10 +288,15 @@ def short(message: Message) -> str:
     return str(message)[:300]
 
 
-def told(action: Opened | Reached | Restarting) -> str:
+def told(action: Opened | Reached | Resized | Restarting) -> str:
     """A point of a recovery, as a sentence."""
     if isinstance(action, Opened):
         return f"generation {action.generation} is open, ranks {sorted(action.lost)} are lost: {action.cause}"
+    if isinstance(action, Resized):
+        return (
+            f"{action.before} ranks become {action.after} in generation {action.generation}, at step {action.step}: "
+            f"{action.reason}"
+        )
     if isinstance(action, Restarting):
         return (
             f"the script is run again in generation {action.generation}, rung {action.rung}: {action.reason}"

@@ -82,7 +82,8 @@ class CheckpointlessAgent(LocalElasticAgent):
         workforce = self._present()
         self._watch_for_stuck_workers()
         while self._control.await_seat():
-            self._remaining_restarts = max(0, group.spec.max_restarts - self._control.seat.restarts)
+            counted = self._control.seat.restarts - self._control.seat.resizes
+            self._remaining_restarts = max(0, group.spec.max_restarts - counted)
             self._initialize_workers(group)
             if workforce.wait().kind not in (VerdictKind.RESTART, VerdictKind.GAVE_WAY):
                 break

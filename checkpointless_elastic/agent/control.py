@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 
 from checkpointless_elastic import run_dir
-from checkpointless_elastic.agent.caretaker import Caretaker
 from checkpointless_elastic.agent.chair import Chair
 from checkpointless_elastic.agent.failing import Failing
 from checkpointless_elastic.agent.hangs import Hangs
@@ -23,6 +22,7 @@ from checkpointless_elastic.agent.links import Links
 from checkpointless_elastic.agent.membership import Membership, Network
 from checkpointless_elastic.agent.recoveries import Recoveries, describe
 from checkpointless_elastic.agent.runtime import EventLoop, Workforce
+from checkpointless_elastic.agent.tenant import Tenant
 from checkpointless_elastic.agent.wards import Wards, put_back
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.acts import Word
@@ -64,7 +64,7 @@ from checkpointless_elastic.protocol.messages import (
     Welcome,
     encode,
 )
-from checkpointless_elastic.protocol.requests import Dismissed
+from checkpointless_elastic.protocol.requests import Dismissed, Took, Warm
 from checkpointless_elastic.protocol.rules import Rules
 from checkpointless_elastic.protocol.station import Station
 from checkpointless_elastic.state.slot import Slot
@@ -74,7 +74,7 @@ from checkpointless_elastic.worker.private import in_loop, lifeline_path, slot_p
 logger = logging.getLogger(__name__)
 
 
-class AgentControl(Caretaker):
+class AgentControl(Tenant):
     """See the module; implements runtime.ControlPlane and membership.Office.
 
     ``settings``, ``rules``: of the job. ``open_store``: see `protocol.board`. ``network``: None for one node.
@@ -144,6 +144,9 @@ class AgentControl(Caretaker):
     # ---- a seat
 
     def _take_seat(self, seat: Seated) -> None:
+        if seat.kept >= 0:
+            self._report(Took(seat.generation))
+        self._renumber(seat)
         self._station = station = Station(seat)
         self._wards = self._membership.take_seat(
             seat,
@@ -160,7 +163,7 @@ class AgentControl(Caretaker):
 
     def _offer(self, seat: Seated) -> None:
         assert self._station is not None
-        run_dir.empty(self.run_dir)
+        run_dir.empty(self.run_dir, kept=seat.kept >= 0)
         for rank in self._station.ranks:
             Slot.create(slot_path(self.run_dir, rank)).close()
         self._hangs.begin(self.run_dir, self._station)
@@ -283,7 +286,7 @@ class AgentControl(Caretaker):
         if hello.channel == "control":
             path = lifeline_path(self.run_dir, hello.rank, hello.incarnation)
             self._lifelines.follow(path, hello.rank, hello.incarnation, self._pids[hello.rank])
-        shadow = hello.rank in station.pending
+        shadow = hello.rank in station.pending and not station.fresh
         return Welcome(
             station.generation,
             shadow,
@@ -291,6 +294,7 @@ class AgentControl(Caretaker):
             tuple(station.seat.bases),
             station.store if shadow else "",
             self._settings.verify_every,
+            station.fresh,
         )
 
     def tell(self, rank: int, message: Message) -> bool:
@@ -344,15 +348,13 @@ class AgentControl(Caretaker):
         if isinstance(message, Spare):
             if message.bases:
                 logger.info("[term %d] this agent waits as a spare", message.term)
+                self._workers.when_warm(lambda: self._report(Warm()))
         elif isinstance(message, Dismissed):
             self._dismissed(message)
         elif self._deferred and not isinstance(message, (Done, Halt)):
             self._deferred.append(message)
         elif isinstance(message, Seated):
-            if self._running:
-                self._deferred.append(message)
-            else:
-                self._take_seat(message)
+            self._seated(message)
         elif isinstance(message, Done):
             self._workers.succeed()
         elif isinstance(message, Halt):
@@ -383,6 +385,8 @@ class AgentControl(Caretaker):
         data = encode(message)
         for rank in ranks:
             self._links.send(rank, channel, data)
+        if isinstance(message, Commit) and message.step == station.seat.kept:
+            run_dir.forget_kept(self.run_dir)
         if isinstance(message, Commit) and message.step == 0:
             self._recoveries.mark("committed", time.monotonic())
         if isinstance(message, Release):
@@ -398,39 +402,6 @@ class AgentControl(Caretaker):
         station.obey(message)
         if self._wards is not None and (station.seat.seat + 1) % len(station.seat.bases) in message.addresses:
             self._wards.move(station.guardian)
-
-    def _run_again(self, station: Station, message: RunAgain) -> None:
-        """All workers end or leave the script, then this agent takes its seat again."""
-        station.obey(message)
-        self._membership.leave_seat(message.generation)
-        self._offered, self._wards = None, None
-        again = station.again(message)
-        if self._running:
-            self._deferred.append(again)
-            self._workers.restart_all(message)
-        else:
-            self._take_seat(again)
-
-    def give_way(self, reason: str) -> None:
-        """See Office."""
-        logger.error("This agent gives up its seat and ends its workers: %s.", reason)
-        self._give_up_seat()
-
-    def _give_up_seat(self) -> None:
-        self._station, self._offered, self._wards = None, None, None
-        self._deferred = []
-        self._membership.leave_seat()
-        if self._running:
-            self._workers.give_up()
-
-    def _dismissed(self, message: Dismissed) -> None:
-        """The job goes on without this node: its workers end, then it leaves with exit code 0."""
-        if not self._running:
-            self._workers.succeed()
-            return
-        logger.warning("This node %s: its workers end, and it leaves the job.", message.cause)
-        self._give_up_seat()
-        self._deferred.append(message)
 
     def cannot_go_on(self, reason: str) -> None:
         """See Office."""

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from checkpointless_elastic.agent.runtime import EventLoop
@@ -162,6 +162,12 @@ class Links:
             logger.warning("rank %d does not take messages (%s)", rank, error)
             return False
         return True
+
+    def renumber(self, numbers: Mapping[int, int]) -> None:
+        """Ranks of this node have other numbers from now on; by the old ones, the new ones."""
+        for link in self._links.values():
+            link.rank = numbers[link.rank]
+        self._links = {(link.rank, link.channel): link for link in self._links.values()}
 
     def drain(self, rank: int) -> None:
         """Take what a worker that is gone still sent, then forget its connections."""

@@ -13,7 +13,7 @@ import msgspec
 from checkpointless_elastic.observe.timeline import Recovery, write
 from checkpointless_elastic.protocol.acts import Restarting
 from checkpointless_elastic.protocol.between import Between, Gathered, RankExplained, RankGone, RankStarted
-from checkpointless_elastic.protocol.events import Action, Chosen, End, Opened, Reached, Stop
+from checkpointless_elastic.protocol.events import Action, Chosen, End, Opened, Reached, Resized, Stop
 from checkpointless_elastic.protocol.messages import Stage
 from checkpointless_elastic.worker.wire import RebuiltReport, RestoredReport
 
@@ -59,6 +59,8 @@ class Recoveries:
             self._stuck = max(self._stuck, action.stuck)
         elif isinstance(action, Restarting):
             self.restarting(action.rung, action.reason, action.generation, action.step, now)
+        elif isinstance(action, Resized):
+            self.resized(action, now)
         elif isinstance(action, Stop):
             self.close()
 
@@ -159,6 +161,24 @@ class Recoveries:
             self._current.causes.update(self._noted)
         self._current.generation, self._current.rung, self._current.reason = generation, rung, reason
         self._current.step, self._current.marks = step, {"opened": now}
+        self._ends = {}
+
+    def resized(self, action: Resized, now: float) -> None:
+        """The script is run again by another number of ranks."""
+        logger.warning(
+            "[generation %d, step %d] %s: from %d to %d ranks, which run the script again and keep its state.",
+            action.generation,
+            action.step,
+            action.reason,
+            action.before,
+            action.after,
+        )
+        if self._current is None:
+            self._current = Recovery(action.generation, 3, action.reason, set(), now, time.time())
+        current = self._current
+        current.generation, current.rung, current.reason = action.generation, 3, action.reason
+        current.step, current.resize = action.step, (current.resize or (action.before,))[:1] + (action.after,)
+        current.mark("kept", now)
         self._ends = {}
 
     def close(self) -> None:

@@ -61,6 +61,12 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
                 f"active_nodes is {self._active}; it must be in the range of --nnodes, from {params.min_nodes} to "
                 f"{params.max_nodes}."
             )
+        if self.config.on_loss == "shrink" and self._active == params.min_nodes:
+            logger.warning(
+                "on_loss=shrink has no effect: the job begins with %d nodes, and --nnodes allows no fewer. Give a "
+                "smaller MIN in --nnodes MIN:MAX, and set active_nodes.",
+                self._active,
+            )
         self._run_id = params.run_id
         several = self.max_nodes > 1
         self._host = _own_address(params) if several else ""
@@ -76,6 +82,7 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
         return Rules(
             active_nodes=self._active,
             max_nodes=self.max_nodes,
+            min_nodes=self._params.min_nodes,
             max_restarts=max_restarts,
             max_faults_per_step=config.max_faults_per_step,
             node_faults=config.node_faults,

@@ -191,6 +191,9 @@ class Workforce(Protocol):
     def learn(self, modules: list[str]) -> None:
         """Start a successor of the fork server that has these third-party modules loaded too, in the background."""
 
+    def when_warm(self, then: Callable[[], None]) -> None:
+        """Call it once workers could be forked at once, now or in a while."""
+
     def log_dir(self) -> str:
         """Directory of this run's logs; empty if there is none."""
 

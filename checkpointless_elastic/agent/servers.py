@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -116,6 +117,7 @@ class ForkServers:
         self._servers: list[_Server] = []
         self._current: _Server | None = None
         self._successor: _Server | None = None
+        self._await_ready: list[Callable[[], None]] = []
 
     def start(self) -> None:
         """Start the first server."""
@@ -125,6 +127,13 @@ class ForkServers:
     def loaded(self) -> list[str]:
         """Modules of the current server; empty until it is ready."""
         return list(self._current.modules) if self._current is not None and self._current.ready else []
+
+    def when_ready(self, then: Callable[[], None]) -> None:
+        """Call it once a worker could be forked at once: now, or in a while."""
+        if self.loaded:
+            then()
+        else:
+            self._await_ready.append(then)
 
     def learn(self, modules: list[str]) -> None:
         """Start a successor that has these modules too; no-op if one is on its way or the current one has them."""
@@ -169,6 +178,9 @@ class ForkServers:
         elif isinstance(message, Ready):
             server.ready, server.loading = True, ""
             self._swap(server)
+            waiting, self._await_ready = self._await_ready, []
+            for then in waiting:
+                then()
         elif isinstance(message, Spawned):
             del server.pending[message.id]
             server.children.add(message.pid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from signal import SIGKILL, SIGTERM, Signals
@@ -188,7 +188,9 @@ class LocalWorkforce:
         """See Workforce."""
         if self._decided():
             return
-        logger.warning("All workers are restarted (restart %s): %s.", order.restarts, order.reason)
+        goes_on = f"run the script again and go on at step {order.kept}"
+        how = goes_on if order.kept >= 0 else f"are restarted (restart {order.restarts})"
+        logger.warning("All workers %s: %s.", how, order.reason)
         self._leave(VerdictKind.RESTART, SIGTERM, self._unwind() if order.rung == 3 else [])
 
     def _unwind(self) -> list[Child]:
@@ -281,6 +283,10 @@ class LocalWorkforce:
         if self.verdict is None:
             self._withdrawn, self._leaving = reason, None
             self.verdict = Verdict(VerdictKind.FAILED)
+
+    def when_warm(self, then: Callable[[], None]) -> None:
+        """See Workforce."""
+        self._servers.when_ready(then)
 
     def learn(self, modules: list[str]) -> None:
         """See Workforce."""

@@ -55,7 +55,9 @@ def _at(seen: Overview, seat: int) -> Place:
 
 def table(job: str, seen: Overview) -> str:
     """Some lines for a terminal."""
-    restarts = f", {seen.restarts} restarts" if seen.restarts else ""
+    counted = seen.restarts - seen.resizes
+    restarts = f", {counted} restarts" if counted else ""
+    restarts += f", {seen.resizes} changes of the number of nodes" if seen.resizes else ""
     head = (
         f"Job {job}: {seen.state}, generation {seen.generation}, step {seen.step}{restarts}; term {seen.term}"
     )
@@ -73,6 +75,8 @@ def table(job: str, seen: Overview) -> str:
         f"Slow: rank {rank}, for which all others wait {seconds * 1e3:.0f} ms in each step"
         for rank, seconds in sorted(seen.slow.items())
     ]
+    if 0 < len(seen.bases) < seen.wanted:
+        notes.append(f"Runs on {len(seen.bases)} of {seen.wanted} nodes, and grows when one comes")
     if seen.exposed:
         notes.append(f"A lost rank would run the script again from its top: {seen.exposed}")
     return "\n".join([head, "", *(line.rstrip() for line in lines), *([""] if notes else []), *notes])
@@ -103,7 +107,9 @@ def document(job: str, seen: Overview) -> dict[str, object]:
         "state": seen.state,
         "generation": seen.generation,
         "step": seen.step,
-        "restarts": seen.restarts,
+        "restarts": seen.restarts - seen.resizes,
+        "resizes": seen.resizes,
+        "wanted": seen.wanted,
         "world": seen.world,
         "pending": seen.pending,
         "exposed": seen.exposed,

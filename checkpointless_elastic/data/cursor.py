@@ -86,6 +86,9 @@ class Frame(msgspec.Struct, array_like=True):
         rng_create: random state before the iterator was created.
         rng_start: random state before this iteration's item was fetched.
         rng_end: random state after the iterator was exhausted; None if the loop was left by `break`.
+        dealing: how many ranks the sampler deals to, and which one of them this is; None where it does not deal.
+        deals: the same for what it dealt before the number of ranks changed, with the iterations up to which it did
+            (-1: all that follow), see `checkpointless_elastic.data.dealing`.
         source_create, source_start: what else the source of the items needs, at the same two moments.
     """
 
@@ -106,6 +109,8 @@ class Frame(msgspec.Struct, array_like=True):
     source_start: tuple[bytes, ...] = ()
     path: str = ""
     kept: int = 0
+    dealing: tuple[int, int] | None = None
+    deals: list[tuple[int, int, int]] = []
 
     @property
     def committed(self) -> int:
@@ -175,9 +180,16 @@ class Cursor(msgspec.Struct, array_like=True, dict=True):
         """The frame that calls and collectives are noted in: the innermost loop, or the root."""
         return self.stack[-1]
 
-    def enter(self, kind: str, rng: RngState | None = None, source: tuple[bytes, ...] = ()) -> Frame:
+    def enter(
+        self,
+        kind: str,
+        rng: RngState | None = None,
+        source: tuple[bytes, ...] = (),
+        dealing: tuple[int, int] | None = None,
+    ) -> Frame:
         """A loop is entered, before its iterator is created."""
         frame = Frame(kind, len(self.top.children), rng_create=rng, source_create=source, path=self.next_path)
+        frame.dealing = dealing
         self.stack.append(frame)
         return frame
 

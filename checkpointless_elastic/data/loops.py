@@ -100,9 +100,11 @@ def _loop(kind: str, source: Source[T], host: LoopHost, give: Callable[[int, T],
     record = None if host.resume is None else host.resume.next_loop(kind)
     if record is None:
         host.cursor.loaders.entering(host.cursor.next_path, source)
-        frame = host.cursor.enter(kind, rng.capture(), source.state())
+        frame = host.cursor.enter(kind, rng.capture(), source.state(), source.dealing())
     else:
         frame = record
+        if not frame.finished:
+            frame.dealing = source.dealing()
         host.cursor.loaders.met_again(frame.path, source)
     replayed = frame.finished
     end: rng.RngState | None = None
@@ -132,6 +134,8 @@ def _recorded(frame: Frame, source: Source[T], host: LoopHost, give: Callable[[i
         source.open()
     else:
         source.reopen(frame)
+        if host.resume is not None and host.resume.real:
+            frame.setup = host.resume.outside_done(frame)
         if frame.rng_start is not None:
             rng.restore(frame.rng_start)
         try:

@@ -54,10 +54,11 @@ class Resume:
 
     Attributes:
         live: True once something beyond the record was asked for.
+        real: all ranks walk, and their collectives are done for real; else they are answered from the record.
     """
 
-    def __init__(self, cursor: Cursor) -> None:
-        self.live = False
+    def __init__(self, cursor: Cursor, real: bool = False) -> None:
+        self.live, self.real = False, real
         self._cursor = cursor
         self._path = [_At(cursor.stack[0])]
         self._parted: ScriptMismatchError | None = None
@@ -116,6 +117,12 @@ class Resume:
             return record
         self._go_live(f"calls {op} on group {group}")
         return None
+
+    def met_again(self, outside: Outside) -> None:
+        """A collective was done for real during the walk, by all ranks: it is noted where the walk is."""
+        at = self._path[-1]
+        at.frame.outside.append(outside)
+        at.outside += 1
 
     def outside_done(self, frame: Frame) -> int:
         """How many collectives of `frame` were met again; all of them once live."""

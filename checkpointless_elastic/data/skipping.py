@@ -17,7 +17,7 @@ What is relied on is tested by `tests/data/test_skipping.py`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -45,12 +45,12 @@ def start_workers(loader: DataLoader[Any]) -> None:
     _with_sampler(loader, _Sampler(_inner(loader), blank=True))
 
 
-def iterate_from(loader: DataLoader[T], position: int) -> Iterator[T]:
-    """A new iterator of `loader` whose first batch is number `position`.
+def iterate_from(loader: DataLoader[T], position: int, batches: Sequence[Any] | None = None) -> Iterator[T]:
+    """A new iterator of `loader` whose first batch is number `position`, of these batches of indices, if given.
 
     It draws what an iterator that started at 0 would have drawn up to there, except for what loading draws.
     """
-    sampler = _Sampler(_inner(loader), skip=position)
+    sampler = _Sampler(_inner(loader), skip=position, given=batches)
     iterator: Iterator[T] = _with_sampler(loader, sampler)
     sampler.advance()
     return iterator
@@ -68,14 +68,17 @@ class _Sampler:
     """Stands in for a sampler: iterators made while `skip` is set start there, later ones are those of the
     sampler."""
 
-    def __init__(self, inner: Any, skip: int = 0, blank: bool = False) -> None:
+    def __init__(
+        self, inner: Any, skip: int = 0, blank: bool = False, given: Sequence[Any] | None = None
+    ) -> None:
         self._inner = inner
+        self._given = given
         self._skip = skip
         self._blank = blank
         self._latest: _Indices | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        indices: Iterator[Any] = iter(self._inner)
+        indices: Iterator[Any] = iter(self._inner if self._given is None else self._given)
         if self._blank:
             return iter(())
         if self._skip == 0:
@@ -88,7 +91,7 @@ class _Sampler:
 
     def settle(self) -> None:
         """From now on be the sampler: persistent workers keep this object for the passes to come."""
-        self._skip, self._blank = 0, False
+        self._skip, self._blank, self._given = 0, False, None
 
     def advance(self) -> None:
         """Skip now, where no prefetch has done so."""

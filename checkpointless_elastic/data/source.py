@@ -10,6 +10,9 @@ What resumes exactly, that is with the items, the order and the random state of 
   taken before each fetch. It must be readable by `torch.load(weights_only=True)`.
 * iterable datasets and other iterables: what was consumed is fetched once more and dropped.
 
+When the number of ranks changes within a pass, what is left of it is dealt anew where torch's DistributedSampler
+dealt it, see `checkpointless_elastic.data.dealing`; other loaders go on at the same number of batches.
+
 Limits, all of which concern randomness that this process cannot see or put back:
 
 * random transforms inside DataLoader worker processes (num_workers > 0): after a skip the workers have not
@@ -32,7 +35,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from checkpointless_elastic.data import skipping
+from checkpointless_elastic.data import dealing, skipping
 from checkpointless_elastic.data.cursor import Frame
 from checkpointless_elastic.errors import ScriptMismatchError, StateMismatchError
 from checkpointless_elastic.worker import rng
@@ -58,6 +61,9 @@ class Source(Protocol[T_co]):
 
     def revive(self, state: tuple[bytes, ...]) -> None:
         """Bring the loader to such a state, without drawing from any generator of the process."""
+
+    def dealing(self) -> tuple[int, int] | None:
+        """See `cursor.Frame`."""
 
     def open(self) -> None:
         """Create the iterator."""
@@ -90,6 +96,10 @@ class Numbers:
 
     def revive(self, state: tuple[bytes, ...]) -> None:
         """Nothing to bring back."""
+
+    def dealing(self) -> tuple[int, int] | None:
+        """All ranks have the same."""
+        return None
 
     def open(self) -> None:
         """Start at 0."""
@@ -132,6 +142,10 @@ class _Loader(Generic[T]):
         for generator, one in zip(self._generators, state, strict=True):
             rng.restore_generator(generator, one)
 
+    def dealing(self) -> tuple[int, int] | None:
+        """How a loader is dealt is known of `Sampled` only."""
+        return None
+
     def open(self) -> None:
         """Create the iterator, which may start worker processes."""
         self._iterator = iter(self._loader)
@@ -163,10 +177,15 @@ class Sampled(_Loader[T]):
             rng.restore(before)
         super().revive(state[1:])
 
+    def dealing(self) -> tuple[int, int] | None:
+        """Of torch's DistributedSampler in a BatchSampler."""
+        return dealing.dealt(self._loader)
+
     def reopen(self, frame: Frame) -> None:
         """Create the iterator and skip on the sampler, some 10 milliseconds per million samples."""
         self.revive(frame.source_create)
-        self._iterator = skipping.iterate_from(self._loader, frame.position)
+        batches = dealing.batches(self._loader, frame.deals) if frame.deals else None
+        self._iterator = skipping.iterate_from(self._loader, frame.position, batches)
         super().revive(frame.source_start[1:])
 
 

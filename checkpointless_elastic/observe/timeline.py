@@ -4,7 +4,8 @@ Times are seconds. Phases, in the order of the path: *detect* (first sign to dec
 have said where they stand), *fork* (the replacement has a process id), *setup* (it has run the script up to its first
 loop or step), *transfer* (state copied and verified), *forward* (it has gone on to the survivors' step), *rebuild*
 (affected groups), *replay* (first committed step). Freeze runs beside fork and set-up, the others follow each other.
-A fault during the recovery starts it over: the time until then is *repeated*.
+Where the number of ranks changes: *keep* (state is left behind), *rerun* (all have run the script up to its first loop
+or step, and have their state again). A fault during the recovery starts it over: the time until then is *repeated*.
 
 Numbers of groups (rebuilt, kept, lazy: left to their next use) are each that of the rank with most; ranks belong to
 different groups.
@@ -19,7 +20,19 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-ORDER = ("detect", "repeated", "freeze", "fork", "setup", "transfer", "forward", "rebuild", "replay")
+ORDER = (
+    "detect",
+    "repeated",
+    "freeze",
+    "keep",
+    "rerun",
+    "fork",
+    "setup",
+    "transfer",
+    "forward",
+    "rebuild",
+    "replay",
+)
 
 
 @dataclass
@@ -27,6 +40,7 @@ class Recovery:
     """One recovery while it goes on. Marks are times on a monotonic clock.
 
     ``stuck_s``: for how long a rank that was ended for it had been stuck, before all else; 0 if none was.
+    ``resize``: the number of ranks before and after it, empty if that stays.
     ``transfer_s``: of the slowest replacement; ``copying_s``: the part of it in which bytes were copied and verified.
     """
 
@@ -48,6 +62,7 @@ class Recovery:
     groups_rebuilt: int = 0
     groups_kept: int = 0
     groups_lazy: int = 0
+    resize: tuple[int, ...] = ()
 
     def mark(self, point: str, now: float) -> None:
         """Note that ``point`` was reached; a fault during the recovery moves it later."""
@@ -61,6 +76,8 @@ class Recovery:
             "detect": ("seen", "acted"),
             "repeated": ("acted", "opened"),
             "freeze": ("opened", "frozen"),
+            "keep": ("frozen", "kept"),
+            "rerun": ("kept", "restored"),
             "fork": ("opened", "forked"),
             "setup": ("forked", "arrived"),
             "forward": ("arrived", "restored"),
@@ -98,6 +115,7 @@ class Recovery:
             "groups_rebuilt": self.groups_rebuilt,
             "groups_kept": self.groups_kept,
             "groups_lazy": self.groups_lazy,
+            "resize": list(self.resize),
             "pids": {str(rank): pid for rank, pid in sorted(pids.items())},
             "time": self.wall,
         }
@@ -112,10 +130,13 @@ def sentence(record: dict[str, object]) -> str:
     assert isinstance(lost, list)
     total = record["total_seconds"]
     assert isinstance(total, float)
+    gone = f"lost rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}" if lost else "lost no rank"
+    resize = record.get("resize")
+    if isinstance(resize, list) and resize:
+        gone += f", went from {resize[0]} to {resize[-1]} ranks"
     return (
-        f"[generation {record['generation']}] lost rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} "
-        f"at step {record['step']}: {record['cause']}; rung {record['rung']} ({record['reason']}), "
-        f"{total * 1e3:.0f} ms: {parts}"
+        f"[generation {record['generation']}] {gone} at step {record['step']}: {record['cause']}; "
+        f"rung {record['rung']} ({record['reason']}), {total * 1e3:.0f} ms: {parts}"
     )
 
 

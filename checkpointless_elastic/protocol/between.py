@@ -35,9 +35,11 @@ from checkpointless_elastic.protocol.requests import (
     Inquiry,
     Leaving,
     Overview,
+    Took,
+    Warm,
 )
 
-VERSION = 2
+VERSION = 3
 
 Said = Protected | Left | Mismatch | Replicas
 """What one worker has to say to the coordinator."""
@@ -58,6 +60,8 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
         held: what its ranks hold, as they said after the first step.
         released: all ranks of the job have finished the script.
         ended: what NodeEnded says of this agent; None: not yet.
+        resizes, kept: see Seated.
+        keepers: its ranks whose state of step ``kept`` is on this node.
     """
 
     seat: int
@@ -75,6 +79,9 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     held: dict[int, Replicas]
     released: bool
     ended: dict[int, int] | None = None
+    resizes: int = 0
+    kept: int = -1
+    keepers: list[int] = []
 
 
 # ---- to the coordinator ----------------------------------------------------------------------------------------------
@@ -234,7 +241,10 @@ class Seated(Message, frozen=True):
         store: "host:port" of the store in which workers meet.
         guardian: address of the agent of the next seat; empty if there is no other.
         taken: the seat of a lost agent: its ranks are replacements, their private state is with the guardian.
-        restarts: how many times the script was run before.
+        restarts: how many times the script was run before; ``resizes``: how many of these were a change of the
+            number of ranks, see `resize`.
+        kept: the run goes on at this step with state that the last run left behind; -1: it begins anew.
+        reason: why an agent that has a seat gets another one.
     """
 
     term: int
@@ -246,6 +256,9 @@ class Seated(Message, frozen=True):
     generation: int
     restarts: int
     taken: bool
+    resizes: int = 0
+    kept: int = -1
+    reason: str = ""
 
 
 class Spare(Message, frozen=True):
@@ -309,13 +322,14 @@ class RollCall(Message, frozen=True):
 
 
 class RunAgain(Message, frozen=True):
-    """Run the script from its top, by rung 3 or 4; its workers meet in ``store``."""
+    """Run the script from its top, by rung 3 or 4; its workers meet in ``store``. ``kept``: see Seated."""
 
     generation: int
     restarts: int
     reason: str
     store: str
     rung: int = 4
+    kept: int = -1
 
 
 class Halt(Message, frozen=True):
@@ -401,6 +415,8 @@ Between = (
     | Declined
     | Leaving
     | Dismissed
+    | Took
+    | Warm
 )
 
 _decoder: msgspec.msgpack.Decoder[Between] = msgspec.msgpack.Decoder(Between)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol import layout
-from checkpointless_elastic.protocol.acts import Guard, Heard, Perform, Restarting
+from checkpointless_elastic.protocol.acts import Guard, Heard, Perform
 from checkpointless_elastic.protocol.between import (
     AnswerBundle,
     Attached,
@@ -36,7 +36,6 @@ from checkpointless_elastic.protocol.between import (
     RankStarted,
     ReplaceRank,
     Reseated,
-    RunAgain,
     Seated,
     Spare,
     Standing,
@@ -50,6 +49,7 @@ from checkpointless_elastic.protocol.events import (
     Deadline,
     End,
     Event,
+    Kept,
     NodeLost,
     Overdue,
     Reached,
@@ -69,14 +69,16 @@ from checkpointless_elastic.protocol.messages import (
     Restore,
     Resume,
 )
-from checkpointless_elastic.protocol.roster import Agent, Roster, short
+from checkpointless_elastic.protocol.requests import Took, Warm
+from checkpointless_elastic.protocol.resizer import Resizer
+from checkpointless_elastic.protocol.roster import Agent, short
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
 from checkpointless_elastic.protocol.takeover import is_later, left_behind
 
 __all__ = ["Board"]
 
 
-class Board(Roster):
+class Board(Resizer):
     """See the module. ``open_store()``: makes a new store for workers and gives its address.
 
     Attributes:
@@ -115,6 +117,8 @@ class Board(Roster):
         elif join.nodes and not self.bases:
             self.take_over(*layout.bases(join.nodes), -1, now)
             self.join(join, now)
+        elif join.standing is not None and layout.bases(join.nodes) != (self.bases, self.world):
+            self._tell(join.agent, Turned("its seat is one of another number of ranks", True))
         elif join.standing is not None:
             self._rejoin(join, join.standing)
         elif len(self._agents.keys() - self._excluded) >= self._rules.max_nodes:
@@ -178,6 +182,7 @@ class Board(Roster):
         self._awaited.clear()
         self._store = self._open_store()
         self._restarts = max((standing.restarts for standing in standings), default=0)
+        self._resizes = max((standing.resizes for standing in standings), default=0)
         self.coordinator = self._new_coordinator(max((s.generation for s in standings), default=0))
         self.coordinator.take_over(standings, self._store)
         if any(standing.released for standing in standings):
@@ -185,12 +190,15 @@ class Board(Roster):
         elif len({standing.restarts for standing in standings}) > 1:
             self._run_again(Restart(4, "the coordinator was lost while the script was being started again"))
         else:
-            lost = "was lost with the coordinator"
+            lost, resizes = "was lost with the coordinator", self._resizes
             self._lose([(seat, self._causes.get(seat, lost)) for seat in missing])
             if not missing:
                 self._decide(Reopened("the coordinator is another one"))
+            if self._resizes != resizes:
+                standings = []  # of seats with other numbers
         self._tell_guardians(standings)
         self._fill()
+        self._consider()
         early, self._early = self._early, []
         for name, message in early:
             self.received(name, message)
@@ -241,6 +249,7 @@ class Board(Roster):
             for seat, _ in suspects:
                 self._node_ended(NodeEnded(seat, self._restarts, {}))
         self._fill()
+        self._consider()
 
     def _given_up(self, seats: set[int]) -> None:
         for seat in seats:
@@ -260,7 +269,7 @@ class Board(Roster):
 
     def _fill(self) -> None:
         """Give vacant seats to spares of the same size."""
-        if self.coordinator is None or self._over or self.coordinator.released:
+        if self.coordinator is None or self._over or self.coordinator.released or self.coordinator.resizing:
             return
         filled = {}
         for seat in self._vacant():
@@ -279,7 +288,7 @@ class Board(Roster):
             generation, state = self.coordinator.generation, self.coordinator.state.value
             self.acts.append(Perform(Deadline(generation, state, "join_timeout")))
 
-    def _seat(self, seat: int, taken: bool) -> None:
+    def _seat(self, seat: int, taken: bool, reason: str = "") -> None:
         assert self.coordinator is not None
         guardian = self._seats[(seat + 1) % len(self._seats)]
         address = self._agents[guardian].address if guardian and len(self._seats) > 1 else ""
@@ -293,12 +302,15 @@ class Board(Roster):
             self.coordinator.generation,
             self._restarts,
             taken,
+            self._resizes,
+            self.coordinator.kept if not taken and self.coordinator.fresh else -1,
+            reason,
         )
         self._tell(self._seats[seat], seated)
         if taken and self.coordinator.state is not State.RUNNING:
             self._tell(self._seats[seat], Order(self._term, self.coordinator.freeze()))
-            if self.coordinator.decision is not None:
-                self._tell(self._seats[seat], Order(self._term, short(self.coordinator.decision)))
+        if (taken or self.coordinator.fresh) and self.coordinator.decision is not None:
+            self._tell(self._seats[seat], Order(self._term, short(self.coordinator.decision)))
 
     def _vacant(self) -> list[int]:
         suspected = {seat for seat, _ in self._suspects}
@@ -318,15 +330,16 @@ class Board(Roster):
                 here = len(self._agents)
                 self._halt(f"{here} of {rules.active_nodes} nodes came within {rules.timeout:.0f} s", [])
         elif vacant and not self._over and not self.coordinator.released:
-            waits = rules.loss_timeout if rules.on_loss is OnLoss.WAIT else 0.0
+            waits = rules.loss_timeout if rules.on_loss is not OnLoss.FAIL else 0.0
             if now - self._since.setdefault("vacant", now) > waits:
                 reason = f"no node has come for the lost node {vacant[0]} within {waits:.0f} s"
                 self._halt(reason, sorted(self._ranks(vacant[0])))
+        self._consider()
 
     def overdue(self, deadline: Overdue) -> None:
         """A limit that the coordinator set has passed. While a seat is vacant its replacements cannot arrive."""
         assert self.coordinator is not None
-        if all(self._seats) or self.coordinator.state is State.FREEZING:
+        if all(self._seats) or self.coordinator.state is State.FREEZING or self.coordinator.resizing:
             self._decide(deadline)
 
     # ---- agents say
@@ -334,8 +347,14 @@ class Board(Roster):
     def received(self, name: str, message: Between) -> None:
         """A message of an agent with a seat."""
         agent = self._agents.get(name)
+        if agent is not None and isinstance(message, Warm):
+            agent.warm = True
         if agent is None or agent.seat < 0 or self._over:
             return
+        if isinstance(message, Took) and message.generation == agent.takes:
+            agent.takes = -1
+        if agent.takes >= 0:
+            return  # what it says is of ranks with other numbers
         if isinstance(message, (Bundle, AnswerBundle)):
             message = unbundled(message)
         if self.coordinator is None:
@@ -399,7 +418,7 @@ class Board(Roster):
         if isinstance(action, Broadcast):
             only = self.coordinator.pending if isinstance(action.message, Restore) else None
             self._order(action.message, only=only)  # type: ignore[arg-type]
-            first = isinstance(action.message, Commit) and action.message.step < 2
+            first = isinstance(action.message, Commit) and action.message.step < self.coordinator.first + 2
             if isinstance(action.message, Resume):
                 self._dropped.clear()
             if self._tree.needed and (first or isinstance(action.message, Resume)):
@@ -411,29 +430,11 @@ class Board(Roster):
             self.acts.append(Perform(action))
         elif isinstance(action, Restart):
             self._run_again(action)
+        elif isinstance(action, Kept):
+            self._kept(action)
         elif isinstance(action, Stop):
             self._halt(action.reason, list(action.ranks))
         elif not isinstance(action, Succeed):
             self.acts.append(Perform(action))
             if isinstance(action, Reached) and action.point == "committed":
                 self._exclude_worst()
-
-    def _run_again(self, restart: Restart) -> None:
-        assert self.coordinator is not None
-        old = self.coordinator
-        old.state = State.ENDED
-        reason = f"rung {restart.rung}: {restart.reason}"
-        self.acts.append(Perform(Restarting(restart.rung, restart.reason, old.generation + 1, old.step)))
-        if self._restarts >= self._rules.max_restarts:
-            self._halt(
-                f"no restart is left (--max-restarts is {self._rules.max_restarts}) and one is needed: {reason}",
-                list(old.blamed),
-            )
-            return
-        self._restarts += 1
-        self._store = self._open_store()
-        self.coordinator = self._new_coordinator(old.generation + 1, restart.rung)
-        self._ended = {}
-        self._taken = [False] * len(self._seats)
-        order = RunAgain(self.coordinator.generation, self._restarts, reason, self._store, restart.rung)
-        self._order(order)

@@ -33,6 +33,7 @@ from checkpointless_elastic.protocol.events import (
     Reached,
     Reopened,
     Replace,
+    Resize,
     Restart,
     Stop,
     Succeed,
@@ -52,14 +53,14 @@ from checkpointless_elastic.protocol.messages import (
     Stage,
 )
 from checkpointless_elastic.protocol.pace import Paces
-from checkpointless_elastic.protocol.ranks import Ranks
+from checkpointless_elastic.protocol.resize import Resizing
 from checkpointless_elastic.protocol.rungs import Choice, Facts, Rung, choose
 from checkpointless_elastic.protocol.states import State
 
 __all__ = ["TABLE", "Coordinator", "State"]
 
 
-class Coordinator(Ranks):
+class Coordinator(Resizing):
     """Decides for one run of the script by ``ranks``, which keep mirrors of every ``mirror_every``-th step (0: none).
 
     A lost rank without a live twin takes its state from its mirror, if that is of the step at which all go on. If it is
@@ -266,6 +267,8 @@ class Coordinator(Ranks):
         choice = choose(facts)
         if not choice.goes_on:
             return self._end(choice)
+        if self.resizing and not choice.back:
+            choice = replace(choice, rung=Rung.RERUN, reason=self.resizing)
         chosen = self._chosen(facts, choice)
         if choice.back:
             return [chosen, *self._go_back(choice)]
@@ -274,7 +277,7 @@ class Coordinator(Ranks):
 
     def _go_back(self, choice: Choice) -> list[Action]:
         """All go on from their mirrors."""
-        self._back = choice
+        self._back, self.resizing = choice, ""
         return self._end_ranks(choice) if choice.ends else self._settle(choice, "back")
 
     def _end_ranks(self, choice: Choice) -> list[Action]:
@@ -292,6 +295,7 @@ class Coordinator(Ranks):
             sorted(self.pending),
             self.store,
             list(self._stranded()) if choice.rung is Rung.MIRROR else [],
+            bool(self.resizing),
         )
         return [
             Reached(self.generation, "frozen", {"step": choice.step, "decision": kind}),
@@ -307,6 +311,8 @@ class Coordinator(Ranks):
         if self.state is not State.SETTLING:
             return []
         published, arrived = (self._reports.get(stage, {}) for stage in (Stage.PUBLISHED, Stage.ARRIVED))
+        if self.resizing:
+            return self._left_behind(published)
         if not (self.whole <= published.keys() and self.pending <= arrived.keys()):
             return []
         self.state = State.RESTORING
@@ -356,6 +362,7 @@ class Coordinator(Ranks):
             return []
         leaving = self.state in (State.FREEZING, State.SETTLING)
         what = f"rank {event.rank} cannot recover live: {event.reason}"
+        self.kept = -1  # it may be what this rank could not take up
         facts = replace(self._facts({event.rank}), what=what, unfit=True, leaving=leaving)
         choice = choose(facts)
         if not choice.goes_on:
@@ -420,6 +427,7 @@ def _table() -> dict[tuple[State, type[Event]], _Handler]:
         rows[state, Lost] = Coordinator._nothing if ended else Coordinator._lost
         rows[state, NodeLost] = Coordinator._nothing if ended else Coordinator._node_lost
         rows[state, Reopened] = Coordinator._nothing if ended else Coordinator._reopened
+        rows[state, Resize] = Coordinator._nothing if ended else Coordinator._resize
         rows[state, ExitedEarly] = Coordinator._nothing if ended else Coordinator._exited_early
         rows[state, Late] = Coordinator._nothing if ended else Coordinator._halted
         rows[state, Unfit] = Coordinator._nothing if ended else Coordinator._unfit

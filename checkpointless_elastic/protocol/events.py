@@ -61,6 +61,13 @@ class Reopened(Event):
 
 
 @dataclass(frozen=True)
+class Resize(Event):
+    """The job is to go on with another number of ranks; ``cause``: why, a sentence without its full stop."""
+
+    cause: str
+
+
+@dataclass(frozen=True)
 class ExitedEarly(Event):
     """A worker ended with code 0 outside its loops without waiting for the others."""
 
@@ -147,6 +154,14 @@ class Stop(Action):
 
 
 @dataclass(frozen=True)
+class Kept(Action):
+    """The sources have left the state of this step behind: the script can be run again by others with it."""
+
+    step: int
+    keepers: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Warn(Action):
     """Something that people should know; no answer is needed."""
 
@@ -192,6 +207,17 @@ class Opened(Action):
     generation: int
     lost: frozenset[int]
     cause: str
+
+
+@dataclass(frozen=True)
+class Resized(Action):
+    """The script is run again by another number of ranks, with its state (for the log and the timeline)."""
+
+    generation: int
+    step: int
+    reason: str
+    before: int
+    after: int
 
 
 @dataclass(frozen=True)

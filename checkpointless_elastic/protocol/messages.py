@@ -13,7 +13,7 @@ import msgspec
 
 from checkpointless_elastic.errors import ProtocolError
 
-VERSION = 2
+VERSION = 3
 MAX_MESSAGE = 64 << 20
 _LENGTH = struct.Struct("<I")
 
@@ -158,7 +158,8 @@ class Welcome(Message, frozen=True):
 
     ``mirror_every``: of which steps it keeps mirrors, see `protocol.mirrors`. ``bases``: the lowest rank of each node;
     a node's ranks follow each other. ``store``: as in Decision, for what the script of a replacement does before one.
-    ``verify_every``: at which steps it says what its state is, see `protocol.checks`.
+    ``verify_every``: at which steps it says what its state is, see `protocol.checks`. ``returns``: the run goes on with
+    the state of the last one: before its first loop or replayable call, this worker waits for a Decision and takes it.
     """
 
     generation: int
@@ -167,6 +168,7 @@ class Welcome(Message, frozen=True):
     bases: tuple[int, ...] = (0,)
     store: str = ""
     verify_every: int = 0
+    returns: bool = False
 
 
 class Refused(Message, frozen=True):
@@ -203,6 +205,7 @@ class Decision(Message, frozen=True):
 
     ``store``: "host:port" of the TCPStore in which workers meet from now on; empty: that of MASTER_ADDR, MASTER_PORT.
     ``mirrors``: pending ranks that go on from their mirrors of that step.
+    ``resizes``: the script is run again, by another number of ranks: the sources leave their state behind for it.
     """
 
     generation: int
@@ -211,6 +214,7 @@ class Decision(Message, frozen=True):
     pending: list[int]
     store: str = ""
     mirrors: list[int] = []
+    resizes: bool = False
 
 
 class Restore(Message, frozen=True):

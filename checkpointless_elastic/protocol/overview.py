@@ -24,6 +24,7 @@ class View:
         coordinator: None before the job has begun, or while it is taken over.
         over: the job has ended.
         excluded: agents that are no spares although they have no seat.
+        wanted, resizes: see Overview.
     """
 
     term: int
@@ -36,6 +37,8 @@ class View:
     coordinator: Coordinator | None
     over: bool
     excluded: frozenset[str] = frozenset()
+    wanted: int = 0
+    resizes: int = 0
 
     def ranks(self, seat: int) -> frozenset[int]:
         """Of this seat."""
@@ -58,6 +61,8 @@ def overview(view: View) -> Overview:
         sorted(coordinator.pending) if coordinator is not None else [],
         exposed(coordinator) if coordinator is not None else "",
         dict(coordinator.paces.slow) if coordinator is not None else {},
+        view.wanted if view.bases else 0,
+        view.resizes,
     )
 
 
@@ -75,7 +80,11 @@ def exposed(coordinator: Coordinator) -> str:
         return ""
     if coordinator.holdings.distrust:
         return coordinator.holdings.distrust
-    return "no step is committed yet" if coordinator.step == 0 else "the script of some rank has made no Run"
+    return (
+        "no step is committed yet"
+        if coordinator.step == coordinator.first
+        else "the script of some rank has made no Run"
+    )
 
 
 def obstacle(view: View, drain: Drain) -> Declined | None:
@@ -95,7 +104,8 @@ def obstacle(view: View, drain: Drain) -> Declined | None:
     if coordinator.state is not State.RUNNING or view.vacant:
         return _later("a recovery goes on, or a seat is vacant")
     if reason := exposed(coordinator):
-        return Declined(f"all ranks would run the script again from its top: {reason}", coordinator.step == 0)
+        again = coordinator.step == coordinator.first
+        return Declined(f"all ranks would run the script again from its top: {reason}", again)
     return _irreplaceable(view, place, coordinator) if place.seat >= 0 else None
 
 

@@ -24,7 +24,10 @@ class Ranks:
         self.generation = self._ran_in = generation  # now, and when the job last ran
         self.state = State.RUNNING
         self.released = False
-        self.step = 0
+        self.step = self.first = 0
+        self.kept = -1
+        self.keepers: frozenset[int] = frozenset()
+        self.resizing = ""
         self.store = ""
         self._store_lost = False  # since the job last ran
         self.whole = set(ranks)
@@ -62,9 +65,12 @@ class Ranks:
             self._unprotected -= set(standing.protected)
             self.holdings.held |= standing.held
             self.released |= standing.released
+            self.kept = max(self.kept, standing.kept)
+            self.keepers |= set(standing.keepers)
+        self.first = max(0, self.kept)
         self.whole -= self.pending
         self._ran_in = self.generation - 1 if self.lost else self.generation
-        if self.step and self.holdings.held:
+        if self.step > self.first and self.holdings.held:
             # those that said nothing had made a Run too, or this step was not reached
             self._unprotected &= self.holdings.held.keys()
             self.holdings.find_twins()
@@ -76,7 +82,7 @@ class Ranks:
     @property
     def protected(self) -> bool:
         """Can a loss be answered by rung 1, as far as is known now?"""
-        return self.step > 0 and not self._unprotected and not self.holdings.distrust
+        return self.step > self.first and not self._unprotected and not self.holdings.distrust
 
     def _expected(self, stage: Stage) -> Set[int]:
         if stage is Stage.PRESENT:
@@ -92,7 +98,7 @@ class Ranks:
             return self.whole - (self._frozen.keys() - self.ended)
         if self.state is State.SETTLING:
             here = self._reports.get(Stage.PUBLISHED, {}).keys() | self._reports.get(Stage.ARRIVED, {}).keys()
-            return set(self.ranks) - here
+            return (self.whole if self.resizing else set(self.ranks)) - here
         stage = Stage.RESTORED if self.state is State.RESTORING else Stage.REBUILT
         return set(self._expected(stage)) - self._reports.get(stage, {}).keys()
 
@@ -135,6 +141,7 @@ class Ranks:
             self._fault,
             tuple(sorted(ranks)),
             step=self.step,
+            first=self.first,
             whole=self.whole,
             stranded=self._stranded(),
             unprotected=self._unprotected,

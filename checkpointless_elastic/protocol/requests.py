@@ -9,7 +9,18 @@ import msgspec
 
 from checkpointless_elastic.protocol.messages import Message
 
-__all__ = ["Declined", "Dismissed", "Drain", "Drained", "Inquiry", "Leaving", "Overview", "Place"]
+__all__ = [
+    "Declined",
+    "Dismissed",
+    "Drain",
+    "Drained",
+    "Inquiry",
+    "Leaving",
+    "Overview",
+    "Place",
+    "Took",
+    "Warm",
+]
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -39,6 +50,8 @@ class Overview(Message, frozen=True):
         agents: all that take part; a seat that none of them has is vacant.
         pending: ranks that are replacements and have not joined yet.
         slow: by rank, seconds by which its own part of a step takes longer than that of others, see `protocol.pace`.
+        wanted: nodes that would get workers, if so many were there; 0: before the job has begun.
+        resizes: how often the number of ranks was changed.
         exposed: why the loss of a rank would run the script again from its top; empty: it would not.
     """
 
@@ -54,6 +67,8 @@ class Overview(Message, frozen=True):
     pending: list[int]
     exposed: str
     slow: dict[int, float]
+    wanted: int = 0
+    resizes: int = 0
 
 
 class Drain(Message, frozen=True):
@@ -97,3 +112,13 @@ class Dismissed(Message, frozen=True):
     """To an agent: end the workers and leave the job; nothing went wrong. ``cause`` completes "this node ..."."""
 
     cause: str
+
+
+class Took(Message, frozen=True):
+    """This agent has taken the seat of this generation; what it said before was about ranks with other numbers."""
+
+    generation: int
+
+
+class Warm(Message, frozen=True):
+    """This agent has no seat, and could start workers at once."""

@@ -52,12 +52,18 @@ def short(message: _Told) -> _Told:
 
 @dataclass
 class Agent:
-    """What the board knows of one: where it listens, how many workers it runs, and its seat (-1: none)."""
+    """What the board knows of one: where it listens, how many workers it runs, and its seat (-1: none).
+
+    ``takes``: the generation of the seat that it was given instead of another one, until it has `Took` it.
+    ``warm``: see `requests.Warm`.
+    """
 
     name: str
     address: str
     size: int
     seat: int = -1
+    takes: int = -1
+    warm: bool = False
 
 
 class Roster(ABC):
@@ -74,7 +80,7 @@ class Roster(ABC):
         self._tree = Tree(0, rules.fan_out)
         self._numbered = 0  # orders that went down the tree
         self._taken: list[bool] = []  # the next agent in this seat continues what the last one did
-        self._restarts = 0
+        self._restarts = self._resizes = 0  # runs of the script after the first one; those of another world
         self._over = False
         self._drained: dict[
             int, tuple[str, str, bool]
@@ -216,6 +222,8 @@ class Roster(ABC):
             self.coordinator,
             self._over,
             frozenset(self._excluded),
+            self._rules.active_nodes,
+            self._resizes,
         )
 
     def _drain(self, drain: Drain, cause: str) -> None:

@@ -12,6 +12,7 @@ class OnLoss(str, enum.Enum):
     """What is done about a lost node for which there is no spare."""
 
     WAIT = "wait"
+    SHRINK = "shrink"  # the job goes on with fewer nodes, and with more when they come; see `resize`
     FAIL = "fail"
 
 
@@ -22,6 +23,7 @@ class Rules:
     Attributes:
         active_nodes: how many nodes get a seat.
         max_nodes: how many agents may take part, spares among them.
+        min_nodes: the job does not go on with fewer seats than that.
         timeout: limit for the first `active_nodes` agents to come.
         loss_timeout: how long a lost node's seat may be vacant.
         fan_out: with more seats than this, agents hang in a tree, each with at most this many children.
@@ -30,6 +32,7 @@ class Rules:
 
     active_nodes: int = 1
     max_nodes: int = 1
+    min_nodes: int = 1
     max_restarts: int = 0
     max_faults_per_step: int = 8
     node_faults: int = 5

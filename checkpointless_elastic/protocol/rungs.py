@@ -32,7 +32,7 @@ class Facts:
     Attributes:
         what: has happened; a sentence without its full stop.
         ranks: that it has struck.
-        step: that is committed next; 0 before the first commit of this run of the script.
+        step: that is committed next; ``first``: the one at which this run of the script began.
         whole: survivors, which hold the state of their step.
         stranded: lost ranks of which no survivor holds the state.
         unprotected: ranks whose script has made no Run, as far as is known.
@@ -51,6 +51,7 @@ class Facts:
     what: str
     ranks: tuple[int, ...] = ()
     step: int = 0
+    first: int = 0
     whole: Set[int] = frozenset()
     stranded: tuple[int, ...] = ()
     unprotected: Set[int] = frozenset()
@@ -102,7 +103,7 @@ class Choice:
 def choose(facts: Facts) -> Choice:
     """The lowest rung that can answer the fault, and has not just failed to."""
     choice = next(filter(None, (rule(facts) for rule in _RULES)))
-    if choice.rung is Rung.RERUN and facts.began >= Rung.RERUN and facts.step == 0:
+    if choice.rung is Rung.RERUN and facts.began >= Rung.RERUN and facts.step == facts.first:
         reason = (
             f"{choice.reason}, and no step was committed since the script was run again by rung {facts.began}"
         )
@@ -157,7 +158,7 @@ def _unprotected(facts: Facts) -> Choice | None:
     if facts.unprotected:
         rank = min(facts.unprotected)
         return Choice(Rung.RERUN, f"{facts.what}, and the script of rank {rank} has made no Run")
-    if facts.step == 0:
+    if facts.step == facts.first:
         return Choice(Rung.RERUN, f"{facts.what} before the first step was committed")
     return None
 

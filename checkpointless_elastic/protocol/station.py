@@ -62,6 +62,7 @@ class Station:
         gone: exit codes of workers that are gone and were not replaced.
         released: all ranks of the job have finished.
         store: where workers meet now.
+        keepers: its ranks whose kept state is on this node, see `resize`.
         stopped: nothing counts any more: the script is run again, or the job ends.
     """
 
@@ -70,7 +71,8 @@ class Station:
         self.ranks = frozenset(ranks(seat.seat, seat.bases, seat.world))
         self.guardian = seat.guardian
         self.generation = seat.generation
-        self.step = 0
+        self.step = max(0, seat.kept)
+        self.keepers: frozenset[int] = frozenset()
         self.decision: Decision | None = None
         self.pending: set[int] = set(self.ranks) if seat.taken else set()
         self.gone: dict[int, int] = {}
@@ -111,7 +113,12 @@ class Station:
 
     def is_protected(self, rank: int) -> bool:
         """Can the loss of this rank be answered by rung 1, as far as is known here?"""
-        return rank in self._protected and (self.step > 0 or self.seat.taken)
+        return rank in self._protected and (self.step > max(0, self.seat.kept) or self.seat.taken)
+
+    @property
+    def fresh(self) -> bool:
+        """This run of the script began with kept state, and nothing was committed since."""
+        return self.step == self.seat.kept
 
     # ---- up
 
@@ -185,6 +192,9 @@ class Station:
             self._held,
             self.released,
             self._bad(),
+            self.seat.resizes,
+            self.seat.kept,
+            sorted(self.keepers),
         )
 
     # ---- down
@@ -200,6 +210,8 @@ class Station:
         elif isinstance(message, Decision):
             self.decision, self.step = message, message.step  # all may have gone back
             self.pending = set(message.pending) & self.ranks
+            if self.fresh and not message.resizes:
+                self.keepers = self.ranks - self.pending
             self._node.decided(message)
             self.store = message.store or self.store
         elif isinstance(message, Resume):
@@ -232,6 +244,7 @@ class Station:
             generation=order.generation,
             restarts=order.restarts,
             taken=False,
+            kept=order.kept,
         )
 
     def replaced(self, rank: int, store: str) -> None:

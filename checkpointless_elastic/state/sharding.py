@@ -54,12 +54,14 @@ class Sharding(msgspec.Struct, frozen=True):
         shape, stride: of the whole tensor.
         placements: one per dimension of the mesh, as torch prints them.
         mesh: shape and names of the mesh's dimensions.
+        place: which part this rank has, its coordinates on the dimensions that are not replicated.
     """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     placements: tuple[str, ...]
     mesh: str
+    place: tuple[int, ...] = ()
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -78,13 +80,15 @@ def sharding(tensor: torch.Tensor) -> Sharding | None:
     if not is_sharded(tensor):
         return None
     spec: Any = tensor._spec  # type: ignore[attr-defined]
-    placements, mesh = _words(spec.mesh, spec.placements)
-    return Sharding(tuple(tensor.shape), tuple(tensor.stride()), placements, mesh)
+    placements, mesh, place = _words(spec.mesh, spec.placements)
+    return Sharding(tuple(tensor.shape), tuple(tensor.stride()), placements, mesh, place)
 
 
 @functools.cache
-def _words(mesh: Any, placements: tuple[Any, ...]) -> tuple[tuple[str, ...], str]:
-    return tuple(map(str, placements)), _mesh_words(mesh)
+def _words(mesh: Any, placements: tuple[Any, ...]) -> tuple[tuple[str, ...], str, tuple[int, ...]]:
+    here = zip(placements, mesh.get_coordinate(), strict=True)
+    place = tuple(at for placement, at in here if not placement.is_replicate())
+    return tuple(map(str, placements)), _mesh_words(mesh), place
 
 
 def forget() -> None:

@@ -67,12 +67,15 @@ class Publication(msgspec.Struct, frozen=True):
         groups: its process groups, in order of creation.
         buckets: bucket order of each DDP module, None where DDP does not reorder.
         shared: where it speaks for all twins of a replacement.
+        own, parts: beside it where the number of ranks changes, the private state of this rank, see `resize.Own`.
     """
 
     stripes: list[Stripe]
     groups: list[GroupSignature]
     buckets: list[bytes | None]
     shared: Shared | None
+    own: bytes = b""
+    parts: dict[int, bytes] = {}
 
 
 class Here(NamedTuple):
@@ -90,11 +93,14 @@ class Here(NamedTuple):
 
 
 def publish(
-    run: Run, decision: Decision, here: Here, last_value: bytes | None
+    run: Run, decision: Decision, here: Here, last_value: bytes | None, afresh: bool = False
 ) -> tuple[Publication, list[Segment]]:
-    """Copy this rank's stripes into segments; those that are not reserved are returned. Blocks for the copy."""
+    """Copy this rank's stripes into segments; those that are not reserved are returned. Blocks for the copy.
+
+    ``afresh``: all ranks run the script anew, so DDP has not put its buckets in order anywhere.
+    """
     pieces, rank = run.inventory.pieces(), here.rank
-    buckets = run.bucket_orders()
+    buckets = [] if afresh else run.bucket_orders()
     stripes: list[Stripe] = []
     segments: list[Segment] = []
     for block, held in blocks(pieces).items():

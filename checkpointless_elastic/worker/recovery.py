@@ -24,10 +24,12 @@ from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.hangs import Activity
 from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore, Stage
 from checkpointless_elastic.protocol.messages import Resume as ResumeNow
+from checkpointless_elastic.protocol.resize import NOT_OWN
 from checkpointless_elastic.state import pipelines
 from checkpointless_elastic.state.pieces import is_gradient
 from checkpointless_elastic.state.segment import Segment
-from checkpointless_elastic.worker import mirror, rng
+from checkpointless_elastic.worker import mirror, resize, rng
+from checkpointless_elastic.worker.blocks import Shared
 from checkpointless_elastic.worker.exchange import (
     Here,
     Publication,
@@ -40,6 +42,7 @@ from checkpointless_elastic.worker.exchange import (
 )
 from checkpointless_elastic.worker.health import broken_device
 from checkpointless_elastic.worker.network import Network
+from checkpointless_elastic.worker.packing import pack
 from checkpointless_elastic.worker.private import At, PrivateState, read_state, write_state
 from checkpointless_elastic.worker.session import Session, Superseded
 from checkpointless_elastic.worker.values import decode_value, encode_value
@@ -79,6 +82,7 @@ class Recovery:
         self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
         self._ready: PrivateState | None = None  # what it held when this rank was last ready
         self._groups: dict[int, list[GroupSignature]] = {}
+        self._own: resize.Own | None = None  # when the last call had returned
         self.mirror = mirror.Mirror(run, session)
         self.last_value: bytes | None = None
 
@@ -139,12 +143,56 @@ class Recovery:
             session.report(Stage.ARRIVED, decision.generation)
             published = session.next_message(Restore, decision.generation).publications
             self._restore(decision, {rank: _decode(data) for rank, data in published.items()})
+        elif decision.resizes:
+            own = resize.keep(self._run, decision, self._here(), self._own, self.last_value)
+            session.report(Stage.PUBLISHED, decision.generation, b"" if own else NOT_OWN)
         else:
-            publication, self._segments = publish(self._run, decision, self._here(), self.last_value)
+            if session.returns:
+                self._take_up(decision)
+            publication, self._segments = self._publish(decision)
             self._report_use(decision)
             session.report(Stage.PUBLISHED, decision.generation, msgspec.msgpack.encode(publication))
             self._send(decision)
         self._exchanged = decision.generation
+
+    def _publish(self, decision: Decision) -> tuple[Publication, list[Segment]]:
+        afresh = self._session.returns
+        publication, segments = publish(self._run, decision, self._here(), self.last_value, afresh)
+        if afresh and publication.shared is not None and self._own is not None:
+            own, parts = self._own.blob, dict(self._own.parts)
+            publication = msgspec.structs.replace(publication, own=own, parts=parts)
+        return publication, segments
+
+    def _take_up(self, decision: Decision) -> None:
+        """What this rank left behind in the last run of the script."""
+        entry = resize.take_up(self._run, decision.step, self._here())
+        self._go_on(decision.step, entry.shared, entry.private, entry.parts)
+
+    def _go_on(self, step: int, common: Shared, blob: bytes, parts: dict[int, bytes]) -> None:
+        """The script is run anew by all ranks: go on at this step with that private state."""
+        session, run = self._session, self._run
+        state = resize.ready_to_go_on(blob, parts, session.rank)
+        run.go_on_from(common)
+        self._replica_value = self.last_value = common.last_value
+        self._state, self._own = state, resize.Own(state.step, blob, parts)
+        session.cursor, session.step = state.cursor, step
+        session.resume = Resume(state.cursor, real=True)
+        session.registry.committed(step)
+        run.restore_private(state.tensors)
+
+    def _return(self) -> None:
+        """Before the first loop or replayable call of such a run: returns when all ranks have their state."""
+        session = self._session
+        while session.returns:
+            try:
+                self._follow()
+                session.resumed(self._exchanged)
+            except (Superseded, groups.Superseded):
+                continue
+            except CheckpointlessError as error:
+                session.unfit(str(error))
+            except (RuntimeError, FileNotFoundError) as error:
+                self._cut_off(error)
 
     def _here(self) -> Here:
         return Here(self._session.rank, self._session.nodes, self._session.run_dir)
@@ -196,8 +244,10 @@ class Recovery:
     # ---- a replacement
 
     def prepare(self) -> None:
-        """In a replacement, at its first loop or replayable call: blocks until its state is there."""
+        """At the first loop or replayable call: blocks until the state is there that this rank takes over, if any."""
         session = self._session
+        if session.returns:
+            self._return()
         if session.shadow and session.resume is None and (reason := broken_device()):
             session.unhealthy(reason)
         while session.shadow and session.resume is None:
@@ -245,7 +295,9 @@ class Recovery:
         assert self._session.resume is not None
         answer = self._session.resume.next_call()
         if isinstance(answer, Join):
-            self.join()
+            if self._session.shadow:
+                self.join()
+            self._session.resume = None
             return False, None
         return True, self._skip(answer)
 
@@ -263,15 +315,21 @@ class Recovery:
         started = time.perf_counter()
         run_dir, rank = self._session.run_dir, self._session.rank
         twin, kept = shared(publications, rank), None
+        buckets: list[bytes | None] = []
         if twin is None:
             kept = mirror.find(run_dir, rank, decision.step)
             twin, buckets = kept.shared, kept.buckets
-        else:
+        elif not self._session.returns:
             buckets = bucket_orders(publications, twin.twins)
-        network = self._network(decision)
+        network, afresh = self._network(decision), self._session.returns
         moved, copying = receive(
             self._run, decision, publications, twin, self._here(), network, self._segments
         )
+        if afresh:
+            speaker = next(found for found in publications.values() if found.shared is twin)
+            self._go_on(decision.step, twin, speaker.own, speaker.parts)
+            self._restored = RestoredReport(moved, time.perf_counter() - started, copying)
+            return
         self._run.adopt(twin, buckets)
         self.mirror.continue_at(decision.step)
         self._replica_value = self.last_value = twin.last_value
@@ -354,20 +412,12 @@ class Recovery:
 
     def save_ready(self) -> None:
         """The step is computed: keep what a replacement needs if it is committed."""
-        start = self._state
-        assert start is not None
+        assert self._state is not None
         ready, tensors = rng.capture(), self._run.read_private()
         self._between = None
         self._session.pulse.forget_kept()
-        self._ready = PrivateState(
-            start.step,
-            At.READY,
-            start.cursor,
-            start.rng,
-            start.tensors,
-            ready,
-            tensors,
-            start.issued,
+        self._ready = msgspec.structs.replace(
+            self._state, at=At.READY, ready_rng=ready, ready_tensors=tensors
         )
         write_state(self._session.slot, self._ready)
 
@@ -376,18 +426,22 @@ class Recovery:
         self.last_value = encode_value(value)
         state = rng.capture()
         self._session.cursor.commit(self.last_value, state)
+        between, self._between = self._now(At.BETWEEN, None), None
+        content = pack(between)
+        self._own = resize.Own(between.step, *content)
         if not self._follows_from_ready(state):
-            self.save_between()
+            self._session.slot.write(*content)
+            self._between = between
 
     def _follows_from_ready(self, state: rng.RngState) -> bool:
         """Whether all that has changed since this rank was ready is known without another write to the slot."""
-        session, ready = self._session, self._ready
+        ready = self._ready
+        in_loop = len(self._session.cursor.stack) > 1  # else the script may end now, which is no loss
         return (
             ready is not None
-            and len(session.cursor.stack) > 1  # else the script may end now, which is no loss
-            and state is ready.ready_rng
-            and self._run.private == ready.ready_tensors
-            and session.pulse.keep(ready.step, self.last_value)
+            and in_loop
+            and (state is ready.ready_rng and self._run.private == ready.ready_tensors)
+            and self._session.pulse.keep(ready.step, self.last_value)
         )
 
 
@@ -396,5 +450,4 @@ def _open_store(address: str) -> Store:
     return TCPStore(host, int(port), is_master=False, timeout=STORE_TIMEOUT)
 
 
-def _decode(data: bytes) -> Publication:
-    return msgspec.msgpack.decode(data, type=Publication)
+_decode = msgspec.msgpack.Decoder(Publication).decode

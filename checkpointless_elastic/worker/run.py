@@ -45,9 +45,12 @@ def forget() -> None:
 
 
 def is_replacement() -> bool:
-    """True in a replacement before it has joined: a script can skip loading its checkpoint then."""
+    """True before this rank has got its state from others, or back: a script can skip loading its checkpoint then.
+
+    That is in a replacement before it has joined, and on all ranks when the number of ranks has changed.
+    """
     found = session.current()
-    return found is not None and found.shadow
+    return found is not None and (found.shadow or found.returns)
 
 
 class Run:
@@ -74,6 +77,7 @@ class Run:
         self._left = (
             False  # the last attempt was left through an exception, perhaps in the middle of a backward
         )
+        self._introduced = False  # others know what this rank holds
         self._communicates = False  # an optimizer used collectives in its step, after the gate
         self.inventory = Inventory(objects)
         self.private: dict[str, bytes] = {}
@@ -166,7 +170,7 @@ class Run:
         args: Any,
         kwargs: Any,
     ) -> Any:
-        if host.shadow:
+        if host.shadow or host.returns or host.resume is not None:
             skipped, value = recovery.enter_call()
             if skipped:
                 return value
@@ -265,7 +269,7 @@ class Run:
         expected = call.optimizer_steps + self._communicates
         if host.void_memory:
             self._check_after_gate(host, name, expected)
-        first = not self._gates
+        first, self._introduced = not self._introduced, True
         self._gates[name] = max(expected, self._gates.get(name, 1))
         self.step += call.optimizer_steps > 0
         self._snapshot.returned(call.optimizer_steps > 0)
@@ -344,12 +348,17 @@ class Run:
 
     def adopt(self, common: Shared, buckets: list[bytes | None]) -> None:
         """In a replacement: take over what is the same on its twins."""
-        self.step = common.steps
-        self._gates = dict(common.gates)
-        self._snapshot.learn(common.written, common.gates)
+        self._introduced = True
+        self.go_on_from(common)
         for module, order in zip(self._ddp_modules(), buckets, strict=True):
             if order is not None:
                 ddp.adopt_bucket_order(module, order)
+
+    def go_on_from(self, common: Shared) -> None:
+        """Take over what is the same on all ranks, in a new run of the script by all of them."""
+        self.step = common.steps
+        self._gates = dict(common.gates)
+        self._snapshot.learn(common.written, common.gates)
 
     def _ddp_modules(self) -> list[DistributedDataParallel]:
         found: dict[int, DistributedDataParallel] = {}

@@ -22,7 +22,7 @@ import msgspec
 import torch
 
 from checkpointless_elastic.agent.preload import third_party
-from checkpointless_elastic.data.cursor import Cursor, Frame
+from checkpointless_elastic.data.cursor import Cursor, Frame, Outside
 from checkpointless_elastic.groups.host import LoggedCollective, Situation
 from checkpointless_elastic.groups.registry import Registry
 from checkpointless_elastic.protocol.hangs import Activity
@@ -119,6 +119,7 @@ class Session:
         frozen: the newest generation that a Freeze named; the rank is frozen while it is above ``generation``.
         step: committed steps.
         shadow: this is a replacement that has not joined.
+        returns: this rank has not taken up yet what the last run of the script left behind, see `protocol.resize`.
         failed: the script's own exception is on its way out; the slot stays where it was raised.
         late: a collective was asked for after the gate of the present call.
         void_memory: addresses of what collectives after its gate left as NaN.
@@ -135,6 +136,7 @@ class Session:
         self.shadow = channel.welcome.shadow
         self.frozen = channel.welcome.generation
         self.generation = -1 if self.shadow else channel.welcome.generation
+        self.returns = channel.welcome.returns
         self.step = 0
         self.phase = Phase.COMPUTING
         self.in_call = False
@@ -291,8 +293,9 @@ class Session:
         """The job runs again in this generation. False when a newer Freeze has come already."""
         with self.lock:
             self.generation = generation
-            self.shadow = False
-            self.resume = None
+            if self.shadow:
+                self.resume = None
+            self.shadow = self.returns = False
             if self.frozen > generation:
                 return False
             self.freeze_seen.clear()
@@ -348,12 +351,17 @@ class Session:
 
     def record(self, entry: LoggedCollective) -> None:
         """Keep the output of a collective outside replayable functions for this rank's replacement."""
-        if len(self.cursor.stack) > 1:
-            output = None if entry.outputs is None else msgspec.msgpack.encode(entry.outputs)
-            self.cursor.issued(entry.group, entry.op, output)
-            self.save()
-        else:
+        walks = self.resume is not None and self.resume.real and not self.resume.live
+        walk = self.resume if walks else None
+        if not (walk.in_loop if walk is not None else len(self.cursor.stack) > 1):
             self._log.append(entry)
+            return
+        output = None if entry.outputs is None else msgspec.msgpack.encode(entry.outputs)
+        if walk is not None:
+            walk.met_again(Outside(entry.group, entry.op, output))
+        else:
+            self.cursor.issued(entry.group, entry.op, output)
+        self.save()
 
     def replay(self, group: str, op: str) -> LoggedCollective | None:
         """In shadow: what the lost rank got from the same collective, None if it must be answered locally."""

@@ -62,3 +62,14 @@ def test_the_document_has_null_for_a_vacant_seat() -> None:
     found = document("job", SEEN)
     assert found["seats"][1] == {"seat": 1, "ranks": [2, 3], "agent": None, "host": None, "address": None}  # type: ignore[index]
     assert found["spares"] == [{"agent": "two-9-c", "host": "::1", "address": "[::1]:5", "workers": 1}]
+
+
+def test_a_job_that_has_shrunk_says_so() -> None:
+    two = [Place(0, "one-7-a", "10.0.0.1:5", 2), Place(1, "two-8-b", "10.0.0.2:5", 2)]
+    seen = Overview(3, "one-7-a", "running", 4, 17, 2, [0, 2], 4, two, [], "", {}, 3, 1)
+    lines = table("job", seen).splitlines()
+    head = "Job job: running, generation 4, step 17, 1 restarts, 1 changes of the number of nodes; term 3"
+    assert lines[0] == head
+    assert lines[-1] == "Runs on 2 of 3 nodes, and grows when one comes"
+    found = document("job", seen)
+    assert (found["restarts"], found["resizes"], found["wanted"]) == (1, 1, 3)

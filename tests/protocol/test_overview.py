@@ -61,7 +61,7 @@ def declined(made: Board, drain: Drain) -> Declined:
 def test_an_overview_names_seats_spares_and_the_coordinator() -> None:
     answer = board().consult(Inquiry())
     places = [Place(0, "a", "a:1", 1), Place(1, "b", "b:1", 1), Place(-1, "c", "c:1", 1)]
-    assert answer == Overview(1, "a", "running", 0, 1, 0, [0, 1], 2, places, [], "", {})
+    assert answer == Overview(1, "a", "running", 0, 1, 0, [0, 1], 2, places, [], "", {}, 2)
 
 
 def test_an_overview_of_a_job_that_has_not_begun_says_so() -> None:
