@@ -436,13 +436,10 @@ class Recovery:
     def _follows_from_ready(self, state: rng.RngState) -> bool:
         """Whether all that has changed since this rank was ready is known without another write to the slot."""
         ready = self._ready
-        in_loop = len(self._session.cursor.stack) > 1  # else the script may end now, which is no loss
-        return (
-            ready is not None
-            and in_loop
-            and (state is ready.ready_rng and self._run.private == ready.ready_tensors)
-            and self._session.pulse.keep(ready.step, self.last_value)
-        )
+        if ready is None or len(self._session.cursor.stack) == 1:  # the script may end now, which is no loss
+            return False
+        same = state is ready.ready_rng and self._run.private == ready.ready_tensors
+        return same and self._session.pulse.keep(ready.step, self.last_value)
 
 
 def _open_store(address: str) -> Store:
