@@ -9,13 +9,15 @@ the process group, puts a reducer back to before its first backward, with the bu
 
 from __future__ import annotations
 
+import functools
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch._C._distributed_c10d import Reducer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,17 +28,30 @@ from checkpointless_elastic.groups.ops import Call
 if TYPE_CHECKING:
     from checkpointless_elastic.groups.issue import Engine, Region
 
-__all__ = ["adopt_bucket_order", "bucket_order", "force_bucket_order", "install", "reset", "uninstall"]
+__all__ = [
+    "adopt_bucket_order",
+    "bucket_order",
+    "force_bucket_order",
+    "install",
+    "reset",
+    "uninstall",
+    "wrapper_of",
+]
 
 _NEEDED = ("_rebuild_buckets", "_push_all_rebuilt_params", "_reset_state")
 _original: Any = None
+_original_init: Any = None
 _engine: Engine | None = None
 _orders: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
+_made: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
 def install(engine: Engine) -> None:
-    """Has every reducer report the broadcasts of its rebuild. Once per process; `uninstall` undoes it."""
-    global _original, _engine
+    """Has every reducer report the broadcasts of its rebuild, and every DDP module that is made be known.
+
+    Once per process; `uninstall` undoes it.
+    """
+    global _original, _original_init, _engine
     uninstall()
     reducer: Any = Reducer
     missing = [name for name in _NEEDED if not hasattr(reducer, name)]
@@ -44,14 +59,33 @@ def install(engine: Engine) -> None:
         raise UnsupportedTorchError(f"DDP's Reducer has no {missing}: use torch 2.13, which was read.")
     _original, _engine = reducer._rebuild_buckets, engine
     reducer._rebuild_buckets = _rebuild
+    _original_init = DistributedDataParallel.__init__
+    DistributedDataParallel.__init__ = _known(_original_init)  # type: ignore[method-assign]
 
 
 def uninstall() -> None:
-    """Puts torch's own method back."""
-    global _original, _engine
+    """Puts torch's own methods back."""
+    global _original, _original_init, _engine
     if _original is not None:
         Reducer._rebuild_buckets = _original  # type: ignore[method-assign]
-    _original = _engine = None
+        DistributedDataParallel.__init__ = _original_init  # type: ignore[method-assign]
+    _original = _original_init = _engine = None
+
+
+def _known(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def remember(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        _made.add(self)
+
+    return remember
+
+
+def wrapper_of(module: nn.Module) -> DistributedDataParallel | None:
+    """The DDP module that this one is, or that was made around it since `install`."""
+    if isinstance(module, DistributedDataParallel):
+        return module
+    return next((made for made in _made if made.module is module), None)
 
 
 def bucket_order(ddp: DistributedDataParallel) -> bytes | None:

@@ -361,12 +361,11 @@ class Run:
         self._snapshot.learn(common.written, common.gates)
 
     def _ddp_modules(self) -> list[DistributedDataParallel]:
-        found: dict[int, DistributedDataParallel] = {}
-        for holder in self.inventory.holders:
-            for module in holder.module.modules() if isinstance(holder, ModuleHolder) else ():
-                if isinstance(module, DistributedDataParallel):
-                    found[id(module)] = module
-        return list(found.values())
+        """Whether the Run was given them, or what they wrap."""
+        holders = [holder for holder in self.inventory.holders if isinstance(holder, ModuleHolder)]
+        modules = [module for holder in holders for module in holder.module.modules()]
+        found = [made for module in modules if (made := ddp.wrapper_of(module)) is not None]
+        return list(dict.fromkeys(found))
 
 
 def _nothing() -> None:

@@ -89,6 +89,8 @@ if KIND == "manual":
         dist.broadcast(parameter.data, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     protected = {"model": model, "optimizer": optimizer}
+if KIND == "inner":
+    protected["model"] = model.module
 run = ce.Run(**protected)
 torch.manual_seed(10 + rank)
 

@@ -10,6 +10,7 @@ from tests.recovery.launching import Ended, difference, launch
 
 SCRIPT = Path(__file__).with_name("job_kinds.py")
 LIKE_OTHERS = (
+    ("closure", "backward"),
     ("gan", "between"),
     ("gan", "late"),
     ("scaler", "backward"),
@@ -33,7 +34,7 @@ def wholes() -> dict[str, Ended]:
 @pytest.mark.parametrize(
     ("kind", "moment"),
     [
-        ("closure", "backward"),
+        ("inner", "forward"),
         ("several", "gathered"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in LIKE_OTHERS),
     ],
