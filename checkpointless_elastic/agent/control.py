@@ -113,7 +113,8 @@ class AgentControl(Tenant):
         self._loop = loop
         self._workers = workers
         self.run_dir = workers.run_dir
-        self._links = Links(os.path.join(workers.run_dir, "agent.sock"), loop, self._accept, self._take)
+        path = os.path.join(workers.run_dir, "agent.sock")
+        self._links = Links(path, loop, self._accept, self._take, self._condemn)
         self._lifelines = Lifelines(loop, self.lost)
         self._failing = Failing(loop, workers)
         self._hangs = Hangs(loop, self._settings, self._pids, self.tell, self._report)
@@ -333,13 +334,14 @@ class AgentControl(Tenant):
         if station is not None and not known and not over and station.is_protected(rank):
             self._lose(rank, "was lost")
 
-    def _end(self, order: EndRank) -> None:
-        if order.rank in self._condemned:
+    def _condemn(self, rank: int, reason: str, stuck: bool = False) -> None:
+        """End a worker."""
+        if rank in self._condemned:
             return
-        self._condemned[order.rank] = order.reason
-        if order.stuck:
-            self._hangs.ended(order.rank, order.reason)
-        self._workers.kill(order.rank)
+        self._condemned[rank] = reason
+        if stuck:
+            self._hangs.ended(rank, reason)
+        self._workers.kill(rank)
 
     # ---- what the coordinator says
 
@@ -366,7 +368,7 @@ class AgentControl(Tenant):
         if isinstance(message, ReplaceRank):
             self._replace(station, message)
         elif isinstance(message, EndRank):
-            self._end(message)
+            self._condemn(message.rank, message.reason, message.stuck)
         elif isinstance(message, Reseated):
             self._reseated(station, message)
         elif isinstance(message, RollCall):
