@@ -33,7 +33,6 @@ from checkpointless_elastic.protocol.between import (
     Halt,
     Ordered,
     RankExplained,
-    RankSays,
     RankStarted,
     ReplaceRank,
     Reseated,
@@ -186,7 +185,7 @@ class AgentControl(Tenant):
         missing = sorted(station.ranks - {copy.rank for copy in kept.copies})
         if missing:
             reason = "its private state was lost with its node and its guardian's"
-            self._membership.report(RankSays(missing[0], Mismatch(reason)))
+            self._report(station.said(missing[0], Mismatch(reason)))
 
     def keeps(self, rank: int, generation: int) -> bool:
         """See Office."""
