@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 from checkpointless_elastic import run_dir
+from checkpointless_elastic.agent.bell import Bell
 from checkpointless_elastic.agent.chair import Chair
 from checkpointless_elastic.agent.failing import Failing
 from checkpointless_elastic.agent.hangs import Hangs
@@ -23,7 +24,7 @@ from checkpointless_elastic.agent.membership import Membership, Network
 from checkpointless_elastic.agent.recoveries import Recoveries, describe
 from checkpointless_elastic.agent.runtime import EventLoop, Workforce
 from checkpointless_elastic.agent.tenant import Tenant
-from checkpointless_elastic.agent.wards import Wards, put_back
+from checkpointless_elastic.agent.wards import PuttingBack, Wards
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.acts import Word
 from checkpointless_elastic.protocol.between import (
@@ -115,6 +116,7 @@ class AgentControl(Tenant):
         path = os.path.join(workers.run_dir, "agent.sock")
         self._links = Links(path, loop, self._accept, self._take, self._condemn)
         self._lifelines = Lifelines(loop, self.lost)
+        self._bell = Bell(loop)
         self._failing = Failing(loop, workers)
         self._hangs = Hangs(loop, self._settings, self._pids, self.tell, self._report)
         self._recoveries = Recoveries(self._settings.events, workers.log_dir, self._pids)
@@ -157,16 +159,20 @@ class AgentControl(Tenant):
         self._failed, self._condemned = {}, {}
         self._failing.begin()
         if not seat.taken:
+            self._lay_out(seat)
             self._offer(seat)
         elif self._wards is None:
             self._fetched(seat, station, Kept([]))
 
-    def _offer(self, seat: Seated) -> None:
+    def _lay_out(self, seat: Seated) -> None:
+        """The files of its ranks."""
         assert self._station is not None
         run_dir.empty(self.run_dir, kept=seat.kept >= 0)
         for rank in self._station.ranks:
             Slot.create(slot_path(self.run_dir, rank)).close()
         self._hangs.begin(self.run_dir, self._station)
+
+    def _offer(self, seat: Seated) -> None:
         if seat.taken or seat.restarts:
             self._if_fit(lambda: self._start(seat))
         else:  # it was found to be fit when it came
@@ -179,8 +185,9 @@ class AgentControl(Tenant):
         """The guardian has sent what it kept of the lost agent's ranks."""
         if self._station is not station:
             return
-        self._offer(seat)
-        put_back(self.run_dir, kept.copies)
+        self._lay_out(seat)
+        back = PuttingBack(self.run_dir, kept.copies)
+        self._bell.aside(back.run, lambda: self._offer(seat) if self._station is station else None)
         station.recall(kept.held)
         missing = sorted(station.ranks - {copy.rank for copy in kept.copies})
         if missing:
@@ -269,6 +276,7 @@ class AgentControl(Tenant):
         self._membership.close(self._workers.ended)
         self._health.close()
         self._lifelines.close()
+        self._bell.close()
         self._links.close()
 
     # ---- what workers say

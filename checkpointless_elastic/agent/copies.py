@@ -13,7 +13,6 @@ from checkpointless_elastic.agent.wire import Wire
 from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol.guarding import Copy, Done, Large, Recall, Version
 from checkpointless_elastic.state.slot import Slot
-from checkpointless_elastic.worker.private import slot_path
 
 __all__ = ["SMALL", "Job", "fetch", "fill", "gathered", "give", "send", "size"]
 
@@ -33,11 +32,10 @@ class Job:
     mirror: Version
 
 
-def gathered(run_dir: str, job: Job) -> Copy | None:
+def gathered(slot: Slot, job: Job) -> Copy | None:
     """What stands in the rank's slot, without the parts that the guardian has; None if nothing does."""
-    with Slot.open(slot_path(run_dir, job.rank)) as slot:
-        content = slot.read()
-        log = slot.entries() if job.log else None
+    content = slot.read()
+    log = slot.entries() if job.log else None
     if content is None:
         return None
     parts = {number: part for number, part in content.parts.items() if number not in job.have}

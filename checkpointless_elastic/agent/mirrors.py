@@ -29,7 +29,9 @@ from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol.between import Between
 from checkpointless_elastic.protocol.guarding import NONE, Bulk, Copy, Done, Get, Put, Sent, Version
 from checkpointless_elastic.protocol.messages import encode_body
+from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.mirror_files import install, is_whole, outgoing, room
+from checkpointless_elastic.worker.private import slot_path
 
 __all__ = ["Line", "Outbox", "Sender", "get"]
 
@@ -132,7 +134,8 @@ class Outbox:
     def _copy(self, job: Job) -> None:
         copy: Copy | None = None
         try:
-            copy = copies.gathered(self._run_dir, job)
+            with Slot.open(slot_path(self._run_dir, job.rank)) as slot:
+                copy = copies.gathered(slot, job)
         except MemoryError:
             reason = f"this node has no memory to send the private state of rank {job.rank}"
         else:

@@ -38,7 +38,7 @@ from checkpointless_elastic.protocol.messages import (
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.private import slot_path
 
-__all__ = ["Keeper", "Wards", "put_back"]
+__all__ = ["Keeper", "PuttingBack", "Wards"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +46,19 @@ AGAIN_S = 0.5
 """Until the next try to reach a guardian."""
 
 
-def put_back(run_dir: str, copies: list[Copy]) -> None:
-    """Write what a guardian has kept into the slots of its ranks."""
-    for copy in copies:
-        with Slot.open(slot_path(run_dir, copy.rank)) as slot:
-            slot.write(copy.blob, copy.parts)
-            for entry in copy.log or []:
-                slot.append(entry)
+class PuttingBack:
+    """Writes what a guardian has kept into the slots of its ranks: into those that are there now, whatever follows."""
+
+    def __init__(self, run_dir: str, copies: list[Copy]) -> None:
+        self._slots = [(copy, Slot.open(slot_path(run_dir, copy.rank))) for copy in copies]
+
+    def run(self) -> None:
+        """Any thread, once. OSError if the shared memory is full."""
+        for copy, slot in self._slots:
+            with slot:
+                slot.write(copy.blob, copy.parts)
+                for entry in copy.log or []:
+                    slot.append(entry)
 
 
 class Keeper:
@@ -298,12 +304,11 @@ class Wards:
         mirror = self._mirrors.version(rank)
         job = Job(rank, generation, step, frozenset(sent.numbers), sent.log < 0, mirror)
         with Slot.open(slot_path(self._run_dir, rank)) as slot:
-            large = slot.room + self._peer.waiting > SMALL
+            large = slot.room(job.log) + self._peer.waiting > SMALL
+            copy = None if large else gathered(slot, job)
         if large:
             self._mirrors.copy(job)
-            return
-        copy = gathered(self._run_dir, job)
-        if copy is not None:
+        elif copy is not None:
             sent.numbers, sent.log = set(copy.numbers), 0
             self._send(copy)
 
