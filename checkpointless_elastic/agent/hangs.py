@@ -1,8 +1,9 @@
 """Looks after this node's workers: which of them are past their limit, and what they are doing.
 
-Every TICK_S the pulses are read (`worker.pulse`), which no worker notices. Once a worker is past its limit each one is
-asked where its main thread is; those that do not answer in time are said not to. What was found goes to the
-coordinator, which knows all ranks and decides who is to blame (`protocol.hangs`); it is said again while that lasts.
+The pulses are read (`worker.pulse`), which no worker notices, as soon as one of them can be past its limit, at most
+every TICK_S and at least every CALM_S. Once a worker is past its limit each one is asked where its main thread is;
+those that do not answer in time are said not to. What was found goes to the coordinator, which knows all ranks and
+decides who is to blame (`protocol.hangs`); it is said again while that lasts.
 
 Every PACE_S the coordinator is also told how fast each rank is (`protocol.pace`).
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +31,7 @@ __all__ = ["Hangs"]
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.05
+CALM_S = 0.25
 ANSWER_S = 0.15
 AGAIN_S = 0.5
 PACE_S = 5.0
@@ -98,7 +101,6 @@ class Hangs:
         return min(self._unknown, self._factor * expected / 1e9 + slack)
 
     def _tick(self) -> None:
-        self._loop.call_later(TICK_S, self._tick)
         now = time.monotonic()
         if now - self._looked > AGAIN_S:
             self._excused = now
@@ -106,10 +108,12 @@ class Hangs:
         if now >= self._next_pace:
             self._next_pace = now + PACE_S
             self._tell_pace()
-        if self._asked is None and now >= self._next:
-            judged = self._judged()
-            if any(self._is_late(rank, now) for rank in judged):
-                self._inquire(judged)
+        judged = self._judged()
+        left = min((self._left(rank, now) for rank in judged), default=CALM_S)
+        calm = min(CALM_S, self._slack)  # what begins now is not late before
+        self._loop.call_later(max(TICK_S, min(left, calm)), self._tick)
+        if left < 0 and self._asked is None and now >= self._next:
+            self._inquire(judged)
 
     def _tell_pace(self) -> None:
         paces = {rank: self._monitor(rank).pace() for rank in self._judged()}
@@ -121,9 +125,14 @@ class Hangs:
             self._monitors[rank] = Monitor(pulse_path(self._run_dir, rank))
         return self._monitors[rank]
 
-    def _is_late(self, rank: int, now: float) -> bool:
+    def _left(self, rank: int, now: float) -> float:
+        """Seconds until this rank is late."""
         activity, since, expected = self._monitor(rank).glance()
-        return activity != Activity.SETUP and self._lasts(since, now) > self._limit(expected, activity)
+        return (
+            math.inf
+            if activity == Activity.SETUP
+            else self._limit(expected, activity) - self._lasts(since, now)
+        )
 
     def _lasts(self, since: int, now: float) -> float:
         return now - max(since / 1e9, self._excused)

@@ -6,6 +6,7 @@ to judge; a worker is ended here only when too much waits for it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
@@ -102,7 +103,7 @@ class Links:
             return
         connection.setblocking(False)
         link = Link(connection)
-        self._loop.watch(connection.fileno(), lambda: self._read(link))
+        self._loop.watch(connection.fileno(), functools.partial(self._read, link))
 
     def _read(self, link: Link) -> None:
         try:

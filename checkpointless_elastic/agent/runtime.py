@@ -113,7 +113,9 @@ class EventLoop:
         events = self._epoll.poll(self._wait(deadline))
         ready = [(fd, mask, self._watched[fd]) for fd, mask in events if fd in self._watched]
         self._fire_timers()
-        for fd, mask, entry in sorted(ready, key=_not_first):
+        if len(ready) > 1:
+            ready.sort(key=_not_first)
+        for fd, mask, entry in ready:
             self._serve(fd, mask, entry)
 
     def _serve(self, fd: int, mask: int, entry: _Watch) -> None:

@@ -19,7 +19,7 @@ from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.process_stat import PARENT, stat_fields
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.damage import obstacle_path
-from checkpointless_elastic.worker.private import PrivateState, glance
+from checkpointless_elastic.worker.private import PrivateState, read_state
 
 __all__ = ["Agent", "Process", "agents", "glance_at", "holds_store", "members", "seat", "written_at"]
 
@@ -130,7 +130,7 @@ def glance_at(path: str) -> PrivateState | None:
     """Where the rank of this slot is; None before its first step, or when the slot is being exchanged."""
     try:
         with Slot.open(path) as slot:
-            return glance(slot)
+            return read_state(slot)
     except (FileNotFoundError, StateMismatchError):
         return None
 

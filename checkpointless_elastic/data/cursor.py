@@ -12,7 +12,6 @@ Nothing here does I/O, and nothing blocks. A cursor belongs to the main thread o
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import msgspec
 
@@ -217,14 +216,6 @@ class Cursor(msgspec.Struct, array_like=True, dict=True):
         """A replayable call was committed in the innermost loop. A value that is None or too large
         is missing."""
         self.top.commit(value, rng)
-
-    def states(self) -> Iterator[RngState | None]:
-        """The random states in it."""
-        frames = [*self.stack]
-        while frames:
-            frame = frames.pop()
-            yield from (frame.rng_create, frame.rng_start, frame.rng_end, *(call.rng for call in frame.calls))
-            frames += frame.children
 
     def issued(self, group: str, op: str, output: bytes | None) -> None:
         """A collective was done outside replayable functions. An output of None was not kept."""

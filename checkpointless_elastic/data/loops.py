@@ -163,17 +163,20 @@ def _exhaust(frame: Frame, source: Source[T]) -> None:
 
 
 def _live(frame: Frame, source: Source[T], host: LoopHost, give: Callable[[int, T], U]) -> Iterator[U]:
+    waits = not isinstance(source, Numbers)  # for data, which may not come
     while True:
         resume = host.resume
         outside = len(frame.outside) if resume is None else resume.outside_done(frame)
         before = rng.capture(), source.state(), outside
-        host.fetch_begins(frame)
+        if waits:
+            host.fetch_begins(frame)
         try:
             item = [source.fetch()]
         except StopIteration:
             return
         finally:
-            host.fetch_ended()
+            if waits:
+                host.fetch_ended()
         if host.resume is not None:
             host.resume.going_on(frame)
         host.cursor.start(frame, *before)

@@ -111,45 +111,41 @@ class AbortableFuture:
         future: what is handed out. DDP's reducer takes the list of tensors out of it.
     """
 
-    __slots__ = ("_error", "_link", "_outputs", "_trigger", "future")
+    __slots__ = ("_error", "_link", "_outputs", "_trigger", "_value", "future")
 
     def __init__(self, native: Any, outputs: Callable[[], list[torch.Tensor]], link: Any) -> None:
         self._outputs = outputs
         self._link = link
         self._error: Exception | None = None
-        self._trigger: torch.futures.Future[None] = torch.futures.Future()
+        self._value: Any = None
+        self._trigger: Any = torch._C.Future([])  # a torch.futures.Future without its Python half
         # An exception that is set on a Python future is copied by C++ callers without the interpreter's lock, which
         # ends the process. One that a callback raises reaches them as a C++ error.
-        self.future: torch.futures.Future[list[torch.Tensor]] = self._trigger.then(self._outcome)
+        self.future = self._trigger.then(self._outcome)
         link.futures.add(self)
         native.add_done_callback(self._ended)
         if link.void:  # an abort on another thread may have looked at `futures` before this one was there
             give_up_soon([self])
 
-    def _outcome(self, _trigger: Any) -> list[torch.Tensor]:
+    def _outcome(self, _trigger: Any) -> Any:
         if self._error is not None:
             raise RuntimeError(str(self._error))
-        return self._outputs()
+        return self._outputs() if self._value is None else self._value
 
     def _ended(self, native: Any) -> None:
         """On a thread of gloo, or at once."""
-        error: Exception | None = None
         try:
-            native.value()
+            self._value = native.value()
         except Exception as failure:
-            error = None if self._link.void else failure
-        self._complete(error)
+            self._error = None if self._link.void else failure
+        self.give_up()
 
     def give_up(self) -> None:
-        """Complete it with the outputs as they are, unless it has ended. Any thread."""
-        self._complete(None)
-
-    def _complete(self, error: Exception | None) -> None:
+        """Complete it, with the outputs as they are if the native one has not ended. Any thread."""
         try:
             self._link.futures.remove(self)  # by one thread only
         except KeyError:
             return
-        self._error = error
         self._trigger.set_result(None)
 
 

@@ -6,8 +6,8 @@ It subclasses torch's Work, so that a wait in C++ reaches `wait` below. Read in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from checkpointless_elastic.groups.link import Link
     from checkpointless_elastic.groups.ops import Call, Op
     from checkpointless_elastic.groups.owed import Kept
+    from checkpointless_elastic.groups.spec import GroupSpec
 
 __all__ = ["ElasticWork"]
 
@@ -103,12 +104,9 @@ class ElasticWork(Work):
             return _completed(self._outputs())
         if link is None or link.on_device(self.args, self.kwargs):
             return native.get_future()
-        return AbortableFuture(native.get_future(), self._later(), link).future
-
-    def _later(self) -> Callable[[], list[torch.Tensor]]:
-        """Gives the outputs, and holds neither this work nor the native one: a thread of gloo may let go of it last."""
-        op, args, kwargs, rank, size = self.op, self.args, self.kwargs, self.group.rank(), self.group.size()
-        return lambda: op.call(args, kwargs, rank, size).tensors(0)
+        # holds neither this work nor the native one: a thread of gloo may let go of it last
+        outputs = partial(_outputs, self.op, self.args, self.kwargs, self.group.spec)
+        return AbortableFuture(native.get_future(), outputs, link).future
 
     def _outputs(self) -> list[torch.Tensor]:
         return self.call().tensors(0)
@@ -160,6 +158,10 @@ class ElasticWork(Work):
 
     def _get_duration(self) -> float:
         return 0.0 if self.native is None else float(self.native._get_duration())
+
+
+def _outputs(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], spec: GroupSpec) -> list[torch.Tensor]:
+    return op.call(args, kwargs, spec.rank, spec.size).tensors(0)
 
 
 def _completed(outputs: list[torch.Tensor]) -> Any:

@@ -131,8 +131,10 @@ class Hanging(Seeker):
 
     def _nothing_to_say(self, order: Ordered) -> Answers | Gathered | None:
         """If all ranks here are replacements, nobody here answers, and the parent waits for this agent all the same."""
+        if not isinstance(order, (Freeze, Decision)):
+            return None
         standing = self._standing()
-        if standing is None or not isinstance(order, (Freeze, Decision)):
+        if standing is None:
             return None
         own = ranks(standing.seat, self._bases, self._world)
         new = set(order.lost if isinstance(order, Freeze) else order.pending)

@@ -335,6 +335,12 @@ class Frames:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The bodies that are complete now. Raises ProtocolError when a length is over the limit."""
+        if (
+            not self._buffer
+            and len(data) >= _LENGTH.size
+            and len(data) == _LENGTH.size + _LENGTH.unpack_from(data)[0]
+        ):
+            return [data[_LENGTH.size :]]  # one whole message, the usual case
         self._buffer += data
         bodies: list[bytes] = []
         start = 0

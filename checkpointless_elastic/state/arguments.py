@@ -51,10 +51,12 @@ class ArgumentGuard:
                 self._containers.append((value, _content(value)))
         self._notes = [(tensor._version, tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
                        for tensor in self._tensors]  # fmt: skip
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors)
-        wanted = self._writes or (not self._calls and size <= self._limit)
+        wanted = self._writes or (not self._calls and self._size() <= self._limit)
         self._clones = [tensor.detach().clone() for tensor in self._tensors] if wanted else None
         self._calls += 1
+
+    def _size(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors)
 
     def gate(self) -> bool:
         """Learn whether the function writes into its arguments. True if it did and there are no clones."""

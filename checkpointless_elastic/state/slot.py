@@ -4,17 +4,18 @@ A slot is a file on tmpfs, mode 0600, that outlives the worker that writes it. I
 the blob names, replaced as a whole, and beside it (PATH.log) a log that only grows. One process writes at a time;
 others may read meanwhile.
 
-    header   magic and version (8 bytes), then two entries: sequence number, offset, capacity, length, CRC of the
-             record, CRC of the entry itself
-    regions  one record for each entry: how many parts, then number, offset, length and CRC of each, the blob; a
-             record that does not fit gets a new region, twice its size, at the end of the file
+    header   magic and version (8 bytes)
+    entries  two, each in a region of its own: sequence number, offset, capacity, length and CRC of its record, CRC of
+             the entry itself. The record stands right behind it, or, if it is too long for that, at the offset, in
+             a piece of the file that this entry keeps, twice the size of its first record there
+    record   how many parts, then number, offset, length and CRC of each, the blob
     cells    one part each
     log      records: length and CRC of the payload, CRC of both, payload
 
-A part that the last write had too (the same number) stays where it is. Everything else goes to a region and to cells
-that the current record does not use, and the entry is written last. A SIGKILL at any instruction therefore leaves the
-old content or the new one, since the page cache outlives the process. Files are written with pwrite and not mapped: it
-costs 2 microseconds more for 30 kB, and a full tmpfs is then an error and not a SIGBUS.
+A part that the last write had too (the same number) stays where it is. Everything else goes to the older entry and to
+cells that the current record does not use; entry and record are written in one go. A SIGKILL at any instruction
+therefore leaves the old content or the new one, since the page cache outlives the process. Files are written with
+pwrite and not mapped: it costs 2 microseconds more for 30 kB, and a full tmpfs is then an error and not a SIGBUS.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ from checkpointless_elastic.errors import StateMismatchError
 
 __all__ = ["Content", "Slot"]
 
-_MAGIC = b"CESLOT\x00\x02"
+_MAGIC = b"CESLOT\x00\x03"
 _ENTRY = struct.Struct("<QQQQI")
 _CRC = struct.Struct("<I")
-_ENTRY_BYTES = 64  # each entry in a cache line of its own
-_REGIONS_START = 4096
-_FIRST_CAPACITY = 1 << 14
+_ENTRY_BYTES = _ENTRY.size + _CRC.size
+_ENTRIES_START = 4096
+_ENTRY_REGION = 1 << 14  # an entry and what stands right behind it
+_INLINE = _ENTRY_REGION - _ENTRY_BYTES
+_CELLS_START = _ENTRIES_START + 2 * _ENTRY_REGION
 _COUNT = struct.Struct("<I")
-_CELL = struct.Struct("<QQQI")
+_ROW = struct.Struct("<QQQI")
 _CELL_ALIGNMENT = 64
 _NO_PARTS: Mapping[int, bytes] = MappingProxyType({})
 _RECORD = struct.Struct("<QI")
@@ -67,12 +70,11 @@ class Content(NamedTuple):
 
 
 class _Cell(NamedTuple):
-    """Where a part is."""
+    """Where a part is, and how a record says it."""
 
-    number: int
     offset: int
     length: int
-    crc: int
+    row: bytes
 
 
 class Slot:
@@ -97,7 +99,7 @@ class Slot:
         log_fd = os.open(path + ".log", flags, 0o600)
         blob_fd = os.open(path + ".new", flags, 0o600)
         slot = cls(path, blob_fd, log_fd)
-        slot._pwrite(blob_fd, _MAGIC + bytes(_REGIONS_START - len(_MAGIC)), 0)
+        slot._pwrite(blob_fd, _MAGIC + bytes(_ENTRIES_START - len(_MAGIC)), 0)
         os.link(path + ".new", path)  # whole from the moment that it has its name
         os.unlink(path + ".new")
         return slot
@@ -125,12 +127,14 @@ class Slot:
             cells = {number: cells.get(number) or self._place(number, part) for number, part in parts.items()}
             table = _table(cells.values())
         record = table + blob
-        if spare.capacity < len(record):
-            spare = self._region(len(record))
-        self._pwrite(self._blob_fd, record, spare.offset)
-        entry = _Entry(current.sequence + 1, spare.offset, spare.capacity, len(record), zlib.crc32(record))
+        where, inline = spare, len(record) <= _INLINE
+        if not inline and spare.capacity < len(record):
+            where = _Entry(0, *self._extend(2 * len(record)), 0, 0)
+        entry = _Entry(current.sequence + 1, where.offset, where.capacity, len(record), zlib.crc32(record))
         self._written = None
-        self._pwrite(self._blob_fd, _packed(entry), _position(index))
+        if not inline:
+            self._pwrite(self._blob_fd, record, entry.offset)
+        self._pwrite(self._blob_fd, _packed(entry) + record if inline else _packed(entry), _position(index))
         self._written = entry, current, 1 - index
         if cells is not self._cells:
             self._release(cell for number, cell in self._cells.items() if number not in cells)
@@ -139,8 +143,8 @@ class Slot:
     def read(self) -> Content | None:
         """The last content that was written whole; None if there is none."""
         for _ in range(_READ_ATTEMPTS):
-            for entry in sorted((self._entry(0), self._entry(1)), reverse=True):
-                content = self._content(entry) if entry.sequence else None
+            for entry, index in sorted(((self._entry(0), 0), (self._entry(1), 1)), reverse=True):
+                content = self._content(entry, index) if entry.sequence else None
                 if content is not None:
                     return content
             if self._never_written(0) and self._never_written(1):
@@ -194,12 +198,13 @@ class Slot:
         current, spare, index = (
             (first, second, 1) if first.sequence >= second.sequence else (second, first, 0)
         )
-        used = self._cells_of(current)
-        self._cells = {cell.number: cell for cell in used}
-        self._table = _table(used)
+        record = self._record(current, 1 - index)
+        rows = _split(record)[0] if record is not None else []
+        self._cells = {row[0]: _Cell(row[1], row[2], _ROW.pack(*row)) for row in rows}
+        self._table = _table(self._cells.values())
         self._free.clear()
-        taken = [(one.offset, _aligned(one.capacity)) for one in (current, spare)]
-        self._gaps = _gaps([*taken, *((cell.offset, _aligned(cell.length)) for cell in used)])
+        taken = [(one.offset, one.capacity) for one in (current, spare)]
+        self._gaps = _gaps([*taken, *((cell.offset, _aligned(cell.length)) for cell in self._cells.values())])
         return current, spare, index
 
     def _place(self, number: int, part: bytes) -> _Cell:
@@ -207,16 +212,12 @@ class Slot:
         free = self._free.get(_aligned(len(part)))
         offset = free.pop() if free else self._extend(len(part))[0]
         self._pwrite(self._blob_fd, part, offset)
-        return _Cell(number, offset, len(part), zlib.crc32(part))
+        return _Cell(offset, len(part), _ROW.pack(number, offset, len(part), zlib.crc32(part)))
 
     def _release(self, cells: Iterable[_Cell]) -> None:
         """Their room is free: the current record does not name them."""
         for cell in cells:
             self._free.setdefault(_aligned(cell.length), []).append(cell.offset)
-
-    def _region(self, length: int) -> _Entry:
-        """A new region. The file is sparse: memory is used as it is written."""
-        return _Entry(0, *self._extend(max(_FIRST_CAPACITY, 2 * length)), 0, 0)
 
     def _extend(self, length: int) -> tuple[int, int]:
         """Offset and capacity of a piece of the file that was not handed out yet."""
@@ -226,30 +227,29 @@ class Slot:
         self._gaps[number] = start + wanted, stop
         return start, wanted
 
-    def _content(self, entry: _Entry) -> Content | None:
+    def _content(self, entry: _Entry, index: int) -> Content | None:
         """What an entry stands for; None if any of it is torn or has been written over."""
-        record = self._record(entry)
+        record = self._record(entry, index)
         if record is None:
             return None
-        cells, blob = _split(record)
-        parts = {cell.number: os.pread(self._blob_fd, cell.length, cell.offset) for cell in cells}
-        if any(zlib.crc32(parts[cell.number]) != cell.crc for cell in cells):
+        rows, blob = _split(record)
+        parts = {number: os.pread(self._blob_fd, length, offset) for number, offset, length, _ in rows}
+        if any(zlib.crc32(parts[number]) != crc for number, _, _, crc in rows):
             return None
         return Content(blob, parts)
 
-    def _cells_of(self, entry: _Entry) -> list[_Cell]:
-        record = self._record(entry)
-        return [] if record is None else _split(record)[0]
-
-    def _record(self, entry: _Entry) -> bytes | None:
+    def _record(self, entry: _Entry, index: int) -> bytes | None:
         """The record that an entry names; None if it is torn or there is none."""
-        record = os.pread(self._blob_fd, entry.length, entry.offset)
+        inline = entry.length <= _INLINE
+        record = os.pread(
+            self._blob_fd, entry.length, _position(index) + _ENTRY_BYTES if inline else entry.offset
+        )
         whole = entry.sequence > 0 and len(record) == entry.length and zlib.crc32(record) == entry.crc
         return record if whole else None
 
     def _entry(self, index: int) -> _Entry:
         """An entry, or one of sequence 0 if it was never written or is torn."""
-        raw = os.pread(self._blob_fd, _ENTRY.size + _CRC.size, _position(index))
+        raw = os.pread(self._blob_fd, _ENTRY_BYTES, _position(index))
         body, crc = raw[: _ENTRY.size], raw[_ENTRY.size :]
         if len(crc) != _CRC.size or _CRC.unpack(crc)[0] != zlib.crc32(body):
             return _Entry(0, 0, 0, 0, 0)
@@ -296,7 +296,7 @@ def _aligned(length: int) -> int:
 def _gaps(taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Start and end of what lies between these offsets and lengths; the last one has no end."""
     found = []
-    end = _REGIONS_START
+    end = _CELLS_START
     for offset, length in sorted(taken):
         if offset > end:
             found.append((end, offset))
@@ -305,17 +305,17 @@ def _gaps(taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _table(cells: Collection[_Cell]) -> bytes:
-    return b"".join((_COUNT.pack(len(cells)), *(_CELL.pack(*cell) for cell in cells)))
+    return b"".join((_COUNT.pack(len(cells)), *(cell.row for cell in cells)))
 
 
-def _split(record: bytes) -> tuple[list[_Cell], bytes]:
-    """The cells and the blob."""
-    end = _COUNT.size + _COUNT.unpack_from(record)[0] * _CELL.size
-    return [_Cell(*row) for row in _CELL.iter_unpack(record[_COUNT.size : end])], record[end:]
+def _split(record: bytes) -> tuple[list[tuple[int, ...]], bytes]:
+    """Number, offset, length and CRC of each part, and the blob."""
+    end = _COUNT.size + _COUNT.unpack_from(record)[0] * _ROW.size
+    return list(_ROW.iter_unpack(record[_COUNT.size : end])), record[end:]
 
 
 def _position(index: int) -> int:
-    return _ENTRY_BYTES * (1 + index)
+    return _ENTRIES_START + _ENTRY_REGION * index
 
 
 def _packed(entry: _Entry) -> bytes:

@@ -215,9 +215,9 @@ class AttemptSnapshot:
             written = self._told.union(*(known.written for known in self._functions.values()))
             own = (BUFFER, OBJECT)
             self._own = [p for p in self._view.pieces if p.key in written and p.info.role in own]
-        accumulated = self._gradients.private()
-        if not accumulated:
+        if not self._gradients.accumulated:
             return self._own
+        accumulated = self._gradients.private()
         pieces = list(self._own)
         for index in accumulated:
             key, param = self._view.scan.params[index]

@@ -65,7 +65,7 @@ class Entry(msgspec.Struct, frozen=True):
 
     def private_state(self) -> PrivateState:
         """The private state of then."""
-        return unpack(Content(self.private, self.parts), PrivateState, PrivateState.states)
+        return unpack(Content(self.private, self.parts), PrivateState)
 
 
 encode: Callable[[Entry], bytes] = msgspec.msgpack.Encoder().encode
@@ -131,14 +131,13 @@ class Mirror:
             if lead(block, self._nodes, self._rank) == self._rank
         }
         content = pack(private)
-        numbers = {number for state in private.states() if state for number in state.numbers()}
         entry = Entry(
             step,
             [],
             self._run.shared(twins(pieces), last_value),
             self._run.known_bucket_orders(),
             content.blob,
-            {number: content.parts[number] for number in numbers},
+            dict(content.parts),
             self._host.generation,
         )
         self._copying = self._pool.submit(self._copy, entry, copies)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,24 +16,23 @@ T = TypeVar("T")
 
 
 def pack(value: Any) -> Content:
-    """A value of msgspec structs; some microseconds. The parts are those of all states that live in this process."""
-    rng.parts.settle()
-    return Content(_encode(value), rng.parts.held)
+    """A value of msgspec structs; some microseconds. The parts are those of the states in it."""
+    parts: dict[int, bytes] = {}
+
+    def numbers(state: rng.RngState) -> object:
+        parts.update(state.parts)
+        return state.encoded
+
+    return Content(msgspec.msgpack.encode(value, enc_hook=numbers), parts)
 
 
-def unpack(content: Content, kind: type[T], states: Callable[[T], Iterable[rng.RngState | None]]) -> T:
-    """What `pack` gave, on another rank; ``states(value)`` names all states in it.
+def unpack(content: Content, kind: type[T]) -> T:
+    """What `pack` gave, on another rank. Raises ProtocolError if it is damaged or of another kind."""
 
-    Raises ProtocolError if it is damaged or of another kind.
-    """
+    def state(_kind: type, encoded: Any) -> rng.RngState:
+        return rng.decoded(encoded, content.parts)
+
     try:
-        value = msgspec.msgpack.decode(content.blob, type=kind)
-        for state in states(value):
-            if state is not None:
-                rng.adopt(state, content.parts)
-        return value
-    except (msgspec.DecodeError, KeyError, UnicodeDecodeError) as error:
+        return msgspec.msgpack.decode(content.blob, type=kind, dec_hook=state)
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"The private state of a rank cannot be read ({error}).") from error
-
-
-_encode = msgspec.msgpack.Encoder().encode

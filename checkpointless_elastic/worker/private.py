@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Iterator
 
 import msgspec
 
@@ -53,10 +52,6 @@ class PrivateState(msgspec.Struct, frozen=True, array_like=True):
         """Whether the rank was inside a loop or a step."""
         return self.at is not At.BETWEEN or len(self.cursor.stack) > 1
 
-    def states(self) -> Iterator[RngState | None]:
-        """The random states in it."""
-        yield from (self.rng, self.ready_rng, *self.cursor.states())
-
 
 def slot_path(run_dir: str, rank: int) -> str:
     """Where a rank's slot is."""
@@ -68,26 +63,18 @@ def lifeline_path(run_dir: str, rank: int, incarnation: int) -> str:
     return os.path.join(run_dir, f"lifeline-{rank}-{incarnation}")
 
 
-def write_state(slot: Slot, state: PrivateState) -> bytes:
-    """Replace the private state in the slot, whole or not at all; its blob."""
-    content = pack(state)
-    slot.write(*content)
-    return content.blob
+def write_state(slot: Slot, state: PrivateState) -> None:
+    """Replace the private state in the slot, whole or not at all."""
+    slot.write(*pack(state))
 
 
 def read_state(slot: Slot) -> PrivateState | None:
     """The private state in the slot; None if none was written. Raises ProtocolError if it is damaged."""
     content = slot.read()
-    return None if content is None else unpack(content, PrivateState, PrivateState.states)
+    return None if content is None else unpack(content, PrivateState)
 
 
 def in_loop(slot: Slot) -> bool:
     """Does the slot show its rank inside a loop or a step? Then its end, with whatever exit code, is a loss."""
-    state = glance(slot)
+    state = read_state(slot)
     return state is not None and state.in_loop
-
-
-def glance(slot: Slot) -> PrivateState | None:
-    """The private state without its parts (random states, tensors), for one that only looks."""
-    content = slot.read()
-    return None if content is None else msgspec.msgpack.decode(content.blob, type=PrivateState)

@@ -3,6 +3,8 @@
 Writing costs a few stores to memory and no message, and it can be read of a process that is stopped. Each word is
 written in one piece; a reader may meet words of two moments, and takes nothing as certain that it saw only once.
 
+Small return values of calls stand there too: a store to memory in place of a write to the slot.
+
 A limit is learned for each kind of thing that takes time, the calls of one function, or the items of one loop: how long
 it takes at most, forgotten slowly. What was learned outlives the worker, its replacement goes on with it.
 """
@@ -25,7 +27,12 @@ _KINDS = 32
 _NAMES = 8  # then the number of each group, then their counts, the last of which is of all that have no place
 _COUNTS = _NAMES + _GROUPS
 _LEARNED = _COUNTS + _GROUPS + 1  # then number, samples and nanoseconds of each kind
-_SIZE = 8 * (_LEARNED + 3 * _KINDS)
+_RETURNED = (
+    _LEARNED + 3 * _KINDS
+)  # the step whose call has returned, or -1; the length of the value; the value
+_VALUE = 8 * (_RETURNED + 2)
+_VALUE_BYTES = 256
+_SIZE = _VALUE + _VALUE_BYTES
 ENOUGH = 3
 """Times that something must have been done before a limit is known for it; the first of each process does not count."""
 _KEEP = 0.999
@@ -45,11 +52,11 @@ def _number(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _open(path: str) -> memoryview:
+def _open(path: str) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(descriptor, _SIZE)
-        return memoryview(mmap.mmap(descriptor, _SIZE)).cast("q")
+        return mmap.mmap(descriptor, _SIZE)
     finally:
         os.close(descriptor)
 
@@ -62,7 +69,8 @@ class Pulse:
     """
 
     def __init__(self, path: str) -> None:
-        self._words = words = _open(path)
+        self._memory = _open(path)
+        self._words = words = memoryview(self._memory).cast("q")
         words[_ACTIVITY] = Activity.SETUP
         words[_USED] = 0
         self.counts = words[_COUNTS : _COUNTS + _GROUPS + 1]
@@ -133,6 +141,29 @@ class Pulse:
         words[_SINCE] = time.monotonic_ns()
         words[_ACTIVITY] = activity
 
+    def keep(self, step: int, value: bytes | None) -> bool:
+        """The call of this step has returned; None: its value is not kept anyway. False: the value is too large.
+
+        Whole at every moment: the step is written last.
+        """
+        if value is not None:
+            if len(value) > _VALUE_BYTES:
+                return False
+            self._memory[_VALUE : _VALUE + len(value)] = value
+            self._words[_RETURNED + 1] = len(value)
+            self._words[_RETURNED] = step
+        return True
+
+    def kept(self, step: int) -> bytes | None:
+        """The value that the call of this step has returned, perhaps in the worker that this one replaces."""
+        words = self._words
+        end = _VALUE + words[_RETURNED + 1]
+        return self._memory[_VALUE:end] if words[_RETURNED] == step else None
+
+    def forget_kept(self) -> None:
+        """The call of a step is ready, and has not returned."""
+        self._words[_RETURNED] = -1
+
     def _pace(self, took: int) -> None:
         """Averages over some steps of this rank's own part and of the whole, see `protocol.pace`."""
         words = self._words
@@ -182,7 +213,7 @@ class Monitor:
     """The agent's side of one rank's pulse."""
 
     def __init__(self, path: str) -> None:
-        self._words = _open(path)
+        self._words = memoryview(_open(path)).cast("q")
 
     def glance(self) -> tuple[int, int, int]:
         """Activity, since and expected of `Reading`."""

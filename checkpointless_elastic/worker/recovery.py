@@ -42,6 +42,7 @@ from checkpointless_elastic.worker.exchange import (
 )
 from checkpointless_elastic.worker.health import broken_device
 from checkpointless_elastic.worker.network import Network
+from checkpointless_elastic.worker.packing import pack
 from checkpointless_elastic.worker.private import At, PrivateState, read_state, write_state
 from checkpointless_elastic.worker.session import Session, Superseded
 from checkpointless_elastic.worker.values import decode_value, encode_value
@@ -79,6 +80,7 @@ class Recovery:
         self._stale = -1  # the last generation in which workers met in another store
         self._state: PrivateState | None = None
         self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
+        self._ready: PrivateState | None = None  # what it held when this rank was last ready
         self._groups: dict[int, list[GroupSignature]] = {}
         self._own: resize.Own | None = None  # when the last call had returned
         self.mirror = mirror.Mirror(run, session)
@@ -157,7 +159,7 @@ class Recovery:
         afresh = self._session.returns
         publication, segments = publish(self._run, decision, self._here(), self.last_value, afresh)
         if afresh and publication.shared is not None and self._own is not None:
-            own, parts = self._own.blob, self._own.parts()
+            own, parts = self._own.blob, dict(self._own.parts)
             publication = msgspec.structs.replace(publication, own=own, parts=parts)
         return publication, segments
 
@@ -172,7 +174,7 @@ class Recovery:
         state = resize.ready_to_go_on(blob, parts, session.rank)
         run.go_on_from(common)
         self._replica_value = self.last_value = common.last_value
-        self._state, self._own = state, resize.own_of(blob, state)
+        self._state, self._own = state, resize.Own(state.step, blob, parts)
         session.cursor, session.step = state.cursor, step
         session.resume = Resume(state.cursor, real=True)
         session.registry.committed(step)
@@ -348,7 +350,7 @@ class Recovery:
             state = kept.private_state()
         cursor = state.cursor
         if state.step == step - 1 and state.at is At.READY:
-            cursor.commit(None, state.ready_rng)
+            cursor.commit(session.pulse.kept(state.step), state.ready_rng)
         elif state.step != step:
             raise StateMismatchError(
                 f"rank {session.rank} was lost at step {state.step} ({state.at.value}), the others go on at step {step}"
@@ -380,13 +382,9 @@ class Recovery:
 
     def save_between(self) -> None:
         """Write the cursor, between steps."""
-        self._write_between()
-
-    def _write_between(self) -> bytes:
         between, self._between = self._now(At.BETWEEN, None), None
-        blob = write_state(self._session.slot, between)
+        write_state(self._session.slot, between)
         self._between = between
-        return blob
 
     def save_start(self, state: rng.RngState) -> None:
         """A step begins with this random state."""
@@ -414,31 +412,34 @@ class Recovery:
 
     def save_ready(self) -> None:
         """The step is computed: keep what a replacement needs if it is committed."""
-        start = self._state
-        assert start is not None
+        assert self._state is not None
         ready, tensors = rng.capture(), self._run.read_private()
         self._between = None
-        write_state(
-            self._session.slot,
-            PrivateState(
-                start.step,
-                At.READY,
-                start.cursor,
-                start.rng,
-                start.tensors,
-                ready,
-                tensors,
-                start.issued,
-            ),
+        self._session.pulse.forget_kept()
+        self._ready = msgspec.structs.replace(
+            self._state, at=At.READY, ready_rng=ready, ready_tensors=tensors
         )
+        write_state(self._session.slot, self._ready)
 
     def save_end(self, value: Any) -> None:
         """The call has returned ``value``."""
         self.last_value = encode_value(value)
-        self._session.cursor.commit(self.last_value, rng.capture())
-        blob = self._write_between()
-        assert self._between is not None
-        self._own = resize.own_of(blob, self._between)
+        state = rng.capture()
+        self._session.cursor.commit(self.last_value, state)
+        between, self._between = self._now(At.BETWEEN, None), None
+        content = pack(between)
+        self._own = resize.Own(between.step, *content)
+        if not self._follows_from_ready(state):
+            self._session.slot.write(*content)
+            self._between = between
+
+    def _follows_from_ready(self, state: rng.RngState) -> bool:
+        """Whether all that has changed since this rank was ready is known without another write to the slot."""
+        ready = self._ready
+        if ready is None or len(self._session.cursor.stack) == 1:  # the script may end now, which is no loss
+            return False
+        same = state is ready.ready_rng and self._run.private == ready.ready_tensors
+        return same and self._session.pulse.keep(ready.step, self.last_value)
 
 
 def _open_store(address: str) -> Store:

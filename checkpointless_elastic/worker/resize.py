@@ -10,7 +10,7 @@ rank that speaks has it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,7 +26,6 @@ from checkpointless_elastic.state.sharding import Ranks
 from checkpointless_elastic.state.slot import Content
 from checkpointless_elastic.state.transfer import Receiver, in_segment
 from checkpointless_elastic.state.transfer import publish as publish_part
-from checkpointless_elastic.worker import rng
 from checkpointless_elastic.worker.blocks import Block, Stripe, block_name, blocks, holds, layout_of, twins
 from checkpointless_elastic.worker.mirror import Entry
 from checkpointless_elastic.worker.packing import unpack
@@ -36,27 +35,17 @@ if TYPE_CHECKING:
     from checkpointless_elastic.worker.exchange import Here
     from checkpointless_elastic.worker.run import Run
 
-__all__ = ["Own", "keep", "own_of", "ready_to_go_on", "take_up"]
+__all__ = ["Own", "keep", "ready_to_go_on", "take_up"]
 
 logger = logging.getLogger(__name__)
 
 
 class Own(NamedTuple):
-    """A rank's private state of a step, encoded, and the random states in it, whose parts must not be let go of."""
+    """A rank's private state of a step, encoded in the moment that it is of, since a cursor changes; and its parts."""
 
     step: int
     blob: bytes
-    states: tuple[rng.RngState | None, ...]
-
-    def parts(self) -> dict[int, bytes]:
-        """What the blob names."""
-        numbers = {number for state in self.states if state is not None for number in state.numbers()}
-        return {number: rng.parts.held[number] for number in numbers}
-
-
-def own_of(blob: bytes, state: PrivateState) -> Own:
-    """To be kept from the moment in which the state was encoded: a cursor changes."""
-    return Own(state.step, blob, tuple(state.states()))
+    parts: Mapping[int, bytes]
 
 
 # ---- leaving it behind
@@ -69,7 +58,7 @@ def keep(run: Run, decision: Decision, here: Here, own: Own | None, last_value: 
     StateMismatchError if the node's memory has no room.
     """
     whole = own is not None and own.step == decision.step
-    blob, parts = (own.blob, own.parts()) if own is not None and whole else (b"", {})
+    blob, parts = (own.blob, dict(own.parts)) if own is not None and whole else (b"", {})
     directory = Path(directories.kept(here.run_dir))
     directory.mkdir(mode=0o700, exist_ok=True)
     pieces = run.inventory.pieces()
@@ -197,7 +186,7 @@ def _read(path: Path, step: int) -> Entry:
 
 def ready_to_go_on(blob: bytes, parts: dict[int, bytes], rank: int) -> PrivateState:
     """A private state that was kept, for a run by another number of ranks: what is left of a pass is dealt anew."""
-    state = unpack(Content(blob, parts), PrivateState, PrivateState.states)
+    state = unpack(Content(blob, parts), PrivateState)
     for frame in _frames(state.cursor):
         frame.outside, frame.setup = [], 0  # these are done again, by all
         if frame.kind != "batches" or frame.compact or frame.position < 0:

@@ -5,27 +5,28 @@ pickle), and costs 4 microseconds where nothing was drawn since the last one. Nu
 has imported it, an accelerator only where it is initialised: taking a state never loads a library and never
 creates a device context.
 
-Most states of a script differ in one part from the one before, or in none: a state is made of the numbers of
-its parts, see `worker.parts`."""
+Most states of a script differ in one part from the one before, or in none: a state is made of numbered parts, and
+shares with the one before it what did not change, so that a part is written to a slot once."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import struct
 import sys
+import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
 import torch
 
 from checkpointless_elastic.errors import StateMismatchError
-from checkpointless_elastic.worker.parts import Parts
 from checkpointless_elastic.worker.rng_memory import (
     GAUSS,
     WORDS_BYTES,
+    clean_torch,
     numpy_reader,
     python_reader,
     read_torch,
@@ -33,7 +34,7 @@ from checkpointless_elastic.worker.rng_memory import (
     write_torch,
 )
 
-__all__ = ["RngState", "adopt", "capture", "capture_generator", "parts", "restore", "restore_generator"]
+__all__ = ["Part", "RngState", "capture", "capture_generator", "restore", "restore_generator"]
 
 _WORDS = struct.Struct("<625I")
 _NUMPY = struct.Struct("<2496si")
@@ -42,65 +43,97 @@ _NUMPY_KIND = "MT19937"
 _NO_DEVICES: Mapping[str, bytes] = MappingProxyType({})
 
 
-class RngState(msgspec.Struct, frozen=True, array_like=True, weakref=True):
-    """What all generators of one process stood at, by the numbers of its parts.
+class Part(NamedTuple):
+    """The state of one generator.
 
     Attributes:
-        python: the state of the module random: position, words, Gauss cache.
-        numpy: NumPy's global legacy generator, Gauss cache included; empty if numpy.random was not imported.
-        torch_cpu: torch's default CPU generator.
-        devices: device name, such as "cuda:0", to the state of its default generator.
+        number: stands for these bytes for good. Numbers start at the time of first use, so that a replacement never
+            gives one that the rank it replaces has given.
+        data: the state.
     """
 
-    python: int
-    numpy: int
-    torch_cpu: int
-    devices: dict[str, int] = {}
-
-    def numbers(self) -> tuple[int, ...]:
-        """Of all its parts."""
-        return self.python, self.numpy, self.torch_cpu, *self.devices.values()
+    number: int
+    data: bytes
 
 
-parts = Parts()
-"""The parts of all states of this process."""
+class RngState:
+    """What all generators of one process stood at. Not to be changed.
+
+    Attributes:
+        parts: of the module random (position, words, Gauss cache), of NumPy's global legacy generator (empty if
+            numpy.random was not imported), of torch's default CPU generator, of each device's default generator.
+        devices: names of these devices, such as "cuda:0".
+        encoded: the numbers of the parts and the names, as a slot holds them.
+    """
+
+    __slots__ = ("devices", "encoded", "parts")
+
+    def __init__(self, parts: tuple[Part, ...], devices: tuple[str, ...] = ()) -> None:
+        self.parts, self.devices = parts, devices
+        self.encoded = tuple(part.number for part in parts), devices
+
+    def __eq__(self, other: object) -> bool:
+        """Equal bytes, whatever their numbers."""
+        if not isinstance(other, RngState):
+            return NotImplemented
+        return self.devices == other.devices and [one.data for one in self.parts] == [
+            one.data for one in other.parts
+        ]
+
+    __hash__ = None  # type: ignore[assignment]
 
 
-def adopt(state: RngState, found: Mapping[int, bytes]) -> None:
-    """Make a decoded state one of this process; `found` has its parts. KeyError if one is missing."""
-    for number in state.numbers():
-        parts.adopt(number, found)
-    parts.release_with(state, state.numbers())
+def decoded(encoded: Any, found: Mapping[int, bytes]) -> RngState:
+    """A state of another process; `found` has its parts. KeyError, TypeError or ValueError if it is damaged."""
+    numbers, devices = encoded
+    if len(numbers) != 3 + len(devices):
+        raise ValueError(f"{len(numbers)} parts of a random state with {len(devices)} devices")
+    return RngState(tuple(Part(number, found[number]) for number in numbers), tuple(devices))
 
 
 def capture() -> RngState:
     """Take the state of Python, NumPy, torch and the accelerator. Does not wait for a device. Main thread only."""
     global _last, _seen
     seen = _read_python(), _read_numpy(), _read_torch(), _device_states()
-    if _last is None or seen != _seen:
-        *own, devices = seen
-        python, numpy, torch_cpu = map(parts.take, own)
-        _last = RngState(python, numpy, torch_cpu, {name: parts.take(part) for name, part in devices.items()})
-        parts.release_with(_last, _last.numbers())
-        _seen = seen
+    if seen != _seen or _last is None:
+        _last, _seen = _taken(_last, *seen), seen
     return _last
+
+
+def _taken(
+    last: RngState | None, python: bytes, numpy: bytes, torch_cpu: bytes, devices: Mapping[str, bytes]
+) -> RngState:
+    """A new state, with the parts of the last one that are the same."""
+    if _torch_address is not None:
+        torch_cpu = clean_torch(torch_cpu)
+    new = python, numpy, torch_cpu, *devices.values()
+    known = last.parts if last is not None else ()
+    parts = [
+        old if old is not None and data == old.data else Part(next(_numbers()), data)
+        for old, data in itertools.zip_longest(known[: len(new)], new)
+    ]
+    return RngState(tuple(parts), tuple(devices))
+
+
+@functools.lru_cache(maxsize=1)
+def _numbers() -> itertools.count[int]:
+    return itertools.count(time.time_ns())
 
 
 def restore(state: RngState) -> None:
     """Put a state back. NumPy is imported if the state has a part for it, a device must already be usable."""
-    python, numpy = parts.held[state.python], parts.held[state.numpy]
+    python, numpy, torch_cpu, *devices = (part.data for part in state.parts)
     position, *words = _WORDS.unpack_from(python)
     has_gauss, gauss = GAUSS.unpack_from(python, WORDS_BYTES)
     random.setstate((_PYTHON_VERSION, (*words, position), gauss if has_gauss else None))
     if numpy:
         _restore_numpy(numpy)
-    torch_cpu = parts.held[state.torch_cpu]
     if _torch_address is None:
         restore_generator(torch.default_generator, torch_cpu)
     else:
         _put_back_torch(_torch_address, torch_cpu)
-    for name, number in state.devices.items():
-        restore_generator(_device_generator(name), parts.held[number])
+    for name, data in zip(state.devices, devices, strict=True):
+        restore_generator(_device_generator(name), data)
 
 
 def _put_back_torch(address: int, state: bytes) -> None:
@@ -198,4 +231,4 @@ def _read_torch() -> bytes:
 _read_python = python_reader() or _python_state
 _torch_address = torch_address(torch.default_generator)
 _last: RngState | None = None  # the newest state
-_seen: tuple[bytes, bytes, bytes, Mapping[str, bytes]] = (b"", b"", b"", _NO_DEVICES)  # what it was made of
+_seen: tuple[bytes, bytes, bytes, Mapping[str, bytes]] | None = None  # what was read for it

@@ -48,7 +48,7 @@ class Session:
     """One incarnation. Implements LoopHost."""
 
     def __init__(self, slot: Content | None = None, die_at: int | None = None) -> None:
-        self.cursor = Cursor.new() if slot is None else unpack(slot, Cursor, Cursor.states)
+        self.cursor = Cursor.new() if slot is None else unpack(slot, Cursor)
         self.resume = None if slot is None else Resume(self.cursor)
         self.slot = snapshot(self.cursor)
         self.trace: list[object] = []
@@ -148,7 +148,7 @@ def total(value: Any) -> float:
 def digest(value: Any) -> str:
     """Equal only for equal bytes."""
     if isinstance(value, rng.RngState):
-        raw = b"".join(rng.parts.held[n] for n in (value.python, value.numpy, value.torch_cpu))
+        raw = b"".join(part.data for part in value.parts)
     elif isinstance(value, torch.Tensor):
         raw = str(value.dtype).encode() + str(tuple(value.shape)).encode() + value.numpy().tobytes()
     elif isinstance(value, (list, tuple)):

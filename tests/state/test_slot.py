@@ -16,6 +16,8 @@ import pytest
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.state.slot import Content, Slot
 
+ENTRIES = 4096, 4096 + (1 << 14)
+"""Where the two entries of a slot are."""
 WRITER = """
 import os, sys
 from checkpointless_elastic.state.slot import Slot
@@ -153,15 +155,15 @@ def test_a_torn_last_entry_is_ignored_and_overwritten(path: str, cut: int) -> No
         assert slot.entries() == [b"whole", b"next"]
 
 
-@pytest.mark.parametrize("byte", range(40))
+@pytest.mark.parametrize("byte", range(40 + 4 + 3))  # the entry, no parts, the blob
 def test_a_damaged_entry_gives_the_blob_before_it(path: str, byte: int) -> None:
     with Slot.create(path) as slot:
         slot.write(b"old")  # entry 1
         slot.write(b"new")  # entry 0
     with open(path, "r+b") as file:
-        file.seek(64 + byte)
+        file.seek(ENTRIES[0] + byte)
         value = file.read(1)[0]
-        file.seek(64 + byte)
+        file.seek(ENTRIES[0] + byte)
         file.write(bytes([value ^ 1]))
     assert Slot.open(path).read() == Content(b"old", {})
 
@@ -169,7 +171,7 @@ def test_a_damaged_entry_gives_the_blob_before_it(path: str, byte: int) -> None:
 def test_a_first_write_that_was_torn_counts_as_none(path: str) -> None:
     Slot.create(path).close()
     with open(path, "r+b") as file:
-        file.seek(128)
+        file.seek(ENTRIES[1])
         file.write(b"\1\0\0")
     assert Slot.open(path).read() is None
 
@@ -179,8 +181,9 @@ def test_a_slot_that_is_damaged_throughout_is_an_error(path: str) -> None:
         slot.write(b"old")
         slot.write(b"new")
     with open(path, "r+b") as file:
-        file.seek(64)
-        file.write(b"x" * 128)
+        for entry in ENTRIES:
+            file.seek(entry)
+            file.write(b"x" * 20)
     with pytest.raises(StateMismatchError, match="damaged"):
         Slot.open(path).read()
 

@@ -40,6 +40,26 @@ def test_a_limit_is_known_after_some_calls_and_is_that_of_the_longest(path: str)
     assert monitor.read().expected == 0
 
 
+@pytest.mark.parametrize("value", [b"", b"loss", bytes(256)])
+def test_the_replacement_of_a_worker_finds_what_the_call_of_a_step_has_returned(
+    path: str, value: bytes
+) -> None:
+    pulse = Pulse(path)
+    assert pulse.keep(7, value)
+    assert Pulse(path).kept(7) == value
+    assert Pulse(path).kept(8) is None
+    pulse.forget_kept()
+    assert Pulse(path).kept(7) is None
+
+
+def test_a_value_that_is_too_large_is_not_kept_and_one_that_nobody_keeps_need_not_be(path: str) -> None:
+    pulse = Pulse(path)
+    pulse.forget_kept()
+    assert not pulse.keep(7, bytes(257))
+    assert pulse.keep(7, None)
+    assert pulse.kept(7) is None
+
+
 def test_a_call_that_did_not_go_as_usual_teaches_nothing(path: str) -> None:
     pulse, monitor = Pulse(path), Monitor(path)
     for _ in range(ENOUGH + 2):
