@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
+import threading
 from collections.abc import Callable
 
 from checkpointless_elastic.agent.runtime import EventLoop
@@ -25,6 +27,19 @@ class Bell:
         self._calls.put(call)
         os.eventfd_write(self._event, 1)
 
+    def aside(self, work: Callable[[], None], then: Callable[[], None]) -> None:
+        """Have work done on a thread of its own, then this called on the loop; what the work raises comes there."""
+        threading.Thread(
+            target=self._aside, args=(work, then), name="checkpointless-aside", daemon=True
+        ).start()
+
+    def _aside(self, work: Callable[[], None], then: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            then = functools.partial(_raise, error)
+        self.ring(then)
+
     def close(self) -> None:
         """On the loop: nothing is called from now on. The descriptor stays open, since threads may still ring."""
         self._loop.unwatch(self._event)
@@ -33,3 +48,7 @@ class Bell:
         os.eventfd_read(self._event)
         while not self._calls.empty():
             self._calls.get()()
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 from checkpointless_elastic import run_dir
+from checkpointless_elastic.agent.bell import Bell
 from checkpointless_elastic.agent.chair import Chair
 from checkpointless_elastic.agent.failing import Failing
 from checkpointless_elastic.agent.hangs import Hangs
@@ -23,7 +24,7 @@ from checkpointless_elastic.agent.membership import Membership, Network
 from checkpointless_elastic.agent.recoveries import Recoveries, describe
 from checkpointless_elastic.agent.runtime import EventLoop, Workforce
 from checkpointless_elastic.agent.tenant import Tenant
-from checkpointless_elastic.agent.wards import Wards, put_back
+from checkpointless_elastic.agent.wards import PuttingBack, Wards
 from checkpointless_elastic.config import Config
 from checkpointless_elastic.protocol.acts import Word
 from checkpointless_elastic.protocol.between import (
@@ -33,7 +34,6 @@ from checkpointless_elastic.protocol.between import (
     Halt,
     Ordered,
     RankExplained,
-    RankSays,
     RankStarted,
     ReplaceRank,
     Reseated,
@@ -113,8 +113,10 @@ class AgentControl(Tenant):
         self._loop = loop
         self._workers = workers
         self.run_dir = workers.run_dir
-        self._links = Links(os.path.join(workers.run_dir, "agent.sock"), loop, self._accept, self._take)
+        path = os.path.join(workers.run_dir, "agent.sock")
+        self._links = Links(path, loop, self._accept, self._take, self._condemn)
         self._lifelines = Lifelines(loop, self.lost)
+        self._bell = Bell(loop)
         self._failing = Failing(loop, workers)
         self._hangs = Hangs(loop, self._settings, self._pids, self.tell, self._report)
         self._recoveries = Recoveries(self._settings.events, workers.log_dir, self._pids)
@@ -157,16 +159,20 @@ class AgentControl(Tenant):
         self._failed, self._condemned = {}, {}
         self._failing.begin()
         if not seat.taken:
+            self._lay_out(seat)
             self._offer(seat)
         elif self._wards is None:
             self._fetched(seat, station, Kept([]))
 
-    def _offer(self, seat: Seated) -> None:
+    def _lay_out(self, seat: Seated) -> None:
+        """The files of its ranks."""
         assert self._station is not None
         run_dir.empty(self.run_dir, kept=seat.kept >= 0)
         for rank in self._station.ranks:
             Slot.create(slot_path(self.run_dir, rank)).close()
         self._hangs.begin(self.run_dir, self._station)
+
+    def _offer(self, seat: Seated) -> None:
         if seat.taken or seat.restarts:
             self._if_fit(lambda: self._start(seat))
         else:  # it was found to be fit when it came
@@ -179,13 +185,14 @@ class AgentControl(Tenant):
         """The guardian has sent what it kept of the lost agent's ranks."""
         if self._station is not station:
             return
-        self._offer(seat)
-        put_back(self.run_dir, kept.copies)
+        self._lay_out(seat)
+        back = PuttingBack(self.run_dir, kept.copies)
+        self._bell.aside(back.run, lambda: self._offer(seat) if self._station is station else None)
         station.recall(kept.held)
         missing = sorted(station.ranks - {copy.rank for copy in kept.copies})
         if missing:
             reason = "its private state was lost with its node and its guardian's"
-            self._membership.report(RankSays(missing[0], Mismatch(reason)))
+            self._report(station.said(missing[0], Mismatch(reason)))
 
     def keeps(self, rank: int, generation: int) -> bool:
         """See Office."""
@@ -269,6 +276,7 @@ class AgentControl(Tenant):
         self._membership.close(self._workers.ended)
         self._health.close()
         self._lifelines.close()
+        self._bell.close()
         self._links.close()
 
     # ---- what workers say
@@ -333,13 +341,14 @@ class AgentControl(Tenant):
         if station is not None and not known and not over and station.is_protected(rank):
             self._lose(rank, "was lost")
 
-    def _end(self, order: EndRank) -> None:
-        if order.rank in self._condemned:
+    def _condemn(self, rank: int, reason: str, stuck: bool = False) -> None:
+        """End a worker."""
+        if rank in self._condemned:
             return
-        self._condemned[order.rank] = order.reason
-        if order.stuck:
-            self._hangs.ended(order.rank, order.reason)
-        self._workers.kill(order.rank)
+        self._condemned[rank] = reason
+        if stuck:
+            self._hangs.ended(rank, reason)
+        self._workers.kill(rank)
 
     # ---- what the coordinator says
 
@@ -366,7 +375,7 @@ class AgentControl(Tenant):
         if isinstance(message, ReplaceRank):
             self._replace(station, message)
         elif isinstance(message, EndRank):
-            self._end(message)
+            self._condemn(message.rank, message.reason, message.stuck)
         elif isinstance(message, Reseated):
             self._reseated(station, message)
         elif isinstance(message, RollCall):

@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable
 
 from checkpointless_elastic.agent.bell import Bell
+from checkpointless_elastic.agent.copies import fill, give
 from checkpointless_elastic.agent.shelf import Book, Shelf
 from checkpointless_elastic.agent.wire import Wire
 from checkpointless_elastic.errors import CheckpointlessError, ProtocolError
-from checkpointless_elastic.protocol.guarding import Bulk, Done, Get, Put, Sent
+from checkpointless_elastic.protocol.guarding import Bulk, Copy, Done, Get, Large, OnBulk, Put, Recall, Sent
 
 __all__ = ["Keeping"]
 
@@ -22,23 +23,58 @@ class Keeping:
     """Serves connections for mirrors, each on a thread of its own. Methods belong to the loop.
 
     ``keeps(rank, generation)``: see `membership.Office`. ``arrived(rank)``: there is a new mirror of this rank.
+    ``copied(copy)``: a large copy of private state has come. ``kept(rank)``: any thread, the copy that is kept.
     """
 
     def __init__(
-        self, run_dir: str, keeps: Callable[[int, int], bool], arrived: Callable[[int], None]
+        self,
+        run_dir: str,
+        keeps: Callable[[int, int], bool],
+        arrived: Callable[[int], None],
+        copied: Callable[[Copy], None],
+        kept: Callable[[int], Copy | None],
     ) -> None:
         self.shelf = Shelf(run_dir)
         self._keeps, self._arrived = keeps, arrived
+        self._copied, self._kept = copied, kept
         self._wires: set[Wire] = set()
 
     def serve(self, wire: Wire, bell: Bell) -> None:
         """Do what is asked for on this connection, as long as it lasts."""
         self._wires.add(wire)
-        arguments = (wire, self.shelf, lambda book: bell.ring(functools.partial(self._take, wire, book)))
-        gone = functools.partial(bell.ring, functools.partial(self._wires.discard, wire))
         threading.Thread(
-            target=_serve, args=(*arguments, gone), name="checkpointless-keeping", daemon=True
+            target=self._serve, args=(wire, bell), name="checkpointless-keeping", daemon=True
         ).start()
+
+    def _serve(self, wire: Wire, bell: Bell) -> None:
+        """On a thread."""
+        try:
+            wire.send(Bulk())
+            while True:
+                self._answer(wire, wire.receive(idle=True), bell)
+        except (OSError, CheckpointlessError) as error:
+            logger.debug("a connection for mirrors has ended: %s", error)
+        finally:
+            wire.close()
+            bell.ring(functools.partial(self._wires.discard, wire))
+
+    def _answer(self, wire: Wire, message: OnBulk, bell: Bell) -> None:
+        if isinstance(message, Put):
+            _receive(
+                wire, self.shelf, message, lambda book: bell.ring(functools.partial(self._take, wire, book))
+            )
+        elif isinstance(message, Get):
+            _give(wire, self.shelf, message)
+        elif isinstance(message, Large):
+            fill(wire, message, lambda copy: bell.ring(functools.partial(self._take_copy, wire, copy)))
+        elif isinstance(message, Recall):
+            give(wire, message, self._kept)
+        else:
+            raise ProtocolError(f"{type(message).__name__} came where a mirror begins")
+
+    def _take_copy(self, wire: Wire, copy: Copy) -> None:
+        if wire in self._wires:
+            self._copied(copy)
 
     def _take(self, wire: Wire, book: Book) -> None:
         """All of a mirror has come."""
@@ -54,24 +90,6 @@ class Keeping:
         for wire in self._wires:
             wire.end()
         self._wires.clear()
-
-
-def _serve(wire: Wire, shelf: Shelf, came: Callable[[Book], None], gone: Callable[[], None]) -> None:
-    try:
-        wire.send(Bulk())
-        while True:
-            message = wire.receive(idle=True)
-            if isinstance(message, Put):
-                _receive(wire, shelf, message, came)
-            elif isinstance(message, Get):
-                _give(wire, shelf, message)
-            else:
-                raise ProtocolError(f"{type(message).__name__} came where a mirror begins")
-    except (OSError, CheckpointlessError) as error:
-        logger.debug("a connection for mirrors has ended: %s", error)
-    finally:
-        wire.close()
-        gone()
 
 
 def _receive(wire: Wire, shelf: Shelf, put: Put, came: Callable[[Book], None]) -> None:

@@ -1,4 +1,8 @@
-"""The agent's ends of its workers' connections: accepted, checked, read and written without blocking the loop."""
+"""The agent's ends of its workers' connections: accepted, checked, read and written without blocking the loop.
+
+What a worker does not read at once waits here, whole and in order. That it does not read for long is for hang detection
+to judge; a worker is ended here only when too much waits for it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,8 @@ from checkpointless_elastic.protocol.messages import (
 
 logger = logging.getLogger(__name__)
 
-SEND_TIMEOUT_S = 5.0
+MAX_WAITING = 64 << 20
+"""Bytes that wait for a worker to read, at most (but one message may always wait)."""
 
 
 def peer_credentials(connection: socket.socket) -> tuple[int, int]:
@@ -43,19 +48,18 @@ class Link:
     frames: Frames = field(default_factory=Frames)
     rank: int = -1
     channel: str = ""
+    out: bytearray = field(default_factory=bytearray)
+    writing: bool = False
+    choked: bool = False
 
-    def send(self, data: bytes) -> None:
-        """Send encoded bytes. Raises OSError when the peer is gone or does not read for SEND_TIMEOUT_S."""
-        try:
-            sent = self.socket.send(data)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(data):
-            self.socket.settimeout(SEND_TIMEOUT_S)
+    def flush(self) -> None:
+        """Send as much of what waits as the kernel takes now. Raises OSError when the worker is gone."""
+        with memoryview(self.out) as view:
             try:
-                self.socket.sendall(data[sent:])
-            finally:
-                self.socket.setblocking(False)
+                sent = self.socket.send(view)
+            except BlockingIOError:
+                sent = 0
+        del self.out[:sent]
 
 
 class Links:
@@ -63,7 +67,8 @@ class Links:
 
     ``accept(hello)`` returns the answer to send, a Refused among them, or None for a worker that the fork server has
     not reported yet: it is asked again at `retry`. ``take(rank, message)`` gets each message of an accepted worker.
-    Both run on the loop's thread.
+    ``choked(rank, reason)``: too much waits for this worker, once per connection; the reason completes "rank 3 ...".
+    All run on the loop's thread.
     """
 
     def __init__(
@@ -72,10 +77,12 @@ class Links:
         loop: EventLoop,
         accept: Callable[[Hello], Message | None],
         take: Callable[[int, FromWorker], None],
+        choked: Callable[[int, str], None],
     ) -> None:
         self._loop = loop
         self._accept_hello = accept
         self._take = take
+        self._choked = choked
         self._links: dict[tuple[int, str], Link] = {}
         self._early: list[tuple[Link, Hello]] = []
         self._path = path
@@ -130,7 +137,7 @@ class Links:
         if answer is None:
             self._early.append((link, hello))
             return
-        link.send(encode(answer))
+        self._write(link, encode(answer))
         if isinstance(answer, Refused):
             raise ProtocolError(answer.reason)
         link.rank, link.channel = hello.rank, hello.channel
@@ -149,19 +156,48 @@ class Links:
                 self._drop(link)
 
     def send(self, rank: int, channel: str, data: bytes) -> bool:
-        """Send encoded bytes to a rank; one that is not connected, or does not read, is passed over with a log line.
+        """Send encoded bytes to a rank, now or as soon as it reads. Never blocks.
 
-        Have they been sent?
+        False: it is not connected, or is going away, or too much waits for it already.
         """
         link = self._links.get((rank, channel))
-        if link is None:
+        if link is None or link.choked:
+            return False
+        if link.out and len(link.out) + len(data) > MAX_WAITING:
+            link.choked = True
+            reason = f"did not read what its agent sent: {len(link.out)} bytes wait"
+            self._loop.call_later(0.0, lambda: self._choked(link.rank, reason))
             return False
         try:
-            link.send(data)
+            self._write(link, data)
         except OSError as error:
             logger.warning("rank %d does not take messages (%s)", rank, error)
             return False
         return True
+
+    def _write(self, link: Link, data: bytes) -> None:
+        waited = bool(link.out)
+        link.out += data
+        if not waited:
+            self._flush(link)
+
+    def _flush(self, link: Link) -> None:
+        try:
+            link.flush()
+        except OSError:
+            link.out.clear()  # the worker is gone: that, and what it still sent, is read
+            raise
+        finally:
+            if bool(link.out) != link.writing:  # a system call that most messages are spared
+                link.writing = bool(link.out)
+                more = (lambda: self._write_on(link)) if link.writing else None
+                self._loop.watch(link.socket.fileno(), lambda: self._read(link), more)
+
+    def _write_on(self, link: Link) -> None:
+        try:
+            self._flush(link)
+        except OSError as error:
+            logger.warning("rank %d does not take messages any more (%s)", link.rank, error)
 
     def renumber(self, numbers: Mapping[int, int]) -> None:
         """Ranks of this node have other numbers from now on; by the old ones, the new ones."""

@@ -49,7 +49,7 @@ from checkpointless_elastic.protocol.events import Action, Overdue
 from checkpointless_elastic.protocol.guarding import Kept
 from checkpointless_elastic.protocol.holdings import Holdings
 from checkpointless_elastic.protocol.member import Me, Member
-from checkpointless_elastic.protocol.messages import Decision, Freeze, Report, encode_body
+from checkpointless_elastic.protocol.messages import Decision, Freeze, Mismatch, Report, encode_body
 from checkpointless_elastic.protocol.requests import Drain, Inquiry
 from checkpointless_elastic.protocol.rules import Rules
 
@@ -174,7 +174,7 @@ class Membership:
         seat: Seated,
         ranks: frozenset[int],
         fetched: Callable[[Kept], None],
-        say: Callable[[int, Report], None],
+        say: Callable[[int, Report | Mismatch], None],
     ) -> Wards | None:
         """This agent has a seat now: keep its private state with the guardian. None with one seat. See `Wards`."""
         if self._peers is not None and self._bell is not None and len(seat.bases) > 1:

@@ -5,7 +5,8 @@ guardian and can prove who it is, and a rank that is lost in the middle of a ste
 other side no worker is needed either, which would have to stay alive for as long as its memory is another one's.
 
 A mirror is sent as soon as its worker says that it is whole, while the step is computed. The guardian's node is ready
-for a step only when it has the newest mirror of each rank that it keeps (`agent.wards`).
+for a step only when it has the newest mirror of each rank that it keeps (`agent.wards`). Private state that is too
+large for a message goes the same way (`agent.copies`).
 """
 
 from __future__ import annotations
@@ -16,15 +17,21 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 
+import msgspec
+
+from checkpointless_elastic.agent import copies
 from checkpointless_elastic.agent.bell import Bell
+from checkpointless_elastic.agent.copies import Job
 from checkpointless_elastic.agent.peers import Peer, Peers
 from checkpointless_elastic.agent.runtime import Timer
 from checkpointless_elastic.agent.wire import Wire
-from checkpointless_elastic.errors import CheckpointlessError, ProtocolError
+from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol.between import Between
-from checkpointless_elastic.protocol.guarding import NONE, Bulk, Done, Get, Put, Sent, Version
+from checkpointless_elastic.protocol.guarding import NONE, Bulk, Copy, Done, Get, Put, Sent, Version
 from checkpointless_elastic.protocol.messages import encode_body
+from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.mirror_files import install, is_whole, outgoing, room
+from checkpointless_elastic.worker.private import slot_path
 
 __all__ = ["Line", "Outbox", "Sender", "get"]
 
@@ -84,7 +91,8 @@ class Outbox:
     """Sends mirrors over one wire, on a thread of its own.
 
     On the loop: ``missed(rank, version, reason)`` when one was not sent whole; with a reason the guardian cannot take
-    it, else it was given up by its worker. ``failed(reason)``: the connection has ended.
+    it, else it was given up by its worker. ``copied(job, copy, reason)``: a copy was sent; with a reason it cannot be
+    kept. ``failed(reason)``: the connection has ended.
     """
 
     def __init__(
@@ -93,16 +101,21 @@ class Outbox:
         run_dir: str,
         bell: Bell,
         missed: Callable[[int, Version, str], None],
+        copied: Callable[[Job, Copy | None, str], None],
         failed: Callable[[str], None],
     ) -> None:
         self._wire, self._run_dir, self._bell = wire, run_dir, bell
-        self._missed, self._failed = missed, failed
-        self._jobs: queue.SimpleQueue[tuple[int, Version, int] | None] = queue.SimpleQueue()
+        self._missed, self._copied, self._failed = missed, copied, failed
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="checkpointless-mirrors", daemon=True).start()
 
     def put(self, rank: int, version: Version, generation: int) -> None:
         """Send this mirror after those that were asked for."""
-        self._jobs.put((rank, version, generation))
+        self._jobs.put(functools.partial(self._take, rank, version, generation))
+
+    def copy(self, job: Job) -> None:
+        """Send this copy after what was asked for."""
+        self._jobs.put(functools.partial(self._copy, job))
 
     def end(self) -> None:
         """Whatever is being sent ends torn."""
@@ -112,11 +125,24 @@ class Outbox:
     def _work(self) -> None:
         try:
             while (job := self._jobs.get()) is not None:
-                self._take(*job)
-        except (OSError, CheckpointlessError) as error:
-            self._bell.ring(functools.partial(self._failed, str(error)))
+                job()
+        except Exception as error:  # whatever it is, a step waits for what is sent here
+            self._bell.ring(functools.partial(self._failed, str(error) or type(error).__name__))
         finally:
             self._wire.close()
+
+    def _copy(self, job: Job) -> None:
+        copy: Copy | None = None
+        try:
+            with Slot.open(slot_path(self._run_dir, job.rank)) as slot:
+                copy = copies.gathered(slot, job)
+        except MemoryError:
+            reason = f"this node has no memory to send the private state of rank {job.rank}"
+        else:
+            reason = copies.send(self._wire, copy) if copy is not None else ""
+        # the bytes themselves need not wait for the loop
+        bare = copy and msgspec.structs.replace(copy, blob=b"", parts={}, log=None)
+        self._bell.ring(functools.partial(self._copied, job, bare, reason))
 
     def _take(self, rank: int, version: Version, generation: int) -> None:
         found = outgoing(self._run_dir, rank, version, generation)
@@ -145,14 +171,22 @@ class Outbox:
 class Sender:
     """The ward's side: has the newest mirror of each rank of a node sent to its guardian.
 
-    ``released(rank)``: a mirror is not to be waited for any more, see `version`.
+    ``released(rank)``: a mirror is not to be waited for any more, see `version`. ``copied(job, copy, reason)``: see
+    Outbox.
     """
 
     def __init__(
-        self, bell: Bell, peers: Peers, run_dir: str, generation: int, released: Callable[[int], None]
+        self,
+        bell: Bell,
+        peers: Peers,
+        run_dir: str,
+        generation: int,
+        released: Callable[[int], None],
+        copied: Callable[[Job, Copy | None, str], None],
     ) -> None:
         self._bell, self._peers, self._run_dir = bell, peers, run_dir
-        self._generation, self._released = generation, released
+        self._generation, self._released, self._copied = generation, released, copied
+        self._copies: dict[int, Job] = {}  # by rank, those that are not known to have arrived
         self._newest: dict[int, Version] = {}
         self._given_up: set[int] = set()  # ranks whose mirrors this guardian does not get
         self._address = ""
@@ -184,7 +218,16 @@ class Sender:
         self.close()
         self._address, self._failures = address, 0
         self._given_up.clear()
+        self._copies.clear()
         self._send_all()
+
+    def copy(self, job: Job) -> None:
+        """Send a copy of private state, instead of an older one of this rank that has not gone yet."""
+        self._copies[job.rank] = job
+        if self._outbox is not None:
+            self._outbox.copy(job)
+        else:
+            self._connect()
 
     def close(self) -> None:
         """Nothing is sent from now on."""
@@ -199,7 +242,11 @@ class Sender:
     def _send(self, rank: int) -> None:
         if self._outbox is not None:
             self._outbox.put(rank, self._newest[rank], self._generation)
-        elif self._address and self._line is None and self._again is None:
+        else:
+            self._connect()
+
+    def _connect(self) -> None:
+        if self._address and self._line is None and self._again is None:
             self._line = Line(self._peers, self._address, self._connected, self._lost)
 
     def _connected(self, wire: Wire) -> None:
@@ -209,6 +256,7 @@ class Sender:
             self._run_dir,
             self._bell,
             lambda *what: self._missed(*what) if self._outbox is outbox else None,
+            lambda *what: self._sent(*what) if self._outbox is outbox else None,
             lambda reason: self._lost(reason) if self._outbox is outbox else None,
         )
         self._send_all()
@@ -217,6 +265,17 @@ class Sender:
         for rank, version in self._newest.items():
             if version != NONE and rank not in self._given_up:
                 self._send(rank)
+        for job in self._copies.values():
+            if self._outbox is not None:
+                self._outbox.copy(job)
+            else:
+                self._connect()
+
+    def _sent(self, job: Job, copy: Copy | None, reason: str) -> None:
+        self._failures = 0
+        if self._copies.get(job.rank) is job:
+            del self._copies[job.rank]
+        self._copied(job, copy, reason)
 
     def _missed(self, rank: int, version: Version, reason: str) -> None:
         if reason:
@@ -245,6 +304,9 @@ class Sender:
         self._given_up = set(self._newest)
         for rank in self._given_up:
             self._released(rank)
+        jobs, self._copies = self._copies, {}
+        for job in jobs.values():
+            self._copied(job, None, f"the guardian of this node does not take it ({reason})")
 
     def _try_again(self) -> None:
         self._again = None

@@ -74,6 +74,11 @@ class Peer:
         """The other agent is known and messages can be sent."""
         return bool(self.agent) and self.how is None
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that were sent here and have not left this process."""
+        return sum(map(len, self._early)) + (self._stream.waiting if self._stream is not None else 0)
+
     def send(self, body: bytes) -> None:
         """Send one message. Never blocks, never raises; before `opened` it waits, after the end it is dropped.
 
@@ -81,7 +86,7 @@ class Peer:
         """
         if self.how is not None or self._doomed:
             return
-        waiting = sum(map(len, self._early)) + (self._stream.waiting if self._stream is not None else 0)
+        waiting = self.waiting
         if len(body) > MAX_MESSAGE:
             self._fail_soon(f"a message of {len(body)} bytes is over the limit of {MAX_MESSAGE}")
         elif waiting and waiting + len(body) > MAX_WAITING:

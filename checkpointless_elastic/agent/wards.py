@@ -3,7 +3,8 @@
 What only one rank knows of its step stands in its slot, in memory of its own node. So that it outlives the node, each
 agent sends it to its *guardian*, the agent of the next seat, whenever a rank is ready; the guardian's node is ready for
 that step only when it has it (`protocol.node`). An agent that takes a lost agent's seat gets the copies from there.
-What is said here of copies holds for mirrors too, but these have connections of their own (`agent.mirrors`).
+What is said here of copies holds for mirrors too, but these have connections of their own (`agent.mirrors`). Copies
+that are too large for a message go there as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from checkpointless_elastic.agent.bell import Bell
+from checkpointless_elastic.agent.copies import SMALL, Job, gathered, size
+from checkpointless_elastic.agent.fetching import Fetching
 from checkpointless_elastic.agent.keeping import Keeping
 from checkpointless_elastic.agent.mirrors import Line, Sender
 from checkpointless_elastic.agent.peers import Peer, Peers
@@ -26,6 +29,7 @@ from checkpointless_elastic.protocol.messages import (
     Decision,
     FromWorker,
     Mirrored,
+    Mismatch,
     Replicas,
     Report,
     Stage,
@@ -34,7 +38,7 @@ from checkpointless_elastic.protocol.messages import (
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.private import slot_path
 
-__all__ = ["Keeper", "Wards", "put_back"]
+__all__ = ["Keeper", "PuttingBack", "Wards"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +46,19 @@ AGAIN_S = 0.5
 """Until the next try to reach a guardian."""
 
 
-def put_back(run_dir: str, copies: list[Copy]) -> None:
-    """Write what a guardian has kept into the slots of its ranks."""
-    for copy in copies:
-        with Slot.open(slot_path(run_dir, copy.rank)) as slot:
-            slot.write(copy.blob, copy.parts)
-            for entry in copy.log or []:
-                slot.append(entry)
+class PuttingBack:
+    """Writes what a guardian has kept into the slots of its ranks: into those that are there now, whatever follows."""
+
+    def __init__(self, run_dir: str, copies: list[Copy]) -> None:
+        self._slots = [(copy, Slot.open(slot_path(run_dir, copy.rank))) for copy in copies]
+
+    def run(self) -> None:
+        """Any thread, once. OSError if the shared memory is full."""
+        for copy, slot in self._slots:
+            with slot:
+                slot.write(copy.blob, copy.parts)
+                for entry in copy.log or []:
+                    slot.append(entry)
 
 
 class Keeper:
@@ -65,7 +75,7 @@ class Keeper:
         bell: Bell | None = None,
     ) -> None:
         self._keeps, self._copied, self._bell = keeps, copied, bell
-        self._keeping = Keeping(run_dir, keeps, self._look)
+        self._keeping = Keeping(run_dir, keeps, self._look, self._take, lambda rank: self._kept.get(rank))
         self._kept: dict[int, Copy] = {}
         self._held: dict[int, Replicas] = {}
         self._from: dict[int, Peer] = {}  # by rank, the agent that has its seat
@@ -77,18 +87,26 @@ class Keeper:
             if message.wants:
                 kept = [self._kept[rank] for rank in message.ranks if rank in self._kept]
                 held = {rank: self._held[rank] for rank in message.ranks if rank in self._held}
-                peer.send(encode_body(Kept(kept, held)))
+                peer.send(encode_body(_message(kept, held)))
         elif isinstance(message, Holds) and self._from.get(message.rank) is peer:
             self._held[message.rank] = message.held
         elif isinstance(message, Bulk) and self._bell is not None:
             self._keeping.serve(peer.detach(), self._bell)
         elif isinstance(message, Copy) and self._from.get(message.rank) is peer:
-            if self._keeps(message.rank, message.generation) and not self._keep(message):
-                peer.send(encode_body(Lacking(message.rank)))
+            self._take(message)
+
+    def _take(self, message: Copy) -> None:
+        """A copy has come."""
+        if not self._keeps(message.rank, message.generation) or self._keep(message):
+            return
+        if (peer := self._from.get(message.rank)) is not None:
+            peer.send(encode_body(Lacking(message.rank)))
 
     def _keep(self, message: Copy) -> bool:
         """False: parts are missing; what the copy builds on was refused, or forgotten with the seat of this agent."""
         known = self._kept.get(message.rank)
+        if known is not None and (known.generation, known.step) > (message.generation, message.step):
+            return True  # a large one, which a later one has overtaken
         have = {**known.parts, **message.parts} if known is not None else message.parts
         if not have.keys() >= set(message.numbers):
             return False
@@ -128,6 +146,18 @@ class Keeper:
             self._look(rank)
 
 
+def _message(copies: list[Copy], held: dict[int, Replicas]) -> Kept:
+    """What fits goes along; the rest is to be asked for."""
+    small: list[Copy] = []
+    room = SMALL
+    for copy in sorted(copies, key=size):
+        room -= size(copy)
+        if room >= 0:
+            small.append(copy)
+    taken = {copy.rank for copy in small}
+    return Kept(small, held, [copy.rank for copy in copies if copy.rank not in taken])
+
+
 @dataclass
 class _Sent:
     """What the guardian has of one rank."""
@@ -139,8 +169,8 @@ class _Sent:
 class Wards:
     """The ward's side, for the ranks of this node while it has a seat.
 
-    ``fetched(kept)``: what the guardian had, once, if the seat was taken over. ``say(rank, report)``: a worker's
-    report that was kept back, see `heard`.
+    ``fetched(kept)``: what the guardian had, once, if the seat was taken over. ``say(rank, message)``: a worker's
+    report that was kept back, see `heard`, or that its private state cannot be kept.
     """
 
     def __init__(
@@ -152,9 +182,13 @@ class Wards:
         seat: Seated,
         ranks: frozenset[int],
         fetched: Callable[[Kept], None],
-        say: Callable[[int, Report], None],
+        say: Callable[[int, Report | Mismatch], None],
     ) -> None:
-        self._mirrors = Sender(bell, peers, run_dir, seat.generation, self._again_without_mirror)
+        self._mirrors = Sender(
+            bell, peers, run_dir, seat.generation, self._again_without_mirror, self._copied
+        )
+        self._fetch = Fetching(bell, peers, self._arrived, self._fetch_again)
+        self._say = say
         self._returns = Returns(bell, peers, run_dir, ranks, say)
         self._loop, self._peers, self._run_dir = loop, peers, run_dir
         self._seat, self._ranks = seat, ranks
@@ -177,6 +211,7 @@ class Wards:
 
     def _connect(self, address: str) -> None:
         self._hang_up()
+        self._fetch.close()
         self._address = address
         if address:  # else that seat is vacant now
             self._peer = self._peers.connect(address)
@@ -186,7 +221,7 @@ class Wards:
         return peer is self._peer or self._line(peer) is not None
 
     def _line(self, peer: Peer) -> Line | None:
-        return self._mirrors.line(peer) or self._returns.line(peer)
+        return self._mirrors.line(peer) or self._returns.line(peer) or self._fetch.line(peer)
 
     def opened(self, peer: Peer) -> None:
         """The guardian is there: it gets everything anew."""
@@ -205,13 +240,26 @@ class Wards:
         if (line := self._line(peer)) is not None:
             line.received(message)
         elif isinstance(message, Kept) and self._fetched is not None:
-            fetched, self._fetched = self._fetched, None
-            self._held = message.held
-            fetched(message)
-            self._returns.allow()
+            if message.large:
+                self._fetch.begin(self._address, message)
+            else:
+                self._arrived(message)
         elif isinstance(message, Lacking) and message.rank in self._ready:
             self._sent.pop(message.rank, None)
             self._copy(message.rank, *self._ready[message.rank])
+
+    def _arrived(self, kept: Kept) -> None:
+        """All is here that the guardian had."""
+        if self._fetched is not None:
+            fetched, self._fetched = self._fetched, None
+            self._held = kept.held
+            fetched(kept)
+            self._returns.allow()
+
+    def _fetch_again(self) -> None:
+        """As long as the guardian is there, and the coordinator's limit has not passed."""
+        if self._fetched is not None and self._peer is not None and self._peer.is_open:
+            self._send(Ward(self._seat.seat, sorted(self._ranks), True))
 
     def closed(self, peer: Peer, reason: str) -> None:
         """The guardian is gone, and the coordinator names its successor; or only the connection is."""
@@ -251,16 +299,25 @@ class Wards:
             self._copy(rank, *self._ready[rank])
 
     def _copy(self, rank: int, generation: int, step: int) -> None:
+        assert self._peer is not None
         sent = self._sent.setdefault(rank, _Sent())
-        with Slot.open(slot_path(self._run_dir, rank)) as slot:
-            content = slot.read()
-            log = slot.entries() if sent.log < 0 else None
-        if content is None:
-            return
-        parts = {number: part for number, part in content.parts.items() if number not in sent.numbers}
-        sent.numbers, sent.log = set(content.parts), 0
         mirror = self._mirrors.version(rank)
-        self._send(Copy(rank, generation, step, content.blob, list(content.parts), parts, log, mirror))
+        job = Job(rank, generation, step, frozenset(sent.numbers), sent.log < 0, mirror)
+        with Slot.open(slot_path(self._run_dir, rank)) as slot:
+            large = slot.room(job.log) + self._peer.waiting > SMALL
+            copy = None if large else gathered(slot, job)
+        if large:
+            self._mirrors.copy(job)
+        elif copy is not None:
+            sent.numbers, sent.log = set(copy.numbers), 0
+            self._send(copy)
+
+    def _copied(self, job: Job, copy: Copy | None, reason: str) -> None:
+        """A large copy has been sent, or cannot be kept."""
+        if reason:
+            self._say(job.rank, Mismatch(f"its private state cannot be kept on another node: {reason}"))
+        elif copy is not None and job.rank in self._sent:
+            self._sent[job.rank] = _Sent(set(copy.numbers), 0)  # if it has not, the guardian asks for all
 
     def _send(self, message: Between) -> None:
         assert self._peer is not None
@@ -269,6 +326,7 @@ class Wards:
     def close(self) -> None:
         """The seat is given up."""
         self._hang_up()
+        self._fetch.close()
         self._mirrors.close()
         self._returns.close()
 

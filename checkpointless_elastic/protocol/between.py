@@ -54,7 +54,8 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
         guardian: its address, as far as this agent knows; see Seated.
         step: the next step to be committed, as far as this agent knows.
         pending: its ranks that are replacements and have not joined.
-        lost, left: of the recovery that goes on, empty if none does; see Freeze.
+        lost, left: of the recovery that goes on, empty if none does; see Freeze. ``left`` also has its ranks that have
+            said so since.
         gone: its ranks whose worker is gone and not yet replaced.
         protected: its ranks whose script has made a Run.
         held: what its ranks hold, as they said after the first step.
@@ -62,6 +63,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
         ended: what NodeEnded says of this agent; None: not yet.
         resizes, kept: see Seated.
         keepers: its ranks whose state of step ``kept`` is on this node.
+        unfit: of its ranks that cannot recover live, what they said.
     """
 
     seat: int
@@ -82,6 +84,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     resizes: int = 0
     kept: int = -1
     keepers: list[int] = []
+    unfit: dict[int, str] = {}
 
 
 # ---- to the coordinator ----------------------------------------------------------------------------------------------

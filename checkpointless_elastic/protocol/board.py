@@ -73,7 +73,7 @@ from checkpointless_elastic.protocol.requests import Took, Warm
 from checkpointless_elastic.protocol.resizer import Resizer
 from checkpointless_elastic.protocol.roster import Agent, short
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
-from checkpointless_elastic.protocol.takeover import is_later, left_behind
+from checkpointless_elastic.protocol.takeover import is_later, left_behind, unfit
 
 __all__ = ["Board"]
 
@@ -184,7 +184,8 @@ class Board(Resizer):
         self._restarts = max((standing.restarts for standing in standings), default=0)
         self._resizes = max((standing.resizes for standing in standings), default=0)
         self.coordinator = self._new_coordinator(max((s.generation for s in standings), default=0))
-        self.coordinator.take_over(standings, self._store)
+        successor = self.coordinator
+        successor.take_over(standings, self._store)
         if any(standing.released for standing in standings):
             self._release(standings, missing)
         elif len({standing.restarts for standing in standings}) > 1:
@@ -194,6 +195,9 @@ class Board(Resizer):
             self._lose([(seat, self._causes.get(seat, lost)) for seat in missing])
             if not missing:
                 self._decide(Reopened("the coordinator is another one"))
+            for event in unfit(standings):
+                if self.coordinator is successor:  # else the script is run again already
+                    self._decide(event)
             if self._resizes != resizes:
                 standings = []  # of seats with other numbers
         self._tell_guardians(standings)

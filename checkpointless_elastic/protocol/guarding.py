@@ -3,7 +3,7 @@
 There are two kinds of connections. On the first one goes what a step waits for: the private state of each rank that is
 ready. Mirrors are large, so they have connections of their own, each of which a thread serves on either side (see
 `agent.wire`). What opens one says `Bulk` and waits for the same word; then it may `Put` mirrors, or `Get` those that
-are kept.
+are kept. Private state that is too large for a message goes there too (`Large`, `Recall`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ __all__ = [
     "Holds",
     "Kept",
     "Lacking",
+    "Large",
     "NONE",
     "OnBulk",
     "Put",
+    "Recall",
     "Sent",
     "Version",
     "Ward",
@@ -79,10 +81,13 @@ class Holds(Message, frozen=True):
 
 
 class Kept(Message, frozen=True):
-    """All that the guardian has of a seat's ranks, whole. ``held``: by rank, see Holds."""
+    """All that the guardian has of a seat's ranks, whole. ``held``: by rank, see Holds; ``large``: ranks whose copies
+    are too large for a message, see Recall.
+    """
 
     copies: list[Copy]
     held: dict[int, Replicas] = {}
+    large: list[int] = []
 
 
 class Bulk(Message, frozen=True):
@@ -123,16 +128,41 @@ class Get(Message, frozen=True):
 
 
 class Done(Message, frozen=True):
-    """To Put: send the bytes; to Get: these were all.
+    """To Put and Large: send the bytes, or they have been taken; to Get and Recall: these were all.
 
-    ``reason``: why a mirror cannot be taken, a sentence without its full stop; ``here``: it is kept already.
+    ``reason``: why it cannot be taken, a sentence without its full stop; ``here``: it is kept already.
     """
 
     reason: str = ""
     here: bool = False
 
 
-OnBulk = Put | Sent | Get | Done
+class Large(Message, frozen=True):
+    """A Copy whose bytes follow, once Done has come, in this order; a second Done says that they have been taken.
+
+    Attributes:
+        copy: the rest of it.
+        blob: bytes of its blob; ``parts``: of each of its parts; ``log``: of each entry.
+    """
+
+    copy: Copy
+    blob: int
+    parts: dict[int, int]
+    log: list[int] | None
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes that follow."""
+        return self.blob + sum(self.parts.values()) + sum(self.log or [])
+
+
+class Recall(Message, frozen=True):
+    """Send the copies that are kept of these ranks, then Done."""
+
+    ranks: list[int]
+
+
+OnBulk = Put | Sent | Get | Done | Large | Recall
 
 _decoder: msgspec.msgpack.Decoder[OnBulk] = msgspec.msgpack.Decoder(OnBulk)
 

@@ -83,6 +83,9 @@ class Station:
         self._absent: set[int] = set()  # its ranks that are gone and not yet replaced
         self._lost: set[int] = set(self.pending)
         self._left: set[int] = set()
+        # what its ranks said in this recovery: the coordinator that was told may be lost before it acts on it
+        self._leavers: set[int] = set()
+        self._unfit: dict[int, str] = {}
         self._protected: set[int] = set()
         self._held: dict[int, Replicas] = {}
         self._gone_wards: dict[int, int] = {}  # ranks of the seat before: the generation of their newest loss
@@ -133,6 +136,10 @@ class Station:
             self._protected.add(rank)
         if isinstance(message, Replicas):
             self._held[rank] = message
+        if isinstance(message, Left) and message.generation > self._ran:
+            self._leavers.add(rank)
+        if isinstance(message, Mismatch):
+            self._unfit[rank] = message.reason
         return RankSays(rank, message) if isinstance(message, (Protected, Replicas, Left, Mismatch)) else None
 
     def recall(self, held: Mapping[int, Replicas]) -> None:
@@ -150,6 +157,8 @@ class Station:
     def lost(self, rank: int, cause: str, error: str, mirrored: int) -> RankGone:
         """A worker is gone; see `events.Lost`."""
         self._absent.add(rank)
+        self._leavers.discard(rank)
+        self._unfit.pop(rank, None)
         return RankGone(rank, cause, error, mirrored)
 
     def exited(self, rank: int) -> RankExited:
@@ -186,7 +195,7 @@ class Station:
             self.seat.restarts,
             sorted(self.pending),
             sorted(self._lost),
-            sorted(self._left),
+            sorted(self._left | self._leavers),
             sorted(self._absent),
             sorted(self._protected),
             self._held,
@@ -195,6 +204,7 @@ class Station:
             self.seat.resizes,
             self.seat.kept,
             sorted(self.keepers),
+            self._unfit,
         )
 
     # ---- down
@@ -217,6 +227,7 @@ class Station:
         elif isinstance(message, Resume):
             self.decision, self.pending, self._ran = None, set(), message.generation
             self._lost, self._left = set(), set()
+            self._leavers, self._unfit = set(), {}
         elif isinstance(message, Reseated):
             after = (self.seat.seat + 1) % len(self.seat.bases)
             self.guardian = message.addresses.get(after, self.guardian)

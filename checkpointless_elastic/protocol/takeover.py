@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from checkpointless_elastic.protocol.between import Standing
+from checkpointless_elastic.protocol.events import Unfit
 
-__all__ = ["is_later", "left_behind"]
+__all__ = ["is_later", "left_behind", "unfit"]
 
 
 def is_later(one: Standing, other: Standing) -> bool:
@@ -31,3 +32,10 @@ def left_behind(standings: dict[int, Standing], ranks: Callable[[int], frozenset
         return any(own & gone for generation, gone in lost.items() if generation > standing.generation)
 
     return [standing.seat for standing in known if standing.generation < ran or was_lost(standing)]
+
+
+def unfit(standings: Iterable[Standing]) -> Iterator[Unfit]:
+    """What the last coordinator was told, and may not have acted on."""
+    for standing in standings:
+        for rank, reason in sorted(standing.unfit.items()):
+            yield Unfit(rank, reason)

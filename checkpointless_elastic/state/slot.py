@@ -153,6 +153,10 @@ class Slot:
             return None
         raise StateMismatchError(f"The slot {self._path} is damaged or changes faster than it can be read.")
 
+    def room(self, log: bool) -> int:
+        """Bytes of the file, and of that of the log: what is in them has no more. Does not read them."""
+        return os.fstat(self._blob_fd).st_size + (os.fstat(self._log_fd).st_size if log else 0)
+
     def append(self, entry: bytes) -> None:
         """Add an entry to the log. OSError if the shared memory is full; the log is then as before."""
         end = self._end_of_log() if self._log_end is None else self._log_end

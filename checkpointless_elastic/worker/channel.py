@@ -117,6 +117,10 @@ class Channel:
             if not self._closing:
                 logger.error("The agent is gone: this worker ends.")
                 os._exit(1)
+        except BaseException:
+            # The others would wait for this rank's answers until a deadline; its replacement gives them.
+            logger.critical("A message of the agent could not be handled: this worker ends.", exc_info=True)
+            os._exit(1)
 
     def expect_end(self) -> None:
         """The agent has said its last word on these connections. Any thread."""

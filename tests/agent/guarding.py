@@ -15,7 +15,7 @@ from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.agent.wards import Keeper, Wards
 from checkpointless_elastic.protocol.between import Seated, decode
 from checkpointless_elastic.protocol.guarding import Kept
-from checkpointless_elastic.protocol.messages import Mirrored, Report, Stage
+from checkpointless_elastic.protocol.messages import Mirrored, Mismatch, Report, Stage
 from checkpointless_elastic.state.pieces import Manifest
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.slot import Slot
@@ -60,7 +60,7 @@ class Ward:
         run_dir.mkdir()
         self.run_dir = str(run_dir)
         self.fetched: Kept | None = None
-        self.said: list[tuple[int, Report]] = []
+        self.said: list[tuple[int, Report | Mismatch]] = []
         with Slot.create(slot_path(self.run_dir, RANK)) as slot:
             slot.write(b"private")
         self.peers = Peers(
