@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.agent.test_mirrors import wire_to
+from tests.agent.test_guardian import wire_to
 
 from checkpointless_elastic.protocol.guarding import Copy, Done, Large
 from checkpointless_elastic.protocol.guarding import Ward as WardOf
