@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.agent.test_guardian import wire_to
 
 from checkpointless_elastic.protocol.guarding import Copy, Done, Large
 from checkpointless_elastic.protocol.guarding import Ward as WardOf
@@ -19,6 +18,7 @@ from checkpointless_elastic.protocol.messages import MAX_MESSAGE, Mismatch
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker.private import slot_path
 from tests.agent.guarding import RANK, Guardian, Scene, Ward, scene
+from tests.agent.test_guardian import wire_to
 from tests.agent.test_peers_tls import Authority
 
 BLOB = random.Random(1).randbytes(MAX_MESSAGE + 1)
