@@ -175,6 +175,7 @@ class Hangs:
             answer is not None and answer.waits,
             at,
             limit,
+            lasts > self._unknown,
         )
 
     def _is_starved(self, pid: int) -> bool:

@@ -190,8 +190,8 @@ class Coordinator(Resizing):
         return self._answer(self._facts(event.ranks), event.cause, newly - event.ranks)
 
     def _reopened(self, event: Reopened) -> list[Action]:
-        self._fault = event.cause
-        return self._answer(self._facts(), event.cause, set())
+        ended_well = self._remove(set(), event.cause)
+        return self._answer(self._facts(), event.cause, ended_well)
 
     def _answer(self, facts: Facts, cause: str, replaced: set[int]) -> list[Action]:
         """``replaced``: ranks whose agents are told to start them again."""
@@ -347,11 +347,18 @@ class Coordinator(Resizing):
         return [Reached(self.generation, "resumed", details), Broadcast(Resume(self.generation))]
 
     def _halted(self, event: Late) -> list[Action]:
-        if (event.generation, event.step) != (self.generation, self.step) or not self.protected:
+        if (event.generation, event.step) != (self.generation, self.step) or self._unprotected:
             return []
-        found = self._halt.heard(event, frozenset(self.whole), self.state is State.RUNNING)
-        if self._halt.votes_lost and self.state is State.RUNNING:
+        halt = self._halt
+        found = halt.heard(event, frozenset(self.whole - self.exited), self.state is State.RUNNING)
+        if halt.stands and not found:
+            reason = (
+                "all ranks have stood for longer than hang_timeout, and none of them is known to be the cause"
+            )
+            return self._end(Choice(Rung.RESTART, reason))
+        if halt.votes_lost and self.state is State.RUNNING:
             self._halt = Halt()
+            self._faults_since_commit += 1
             return self._reopened(
                 Reopened("all ranks were ready for a minute, and not all of their votes came")
             )

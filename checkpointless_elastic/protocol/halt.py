@@ -17,10 +17,11 @@ class Halt:
 
     Attributes:
         votes_lost: as was heard last, all ranks have been ready for VOTES_LIMIT_S.
+        stands: as was heard last, no rank has done anything for `hang_timeout`.
     """
 
     def __init__(self) -> None:
-        self.votes_lost = False
+        self.votes_lost = self.stands = False
         self._moment = (-1, -1)
         self._wheres: dict[int, Where] = {}
 
@@ -33,10 +34,11 @@ class Halt:
         if moment != self._moment:
             self._moment, self._wheres = moment, {}
         self._wheres.update(event.ranks)
-        if not expected <= self._wheres.keys():
+        if not expected or not expected <= self._wheres.keys():
             return {}
         wheres, self._wheres = {rank: self._wheres[rank] for rank in expected}, {}
         self.votes_lost = all(
             where.activity == Activity.GATE and where.seconds > VOTES_LIMIT_S for where in wheres.values()
         )
+        self.stands = all(where.overlong for where in wheres.values())
         return {rank: (why, wheres[rank].seconds) for rank, why in culprits(wheres, running).items()}

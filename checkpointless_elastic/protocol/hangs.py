@@ -49,6 +49,7 @@ class Where(Message, frozen=True):
         waits: its main thread waits for a collective; False if that cannot be seen.
         at: the innermost place of the main thread in the script, as far as is known.
         limit: seconds after which it is late.
+        overlong: it has done so for longer than `hang_timeout`, whatever was learned.
     """
 
     activity: int
@@ -61,6 +62,7 @@ class Where(Message, frozen=True):
     waits: bool = False
     at: str = ""
     limit: float = 0.0
+    overlong: bool = False
 
 
 class _Verdict(NamedTuple):
@@ -94,17 +96,18 @@ def culprits(ranks: Mapping[int, Where], running: bool) -> dict[int, str]:
     """The ranks that the job waits for, with a sentence that completes "rank 3 ..."; none if it may go on by itself.
 
     Never more than half of the ranks: what holds up most of them, such as a file system or a pause of all, is no rank's
-    fault. ``running``: no recovery goes on. In one, collectives end at once and nobody waits in them.
+    fault. But a signal that has stopped a process is evidence, not suspicion: then one must be left. ``running``: no
+    recovery goes on. In one, collectives end at once and nobody waits in them.
     """
+    stopped = [rank for rank, where in ranks.items() if where.late and where.stopped]
+    if 0 < len(stopped) < len(ranks):
+        return {rank: _sentence(ranks[rank], "its process is stopped by a signal") for rank in stopped}
     found, why = _suspects(ranks, running)
     return {rank: _sentence(ranks[rank], why) for rank in found} if 2 * len(found) <= len(ranks) else {}
 
 
 def _suspects(ranks: Mapping[int, Where], running: bool) -> tuple[list[int], str]:
-    late = {rank: where for rank, where in ranks.items() if where.late}
-    if stopped := [rank for rank, where in late.items() if where.stopped]:
-        return stopped, "its process is stopped by a signal"
-    working = {rank: where for rank, where in late.items() if where.activity in WORKING}
+    working = {rank: where for rank, where in ranks.items() if where.late and where.activity in WORKING}
     if silent := [rank for rank, where in working.items() if not where.answers]:
         return silent, "none of its threads gets to run"
     if not running:

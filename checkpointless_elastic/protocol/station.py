@@ -108,11 +108,11 @@ class Station:
 
     @property
     def running(self) -> frozenset[int]:
-        """Its ranks that have joined a protected job and are not known to be gone."""
+        """Its ranks whose script has made a Run, that have joined and are not known to be gone."""
         if self.stopped or self.released:
             return frozenset()
         here = self.ranks - self.pending - self._absent - self.gone.keys()
-        return frozenset(rank for rank in here if self.is_protected(rank))
+        return here & self._protected
 
     def is_protected(self, rank: int) -> bool:
         """Can the loss of this rank be answered by rung 1, as far as is known here?"""

@@ -199,7 +199,9 @@ class Session:
         if message.store_lost:
             self.registry.forget_lazy()
         self.affect(message.generation, [*message.lost, *message.left])
-        self.freeze_seen.set()
+        with self.lock:
+            if self.frozen > self.generation:  # else it was repeated for others, and this rank has resumed
+                self.freeze_seen.set()
         self.channel.control.send(answer)
 
     def superseded(self, generation: int, seconds: float) -> bool:

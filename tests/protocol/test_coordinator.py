@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from msgspec.structs import replace
 
 from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol.between import RollCall
@@ -17,10 +16,8 @@ from checkpointless_elastic.protocol.events import (
     End,
     Event,
     ExitedEarly,
-    Late,
     LeftEarly,
     Lost,
-    Opened,
     Overdue,
     Replace,
     Restart,
@@ -29,7 +26,6 @@ from checkpointless_elastic.protocol.events import (
     Tally,
     Unfit,
 )
-from checkpointless_elastic.protocol.hangs import Activity, Where
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
@@ -210,17 +206,6 @@ def test_a_run_that_began_by_rung_3_and_commits_nothing_is_restarted_by_rung_4()
     coordinator = Coordinator(frozenset({0, 1}), max_faults_per_step=3, began=3)
     (action,) = coordinator.handle(Lost(1, "exited with code 1"))
     assert isinstance(action, Restart) and action.rung == 4
-
-
-def test_where_votes_are_lost_the_step_is_done_again() -> None:
-    coordinator = running()
-    ready = Where(Activity.GATE, True, 11, {}, 61.0)
-    assert coordinator.handle(Late(0, 5, {0: ready, 1: ready})) == []
-    assert coordinator.handle(Late(0, 5, {2: replace(ready, seconds=59.0)})) == []
-    actions = coordinator.handle(Late(0, 5, dict.fromkeys(range(3), ready)))
-    assert any(isinstance(action, Opened) for action in actions)
-    assert (coordinator.generation, coordinator.lost) == (1, set())
-    assert coordinator.handle(Late(0, 5, dict.fromkeys(range(3), ready))) == []
 
 
 def test_a_rank_that_does_not_answer_a_freeze_in_time_is_ended_and_replaced() -> None:

@@ -88,6 +88,7 @@ def test_when_all_processes_are_stopped_somebody_meant_it() -> None:
     stopped = replace(CALL, stopped=True, answers=False)
     assert blamed(stopped, stopped, stopped) == set()
     assert blamed(stopped, CALL, CALL) == {0}
+    assert blamed(stopped, stopped, CALL) == {0, 1}  # a signal is no suspicion
 
 
 HERE, THERE = replace(CALL, at="train.py:7 in step"), replace(CALL, at="train.py:9 in step")

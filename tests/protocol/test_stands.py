@@ -1,0 +1,63 @@
+"""A job in which all ranks stand and nobody was lost comes to an end."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from checkpointless_elastic.protocol.coordinator import State
+from checkpointless_elastic.protocol.events import End, ExitedEarly, Late, Opened, Reopened, Replace, Restart
+from checkpointless_elastic.protocol.hangs import Activity, Where
+from tests.protocol.test_coordinator import running
+
+
+def test_where_votes_are_lost_the_step_is_done_again() -> None:
+    coordinator = running()
+    ready = Where(Activity.GATE, True, 11, {}, 61.0)
+    assert coordinator.handle(Late(0, 5, {0: ready, 1: ready})) == []
+    assert coordinator.handle(Late(0, 5, {2: replace(ready, seconds=59.0)})) == []
+    actions = coordinator.handle(Late(0, 5, dict.fromkeys(range(3), ready)))
+    assert any(isinstance(action, Opened) for action in actions)
+    assert (coordinator.generation, coordinator.lost) == (1, set())
+    assert coordinator.handle(Late(0, 5, dict.fromkeys(range(3), ready))) == []
+
+
+def test_a_rank_that_had_ended_well_comes_back_when_a_generation_is_opened_without_a_loss() -> None:
+    coordinator = running()
+    coordinator.handle(ExitedEarly(2))
+    actions = coordinator.handle(Reopened("the coordinator is another one"))
+    assert Replace(2) in actions
+    assert (coordinator.whole, coordinator.pending) == ({0, 1}, {2})
+
+
+def test_votes_that_are_lost_again_and_again_lead_to_rung_3() -> None:
+    coordinator = running()
+    ready = Where(Activity.GATE, True, 11, {}, 61.0)
+    ended = []
+    for _ in range(4):  # one more than the faults that are allowed
+        assert ended == []
+        actions = coordinator.handle(Late(coordinator.generation, 5, dict.fromkeys(range(3), ready)))
+        ended = [action for action in actions if isinstance(action, Restart)]
+        coordinator.state = State.RUNNING
+    assert [action.rung for action in ended] == [3]
+
+
+def test_where_all_stand_for_too_long_and_nobody_is_to_blame_workers_are_restarted() -> None:
+    coordinator = running()
+    loads = Where(Activity.DATA, True, 10, {}, 1801.0, overlong=True)
+    shorter = replace(loads, overlong=False)
+    assert coordinator.handle(Late(0, 5, {0: loads, 1: loads, 2: shorter})) == []
+    (action,) = coordinator.handle(Late(0, 5, dict.fromkeys(range(3), loads)))
+    assert isinstance(action, Restart) and action.rung == 4
+    assert "none of them is known to be the cause" in action.reason
+
+
+def test_hangs_are_looked_for_where_replicas_differ_and_ranks_that_have_ended_are_not_waited_for() -> None:
+    coordinator = running()
+    coordinator.holdings.distrust = "nobody knows which bytes are right"
+    coordinator.handle(ExitedEarly(2))
+    ready, stuck = (
+        Where(Activity.GATE, True, 11, {}, 2.0),
+        Where(Activity.CALL, True, 11, {}, 2.0, answers=False),
+    )
+    (action,) = coordinator.handle(Late(0, 5, {0: ready, 1: stuck}))
+    assert isinstance(action, End) and action.rank == 1
