@@ -349,14 +349,14 @@ class Coordinator(Resizing):
     def _halted(self, event: Late) -> list[Action]:
         if (event.generation, event.step) != (self.generation, self.step) or self._unprotected:
             return []
-        halt = self._halt
-        found = halt.heard(event, frozenset(self.whole - self.exited), self.state is State.RUNNING)
-        if halt.stands and not found:
+        halt, running = self._halt, self.state is State.RUNNING  # a recovery has its own deadlines
+        found = halt.heard(event, frozenset(self.whole - self.exited), running)
+        if halt.stands and running and not found:
             reason = (
                 "all ranks have stood for longer than hang_timeout, and none of them is known to be the cause"
             )
             return self._end(Choice(Rung.RESTART, reason))
-        if halt.votes_lost and self.state is State.RUNNING:
+        if halt.votes_lost and running:
             self._halt = Halt()
             self._faults_since_commit += 1
             return self._reopened(

@@ -5,7 +5,16 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from checkpointless_elastic.protocol.coordinator import State
-from checkpointless_elastic.protocol.events import End, ExitedEarly, Late, Opened, Reopened, Replace, Restart
+from checkpointless_elastic.protocol.events import (
+    End,
+    ExitedEarly,
+    Late,
+    NodeLost,
+    Opened,
+    Reopened,
+    Replace,
+    Restart,
+)
 from checkpointless_elastic.protocol.hangs import Activity, Where
 from tests.protocol.test_coordinator import running
 
@@ -49,6 +58,13 @@ def test_where_all_stand_for_too_long_and_nobody_is_to_blame_workers_are_restart
     (action,) = coordinator.handle(Late(0, 5, dict.fromkeys(range(3), loads)))
     assert isinstance(action, Restart) and action.rung == 4
     assert "none of them is known to be the cause" in action.reason
+
+
+def test_survivors_that_wait_for_a_node_to_come_do_not_stand() -> None:
+    coordinator = running()
+    coordinator.handle(NodeLost(1, frozenset({2}), "was lost"))
+    waits = Where(Activity.RECOVERY, True, 10, {}, 1801.0, overlong=True)
+    assert coordinator.handle(Late(1, 5, {0: waits, 1: waits})) == []
 
 
 def test_hangs_are_looked_for_where_replicas_differ_and_ranks_that_have_ended_are_not_waited_for() -> None:
