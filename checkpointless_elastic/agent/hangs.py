@@ -126,13 +126,11 @@ class Hangs:
         return self._monitors[rank]
 
     def _left(self, rank: int, now: float) -> float:
-        """Seconds until this rank is late."""
+        """Seconds until this rank is late, or may be what others wait for."""
         activity, since, expected = self._monitor(rank).glance()
-        return (
-            math.inf
-            if activity == Activity.SETUP
-            else self._limit(expected, activity) - self._lasts(since, now)
-        )
+        if activity == Activity.SETUP:  # never late itself, but others may wait for it
+            return self._unknown - self._lasts(since, now) if since else math.inf
+        return self._limit(expected, activity) - self._lasts(since, now)
 
     def _lasts(self, since: int, now: float) -> float:
         return now - max(since / 1e9, self._excused)
@@ -152,7 +150,7 @@ class Hangs:
         if asked is None or asked != self._judged():
             return
         wheres = self._wheres = {rank: self._where(rank, pid, now) for rank, pid in asked.items()}
-        if self._station is not None and any(where.late for where in wheres.values()):
+        if self._station is not None and any(where.late or where.overlong for where in wheres.values()):
             self._tell(Halted(self._station.generation, self._station.step, wheres))
 
     def _where(self, rank: int, pid: int, now: float) -> Where:

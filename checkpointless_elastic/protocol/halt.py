@@ -17,7 +17,7 @@ class Halt:
 
     Attributes:
         votes_lost: as was heard last, all ranks have been ready for VOTES_LIMIT_S.
-        stands: as was heard last, no rank has done anything for `hang_timeout`.
+        stands: as was heard last, no rank has done anything for `hang_timeout`; not before the first call of all.
     """
 
     def __init__(self) -> None:
@@ -40,5 +40,6 @@ class Halt:
         self.votes_lost = all(
             where.activity == Activity.GATE and where.seconds > VOTES_LIMIT_S for where in wheres.values()
         )
-        self.stands = all(where.overlong for where in wheres.values())
+        late = any(where.late for where in wheres.values())
+        self.stands = late and all(where.overlong for where in wheres.values())
         return {rank: (why, wheres[rank].seconds) for rank, why in culprits(wheres, running).items()}

@@ -49,7 +49,7 @@ class Where(Message, frozen=True):
         waits: its main thread waits for a collective; False if that cannot be seen.
         at: the innermost place of the main thread in the script, as far as is known.
         limit: seconds after which it is late.
-        overlong: it has done so for longer than `hang_timeout`, whatever was learned.
+        overlong: it has done so for longer than `hang_timeout`, whatever was learned, and in SETUP too.
     """
 
     activity: int

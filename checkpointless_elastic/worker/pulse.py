@@ -71,6 +71,7 @@ class Pulse:
     def __init__(self, path: str) -> None:
         self._memory = _open(path)
         self._words = words = memoryview(self._memory).cast("q")
+        words[_SINCE] = time.monotonic_ns()
         words[_ACTIVITY] = Activity.SETUP
         words[_USED] = 0
         self.counts = words[_COUNTS : _COUNTS + _GROUPS + 1]

@@ -60,6 +60,16 @@ def test_where_all_stand_for_too_long_and_nobody_is_to_blame_workers_are_restart
     assert "none of them is known to be the cause" in action.reason
 
 
+def test_a_rank_that_does_not_come_to_its_first_call_is_among_those_that_stand() -> None:
+    coordinator = running(steps=0)
+    call = Where(Activity.CALL, True, 1, {}, 1801.0, overlong=True)
+    prepares = replace(call, activity=Activity.SETUP, late=False, stretch=0)
+    assert coordinator.handle(Late(0, 0, {0: prepares, 1: prepares, 2: prepares})) == []
+    assert coordinator.handle(Late(0, 0, {0: call, 1: replace(prepares, overlong=False), 2: call})) == []
+    (action,) = coordinator.handle(Late(0, 0, {0: call, 1: prepares, 2: call}))
+    assert isinstance(action, Restart) and action.rung == 4
+
+
 def test_survivors_that_wait_for_a_node_to_come_do_not_stand() -> None:
     coordinator = running()
     coordinator.handle(NodeLost(1, frozenset({2}), "was lost"))
