@@ -10,14 +10,14 @@ the process group, puts a reducer back to before its first backward, with the bu
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch._C._distributed_c10d import Reducer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +35,7 @@ __all__ = [
     "install",
     "reset",
     "uninstall",
-    "wrapper_of",
+    "wrappers_of",
 ]
 
 _NEEDED = ("_rebuild_buckets", "_push_all_rebuilt_params", "_reset_state")
@@ -43,7 +43,8 @@ _original: Any = None
 _original_init: Any = None
 _engine: Engine | None = None
 _orders: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
-_made: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+_made: weakref.WeakValueDictionary[int, DistributedDataParallel] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 def install(engine: Engine) -> None:
@@ -76,16 +77,22 @@ def _known(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def remember(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        _made.add(self)
+        _made[next(_numbers)] = self
 
     return remember
 
 
-def wrapper_of(module: nn.Module) -> DistributedDataParallel | None:
-    """The DDP module that this one is, or that was made around it since `install`."""
-    if isinstance(module, DistributedDataParallel):
-        return module
-    return next((made for made in _made if made.module is module), None)
+def wrappers_of(params: Iterable[torch.Tensor]) -> list[DistributedDataParallel]:
+    """The DDP modules that reduce one of these parameters, in the order in which they were made since `install`.
+
+    Of several around one module it is the newest: when the others are collected differs from rank to rank.
+    """
+    wanted = {id(param) for param in params}
+    newest: dict[int, DistributedDataParallel] = {}
+    for _, made in sorted(_made.items()):
+        newest.pop(id(made.module), None)
+        newest[id(made.module)] = made
+    return [made for made in newest.values() if any(id(param) in wanted for param in made.parameters())]
 
 
 def bucket_order(ddp: DistributedDataParallel) -> bytes | None:

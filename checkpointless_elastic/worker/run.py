@@ -16,7 +16,6 @@ from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.hangs import Activity
 from checkpointless_elastic.state.digest import digest
 from checkpointless_elastic.state.inventory import Inventory
-from checkpointless_elastic.state.modules import ModuleHolder
 from checkpointless_elastic.state.pieces import GRADIENT, Piece
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks, group_ranks
@@ -361,11 +360,8 @@ class Run:
         self._snapshot.learn(common.written, common.gates)
 
     def _ddp_modules(self) -> list[DistributedDataParallel]:
-        """Whether the Run was given them, or what they wrap."""
-        holders = [holder for holder in self.inventory.holders if isinstance(holder, ModuleHolder)]
-        modules = [module for holder in holders for module in holder.module.modules()]
-        found = [made for module in modules if (made := ddp.wrapper_of(module)) is not None]
-        return list(dict.fromkeys(found))
+        """Whether the Run was given them, or what they wrap, or parts of it."""
+        return ddp.wrappers_of(param for _, param in self.inventory.scan().params)
 
 
 def _nothing() -> None:

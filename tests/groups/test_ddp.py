@@ -223,3 +223,22 @@ def test_an_order_of_another_model_is_refused() -> None:
     with Job(adopt_wrongly) as job:
         for text in job.results():
             assert "of another model" in text
+
+
+def look_for_wrappers(worker: Worker) -> list[bool]:
+    begin(worker)
+    net, other = Crossed(), nn.Linear(3, 3)
+    first = DistributedDataParallel(net)
+    second, third = DistributedDataParallel(other), DistributedDataParallel(net)
+    part = net.layers[2].parameters()
+    return [
+        ddp.wrappers_of(part) == [third],  # the newest, though the first one lives
+        ddp.wrappers_of([other.weight, *net.parameters()]) == [second, third],
+        ddp.wrappers_of(nn.Linear(3, 3).parameters()) == [],
+        first.module is net,
+    ]
+
+
+def test_ddp_modules_are_found_by_any_of_their_parameters_in_the_order_in_which_they_were_made() -> None:
+    with Job(look_for_wrappers) as job:
+        assert all(all(found) for found in job.results())

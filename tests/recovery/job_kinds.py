@@ -73,7 +73,7 @@ model: Any = DistributedDataParallel(
 )
 optimizer: Any = torch.optim.Adam(model.parameters(), lr=1e-2)
 protected: dict[str, Any] = {"model": model, "optimizer": optimizer}
-if KIND == "gan":
+if KIND in ("gan", "parts"):
     other: Any = DistributedDataParallel(mlp(4, 1))
     other_optimizer = torch.optim.RMSprop(other.parameters(), lr=1e-2)
     protected |= {"other": [other, other_optimizer]}
@@ -89,6 +89,9 @@ if KIND == "manual":
         dist.broadcast(parameter.data, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     protected = {"model": model, "optimizer": optimizer}
+if KIND == "parts":
+    protected = {"first": model.module[0], "last": model.module[3], "optimizer": optimizer}
+    protected |= {"other": [other.module, other_optimizer]}
 if KIND == "inner":
     protected["model"] = model.module
 run = ce.Run(**protected)
@@ -111,6 +114,9 @@ def train_gan(x: torch.Tensor) -> None:
     moment("stepped")
     optimizer.zero_grad()
     other_optimizer.zero_grad()
+
+
+train_parts = train_gan
 
 
 def train_closure(x: torch.Tensor) -> None:

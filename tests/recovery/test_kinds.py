@@ -13,6 +13,7 @@ LIKE_OTHERS = (
     ("closure", "backward"),
     ("gan", "between"),
     ("gan", "late"),
+    ("parts", "between"),
     ("scaler", "backward"),
     ("accumulate", "forward"),
     ("several", "between"),
