@@ -1,4 +1,4 @@
-"""What workers said to a coordinator that was lost before it acted on it."""
+"""What a new coordinator is told of what was said and decided under a coordinator that was lost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from checkpointless_elastic.protocol.between import VERSION, Join, Order, RunAga
 from checkpointless_elastic.protocol.board import Board
 from checkpointless_elastic.protocol.messages import (
     Commit,
+    Decision,
     Freeze,
     FromWorker,
     Left,
@@ -87,3 +88,14 @@ def test_what_was_said_does_not_outlive_its_recovery_nor_the_worker() -> None:
     station.obey(Resume(1))
     station.said(1, Left(1))  # was on its way
     assert (station.standing().left, station.standing().unfit) == ([], {})
+
+
+def test_after_all_have_gone_back_a_station_is_at_the_step_to_which_they_went() -> None:
+    station = Station(Seated(1, 0, [0], 2, "", "", 0, 0, taken=False))
+    station.obey(Commit(0, 13))
+    station.obey(Freeze(1, [1], []))
+    station.obey(Decision(1, 10, [], [0, 1]))
+    station.obey(Resume(1))
+    assert station.step == station.standing().step == 10
+    station.obey(Commit(1, 10))
+    assert station.step == 11

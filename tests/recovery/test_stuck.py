@@ -45,6 +45,29 @@ def test_workers_that_hang_in_many_ways_are_found_and_replaced(oracle: Ended, tm
 
 
 @pytest.mark.slow
+def test_of_three_workers_two_that_are_stopped_are_replaced(oracle: Ended, tmp_path: Path) -> None:
+    ended = launch(tmp_path, "1:4:backward:freeze,2:4:backward:freeze", CHECKPOINTLESS_HANG_SLACK="0.7")
+    assert ended.code == 0, ended.text
+    lost = [rank for record in ended.recoveries() for rank in record["lost_ranks"]]
+    assert sorted(lost) == [1, 2], ended.text
+    assert {record["rung"] for record in ended.recoveries()} == {1}, ended.text
+    for mine, theirs in zip(ended.finals(), oracle.finals(), strict=True):
+        assert difference(mine, theirs) == ""
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stuck_in_its_first_call_has_the_script_run_again(
+    oracle: Ended, tmp_path: Path
+) -> None:
+    options = ("--max-restarts", "1")
+    ended = launch(tmp_path, "1:0:forward:spin", options=options, CHECKPOINTLESS_HANG_TIMEOUT="5")
+    assert ended.code == 0, ended.text
+    assert [record["rung"] for record in ended.recoveries()] == [3], ended.text
+    for mine, theirs in zip(ended.finals(), oracle.finals(), strict=True):
+        assert difference(mine, theirs) == ""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HANGS)
 def test_a_worker_that_hangs_is_found_and_replaced(name: str, oracle: Ended, tmp_path: Path) -> None:
     check([name], launch(tmp_path, HANGS[name][0], CHECKPOINTLESS_HANG_SLACK="0.7"), oracle)
