@@ -27,10 +27,9 @@ class Config:
 
     Attributes:
         timeout: limit for the first rendezvous.
-        settle_timeout: limit for survivors to come out of a void step and publish their state, and for groups to be
-            rebuilt. Ranks that miss it are ended and replaced once; then rung 4.
-        join_timeout: limit for a replacement to run the script up to its first step, and for survivors that were
-            between calls to come to the next one, with the same consequences.
+        settle_timeout: limit for survivors to come out of a void step and for groups to be rebuilt. Ranks that miss it
+            are ended and replaced once; then rung 4.
+        join_timeout: limit for a replacement to run the script up to its first step, with the same consequences.
         max_faults_per_step: faults without one committed step between them that rungs 1 and 2 answer; then rung 3.
         node_faults: lost workers of one node within 100 committed steps after which it is excluded, if no other node
             has lost as many and a spare can take its place; 0: never.

@@ -46,6 +46,7 @@ from checkpointless_elastic.protocol.coordinator import State
 from checkpointless_elastic.protocol.events import (
     Action,
     Broadcast,
+    Deadline,
     End,
     Event,
     Kept,
@@ -288,7 +289,8 @@ class Board(Resizer):
             self._seat(seat, self._taken[seat])
             self._taken[seat] = False
         if filled and self.coordinator.state in (State.SETTLING, State.RESTORING):
-            self.acts.append(Perform(self.coordinator.deadline()))
+            generation, state = self.coordinator.generation, self.coordinator.state.value
+            self.acts.append(Perform(Deadline(generation, state, "join_timeout")))
 
     def _seat(self, seat: int, taken: bool, reason: str = "") -> None:
         assert self.coordinator is not None
@@ -341,8 +343,7 @@ class Board(Resizer):
     def overdue(self, deadline: Overdue) -> None:
         """A limit that the coordinator set has passed. While a seat is vacant its replacements cannot arrive."""
         assert self.coordinator is not None
-        it = self.coordinator
-        if all(self._seats) or it.state is State.FREEZING or it.hurried or it.resizing:
+        if all(self._seats) or self.coordinator.state is State.FREEZING or self.coordinator.resizing:
             self._decide(deadline)
 
     # ---- agents say

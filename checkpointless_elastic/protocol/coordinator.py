@@ -20,6 +20,7 @@ from checkpointless_elastic.protocol.events import (
     AllFrozen,
     Broadcast,
     Chosen,
+    Deadline,
     End,
     Event,
     ExitedEarly,
@@ -87,7 +88,8 @@ class Coordinator(Resizing):
         self.decision: Decision | None = None  # in force in a recovery, for workers that connect late
         self.resumed = False  # a recovery has ended and its first step is not yet committed
         self._back: Choice | None = None  # all ranks go back to their mirrors
-        self._calls = 0  # number of the newest roll call, see `_called`
+        self._calls = 0  # number of the newest roll call ...
+        self._called: State | None = None  # ... and, in this generation, in which state it was made
         self._untold: set[int] = set()  # ranks that left, of which the last Freeze did not say so
         self._unanswered: set[int] = set()  # ranks that have not answered it
         self._halt = Halt()
@@ -218,7 +220,7 @@ class Coordinator(Resizing):
         return [
             Opened(self.generation, frozenset(self.lost), cause),
             Broadcast(self.freeze()),
-            self.deadline(),
+            self._deadline(),
         ]
 
     def freeze(self) -> Freeze:
@@ -281,11 +283,11 @@ class Coordinator(Resizing):
     def _end_ranks(self, choice: Choice) -> list[Action]:
         self.ended |= choice.ends
         self._endings += 1
-        return [*(End(rank, "was ended") for rank in sorted(choice.ends)), self.deadline()]
+        return [*(End(rank, "was ended") for rank in sorted(choice.ends)), self._deadline()]
 
     def _settle(self, choice: Choice, kind: str) -> list[Action]:
         self.step = choice.step
-        self._begin_to_settle()
+        self.state = State.SETTLING
         self.decision = Decision(
             self.generation,
             choice.step,
@@ -298,13 +300,12 @@ class Coordinator(Resizing):
         return [
             Reached(self.generation, "frozen", {"step": choice.step, "decision": kind}),
             Broadcast(self.decision),
-            self.deadline(),
+            self._deadline(),
         ]
 
     def _published(self, point: str = "published") -> list[Action]:
         here: list[Action] = [Reached(self.generation, point)] if self.state is State.SETTLING else []
-        longer = self._give_longer() if self.hurried and point == "published" else []
-        return here + (self._settled() or longer)
+        return here + self._settled()
 
     def _settled(self) -> list[Action]:
         if self.state is not State.SETTLING:
@@ -319,7 +320,7 @@ class Coordinator(Resizing):
             return self._restored()
         return [
             Broadcast(Restore(self.generation, {rank: published[rank] for rank in sorted(self.whole)})),
-            self.deadline(),
+            self._deadline(),
         ]
 
     def _restored(self) -> list[Action]:
@@ -331,7 +332,7 @@ class Coordinator(Resizing):
         return [
             Reached(self.generation, "restored"),
             Broadcast(Rebuild(self.generation, sorted(self.lost | self.left))),
-            self.deadline(),
+            self._deadline(),
         ]
 
     def _rebuilt(self) -> list[Action]:
@@ -379,20 +380,16 @@ class Coordinator(Resizing):
     def _overdue(self, event: Overdue) -> list[Action]:
         if (event.generation, event.state) != (self.generation, self.state.value):
             return []
-        if self.hurried and not self._slow():
-            return self._give_longer()
         if self._endings or self._called is self.state:
             return self._late(self._missing() | self.ended)
         self._calls, self._called = self._calls + 1, self.state
         self._reports.pop(Stage.PRESENT, None)
-        return [Broadcast(RollCall(self.generation, self._calls, self.state.value)), self.deadline()]
+        return [Broadcast(RollCall(self.generation, self._calls, self.state.value)), self._deadline()]
 
     def _present(self) -> list[Action]:
         """The agents of all that are missing have said which of their ranks are."""
         said = self._reports[Stage.PRESENT]
         missing = {rank for rank in self._missing() if not said[rank]}
-        if self.hurried and not missing:
-            return self._give_longer()
         self._blame(sorted(missing))
         return self._late(missing) if missing else []
 
@@ -405,6 +402,10 @@ class Coordinator(Resizing):
         if not choice.goes_on:
             return self._end(choice)
         return [self._chosen(facts, choice), *self._end_ranks(choice)]
+
+    def _deadline(self) -> Deadline:
+        joins = self.state in (State.SETTLING, State.RESTORING)
+        return Deadline(self.generation, self.state.value, "join_timeout" if joins else "settle_timeout")
 
     def _nothing(self, event: Event) -> list[Action]:
         return []

@@ -69,17 +69,13 @@ class Report(Message, frozen=True):
 
 
 class Frozen(Message, frozen=True):
-    """Answer to Freeze: where this rank stands, and whether its state is whole (false in shadow).
-
-    ``in_call``: it is in a replayable call, which is void unless the step is committed.
-    """
+    """Answer to Freeze: where this rank stands, and whether its state is whole (false in shadow)."""
 
     generation: int
     step: int
     phase: Phase
     whole: bool
     protected: bool
-    in_call: bool = True
 
 
 class Left(Message, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Set
 
 from checkpointless_elastic.protocol.between import Standing
-from checkpointless_elastic.protocol.events import Action, Deadline, Lost
+from checkpointless_elastic.protocol.events import Lost
 from checkpointless_elastic.protocol.holdings import Holdings
 from checkpointless_elastic.protocol.messages import Frozen, Stage
 from checkpointless_elastic.protocol.rungs import Facts
@@ -39,8 +39,6 @@ class Ranks:
         self._unprotected: set[int] = set(ranks)
         self._frozen: dict[int, Frozen] = {}  # answers to Freeze
         self._reports: dict[Stage, dict[int, bytes]] = {}
-        self._called: State | None = None  # in this generation, in which state the newest roll call was made
-        self._hurries = False
         self._mirror_every = mirror_every
         self._mirrored: dict[int, int] = {}  # of lost ranks, the step of their newest mirror
         self.ended: set[int] = set()
@@ -98,39 +96,11 @@ class Ranks:
     def _missing(self) -> set[int]:
         if self.state is State.FREEZING:
             return self.whole - (self._frozen.keys() - self.ended)
-        if self.hurried:
-            return self._slow()
         if self.state is State.SETTLING:
             here = self._reports.get(Stage.PUBLISHED, {}).keys() | self._reports.get(Stage.ARRIVED, {}).keys()
             return (self.whole if self.resizing else set(self.ranks)) - here
         stage = Stage.RESTORED if self.state is State.RESTORING else Stage.REBUILT
         return set(self._expected(stage)) - self._reports.get(stage, {}).keys()
-
-    # ---- limits
-
-    @property
-    def hurried(self) -> bool:
-        """Do survivors have to come out of the void step within `settle_timeout`?"""
-        return self._hurries and self.state is State.SETTLING
-
-    def deadline(self) -> Deadline:
-        """For the present state."""
-        joins = self.state in (State.SETTLING, State.RESTORING) and not self.hurried
-        return Deadline(self.generation, self.state.value, "join_timeout" if joins else "settle_timeout")
-
-    def _begin_to_settle(self) -> None:
-        self.state = State.SETTLING
-        self._hurries = bool(self._slow())
-
-    def _slow(self) -> set[int]:
-        """Survivors that have not come out of the void step: they have no other work to end first."""
-        void = {rank for rank in self.whole & self._frozen.keys() if self._frozen[rank].in_call}
-        return void - self._reports.get(Stage.PUBLISHED, {}).keys()
-
-    def _give_longer(self) -> list[Action]:
-        """All survivors are out of the void step. Others may have much to do before they are there."""
-        self._hurries, self._called = False, None
-        return [self.deadline()]
 
     def _remove(self, ranks: Set[int], fault: str) -> set[int]:
         """These ranks are lost, and with them those that had ended well: all of them are returned."""

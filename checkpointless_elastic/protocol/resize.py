@@ -21,6 +21,7 @@ from collections.abc import Set
 from checkpointless_elastic.protocol.events import (
     Action,
     Broadcast,
+    Deadline,
     Kept,
     Reopened,
     Resize,
@@ -53,6 +54,10 @@ class Resizing(Ranks):
     def _reopened(self, event: Reopened) -> list[Action]:
         """Open a generation."""
 
+    @abstractmethod
+    def _deadline(self) -> Deadline:
+        """For the present state."""
+
     @property
     def fresh(self) -> bool:
         """Nothing was committed since this run began with kept state, which is still there."""
@@ -65,7 +70,7 @@ class Resizing(Ranks):
         self.whole, self.pending = set(keepers), set(self.ranks - keepers)
         self.state = State.SETTLING
         self.decision = Decision(self.generation, step, sorted(self.whole), sorted(self.pending))
-        return [Broadcast(self.decision), self.deadline()]
+        return [Broadcast(self.decision), self._deadline()]
 
     def _left_behind(self, published: dict[int, bytes]) -> list[Action]:
         """What sources have said when they had left their state behind."""

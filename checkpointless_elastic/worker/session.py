@@ -194,7 +194,7 @@ class Session:
             self.frozen = max(self.frozen, message.generation)
             self._news.notify_all()
             whole, protected = not self.shadow, self.recovery is not None
-            answer = Frozen(message.generation, self.step, self.phase, whole, protected, self.in_call)
+            answer = Frozen(message.generation, self.step, self.phase, whole, protected)
         self.registry.supersede(message.generation)
         if message.store_lost:
             self.registry.forget_lazy()

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
 from msgspec.structs import replace
 
-from checkpointless_elastic.protocol.between import RollCall
-from checkpointless_elastic.protocol.coordinator import Coordinator, State
+from checkpointless_elastic.protocol.coordinator import State
 from checkpointless_elastic.protocol.events import (
-    AllFrozen,
-    Broadcast,
-    Deadline,
     End,
     ExitedEarly,
     Late,
-    Lost,
     NodeLost,
     Opened,
-    Overdue,
     Reopened,
     Replace,
     Restart,
-    Tally,
 )
 from checkpointless_elastic.protocol.hangs import Activity, Where
-from checkpointless_elastic.protocol.messages import Frozen, Phase, Stage
-from tests.protocol.test_coordinator import only, present, running
+from tests.protocol.test_coordinator import running
 
 
 def test_where_votes_are_lost_the_step_is_done_again() -> None:
@@ -96,56 +87,3 @@ def test_hangs_are_looked_for_where_replicas_differ_and_ranks_that_have_ended_ar
     )
     (action,) = coordinator.handle(Late(0, 5, {0: ready, 1: stuck}))
     assert isinstance(action, End) and action.rank == 1
-
-
-def settling(*outside: int) -> Coordinator:
-    """A job that has lost rank 2; these survivors were between calls, the others are in the void step."""
-    coordinator = running()
-    coordinator.handle(Lost(2, "was lost"))
-    answers = {rank: Frozen(1, 5, Phase.COMPUTING, True, True, rank not in outside) for rank in (0, 1)}
-    (limit,) = only(coordinator.handle(AllFrozen(1, answers)), Deadline)
-    assert limit == Deadline(1, "settling", "join_timeout" if len(outside) == 2 else "settle_timeout")
-    return coordinator
-
-
-LONGER = Deadline(1, "settling", "join_timeout")
-
-
-def test_a_survivor_that_does_not_come_out_of_the_void_step_is_ended_after_settle_timeout() -> None:
-    coordinator = settling()
-    assert coordinator.handle(Overdue(1, "settling")) == [
-        Broadcast(RollCall(1, 1, "settling")),
-        Deadline(1, "settling", "settle_timeout"),
-    ]
-    actions = coordinator.handle(
-        present(coordinator, 1, here={0})
-    )  # nor has rank 2 come, which may take longer
-    assert only(actions, End) == [End(1, "was ended")]
-
-
-def test_a_replacement_has_join_timeout_once_all_survivors_are_out_of_the_void_step() -> None:
-    coordinator = settling()
-    assert LONGER in coordinator.handle(Tally(Stage.PUBLISHED, 1, 5, {0: b"", 1: b""}))
-    coordinator.handle(Overdue(1, "settling"))
-    actions = coordinator.handle(present(coordinator, 1, here={0, 1}))
-    assert only(actions, End) == [End(2, "was ended")]
-
-
-@pytest.mark.parametrize("node", [{0: b""}, {}], ids=["said by its agent", "found by a roll call"])
-def test_survivors_that_were_between_calls_have_longer_than_those_in_the_void_step(
-    node: dict[int, bytes],
-) -> None:
-    coordinator = settling(1)
-    if node:
-        coordinator.handle(Tally(Stage.PUBLISHED, 1, 5, node))
-    actions = coordinator.handle(Overdue(1, "settling"))
-    if not node:
-        actions = coordinator.handle(present(coordinator, 1, here={0}))
-    assert actions == [LONGER]
-    coordinator.handle(Overdue(1, "settling"))
-    actions = coordinator.handle(present(coordinator, 1 if node else 2, here={0, 2}))
-    assert only(actions, End) == [End(1, "was ended")]
-
-
-def test_where_no_survivor_is_in_a_call_nobody_is_hurried() -> None:
-    assert not settling(0, 1).hurried
