@@ -27,6 +27,7 @@ from checkpointless_elastic.state.pieces import Piece
 from checkpointless_elastic.state.plan import chunks
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.transfer import contents
+from checkpointless_elastic.tensor_bytes import to_bytes
 from checkpointless_elastic.worker.blocks import Block, layout_of
 from checkpointless_elastic.worker.routes import Route, by_members
 
@@ -168,4 +169,4 @@ def _hear(peers: _Peers, route: Route, nbytes: int) -> Segment:
     data = torch.zeros(_PATH_BYTES, dtype=torch.uint8)
     peers.receive(data, route.receiver)
     peers.finish()
-    return Segment.open(Path(bytes(data.numpy()).rstrip(b"\0").decode()), nbytes)
+    return Segment.open(Path(to_bytes(data).rstrip(b"\0").decode()), nbytes)
