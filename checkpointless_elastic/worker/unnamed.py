@@ -1,7 +1,7 @@
 """What a script's steps use and its Run does not name: a replacement would begin it anew, and differ from then on.
 
-Looked for after the first call of each function with an optimizer step. An object with a ``state_dict()`` of its own may
-hold what is not found by name, so with one in the Run nothing is taken to be missing.
+Looked for after the first call of each function with an optimizer step. An object with a ``state_dict()`` of its own
+may hold what is not found by name, so with one in the Run nothing is taken to be missing.
 """
 
 from __future__ import annotations
