@@ -32,7 +32,8 @@ def test_a_time_limit_must_be_a_positive_number_of_seconds(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "wanted"), [("node_faults", "2.5", "a whole number"), ("hang_factor", "abc", "a number")]
+    ("name", "value", "wanted"),
+    [("node_faults", "2.5", "a whole number"), ("hang_factor", "abc", "a number")],
 )
 def test_a_value_of_another_kind_is_refused_in_plain_words(name: str, value: str, wanted: str) -> None:
     with pytest.raises(ConfigError, match=f"The setting {name} must be {wanted}, not '{value}'"):
