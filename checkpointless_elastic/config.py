@@ -27,8 +27,8 @@ class Config:
 
     Attributes:
         timeout: limit for the first rendezvous.
-        settle_timeout: limit for survivors to answer a Freeze, and for groups to be rebuilt. Ranks that miss it are ended
-            and replaced once; then rung 4.
+        settle_timeout: limit for survivors to answer a Freeze, and for groups to be rebuilt. Ranks that miss it are
+            ended and replaced once; then rung 4.
         join_timeout: limit for survivors to come out of a void step (hang detection finds those that are stuck long
             before), and for a replacement to run the script up to its first step, with the same consequences.
         max_faults_per_step: faults without one committed step between them that rungs 1 and 2 answer; then rung 3.
