@@ -27,9 +27,10 @@ class Config:
 
     Attributes:
         timeout: limit for the first rendezvous.
-        settle_timeout: limit for survivors to come out of a void step and for groups to be rebuilt. Ranks that miss it
-            are ended and replaced once; then rung 4.
-        join_timeout: limit for a replacement to run the script up to its first step, with the same consequences.
+        settle_timeout: limit for survivors to answer a Freeze, and for groups to be rebuilt. Ranks that miss it are
+            ended and replaced once; then rung 4.
+        join_timeout: limit for survivors to come out of a void step (hang detection finds those that are stuck long
+            before), and for a replacement to run the script up to its first step, with the same consequences.
         max_faults_per_step: faults without one committed step between them that rungs 1 and 2 answer; then rung 3.
         node_faults: lost workers of one node within 100 committed steps after which it is excluded, if no other node
             has lost as many and a spare can take its place; 0: never.
@@ -67,10 +68,11 @@ class Config:
     timeout: timedelta = _setting(timedelta(seconds=900), "limit for the first rendezvous")  # type: ignore[assignment]
     settle_timeout: timedelta = _setting(  # type: ignore[assignment]
         timedelta(seconds=120),
-        "limit for survivors to leave a void step and rebuild groups; later ones are ended",
+        "limit for survivors to answer when a rank is lost, and to rebuild groups; later ones are ended",
     )
     join_timeout: timedelta = _setting(  # type: ignore[assignment]
-        timedelta(seconds=600), "limit for a replacement to reach its first step; a later one is ended"
+        timedelta(seconds=600),
+        "limit for survivors to leave a void step, and for a replacement to reach its first step; later ones are ended",
     )
     max_faults_per_step: int = _setting(8, "faults without a committed step between them before rung 3")  # type: ignore[assignment]
     node_faults: int = _setting(

@@ -81,12 +81,3 @@ def test_a_freeze_that_is_repeated_for_others_after_a_rank_has_resumed_freezes_n
     session.take(Freeze(1, [1], [2]))
     assert agent.answer().generation == 1
     assert not session.freeze_seen.is_set() and not session.is_frozen()
-
-
-def test_the_answer_says_whether_the_rank_is_in_a_call(both: tuple[Session, Agent]) -> None:
-    session, agent = both
-    session.take(Freeze(1, [1], []))
-    assert not agent.answer().in_call
-    session.in_call = True
-    session.take(Freeze(2, [1], []))
-    assert agent.answer().in_call
