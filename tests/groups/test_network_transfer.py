@@ -46,7 +46,9 @@ def network_of(worker: Worker) -> Network:
 def source(worker: Worker, damaged: bool) -> list[bool]:
     """Says its digests, then sends; with a bit that flips in between."""
     pieces = pieces_of(0)
-    worker.store.set(f"digests-{worker.rank}", msgspec.json.encode(vouch(pieces, layout(pieces), worker.rank)))
+    worker.store.set(
+        f"digests-{worker.rank}", msgspec.json.encode(vouch(pieces, layout(pieces), worker.rank))
+    )
     if damaged and worker.rank == 1:
         pieces[0].tensor[-1] ^= 1
     send(network_of(worker), [ROUTE], {BLOCK: pieces})
@@ -60,19 +62,20 @@ def layout(pieces: list[Piece]) -> Any:
 def reader(worker: Worker) -> list[bool]:
     """Whether the last chunk of all was still to come when each chunk was taken; then, whether each piece is equal."""
     pieces, still_to_come = pieces_of(1), []
-    said = [msgspec.json.decode(worker.store.get(f"digests-{rank}"), type=list[ChunkDigest]) for rank in SOURCES]
+    said = [
+        msgspec.json.decode(worker.store.get(f"digests-{rank}"), type=list[ChunkDigest]) for rank in SOURCES
+    ]
     with TemporaryDirectory() as folder:
         segment = Segment.create(Path(folder), "room", layout(pieces).segment_bytes)
         receiver = Receiver(pieces, layout(pieces), in_segment(segment))
-        large = segment.bytes[: pieces[0].info.nbytes]
+        end = pieces[0].info.nbytes
         with segment, receiver.taking([item for digests in said for item in digests]) as take:
 
             def took(block: Block, source: int, chunk: Chunk) -> None:
-                still_to_come.append(not large[-8:].any())
+                still_to_come.append(not segment.bytes[end - 8 : end].any())
                 take(source, chunk)
 
             receive(network_of(worker), [ROUTE], {BLOCK: pieces}, {BLOCK: segment}, took)
-            del large
         receiver.finish()
     assert len(still_to_come) == len(said[0]) + len(said[1])
     equal = [torch.equal(mine.tensor, sent.tensor) for mine, sent in zip(pieces, pieces_of(0), strict=True)]
