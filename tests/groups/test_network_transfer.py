@@ -97,6 +97,7 @@ def test_chunks_are_verified_while_others_are_on_their_way() -> None:
         assert job.results() == [[], [], [True, True, True, True]]
 
 
+@pytest.mark.slow
 def test_a_bit_that_flips_on_the_way_is_found_and_the_senders_are_not_held_up() -> None:
     with Job(functools.partial(transfer, damaged=True)) as job:
         assert job.results() == [[], [], []]
