@@ -274,8 +274,8 @@ class AgentControl(Tenant):
         self._membership.close("")
 
     def stopped(self) -> None:
-        self._recoveries.close()
         self._membership.close(self._workers.ended)
+        self._recoveries.end()
         self._health.close()
         self._lifelines.close()
         self._bell.close()

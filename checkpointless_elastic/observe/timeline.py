@@ -140,11 +140,8 @@ def sentence(record: dict[str, object]) -> str:
     )
 
 
-def write(record: dict[str, object], path: str) -> None:
-    """Log the record, and append it to the JSON lines in ``path`` ('' : nowhere)."""
-    logger.warning("%s", sentence(record))
-    if not path:
-        return
+def append(record: dict[str, object], path: str) -> None:
+    """Append the record to the JSON lines in ``path``. Blocks as long as that file system does."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as lines:
