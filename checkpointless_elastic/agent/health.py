@@ -32,7 +32,7 @@ MIN_MEMORY = 128 << 20
 """Bytes: less, and the kernel kills what is started."""
 MIN_DISK = 4 << 20
 """Bytes: room for a socket, the slots of some ranks, and a few log lines."""
-LOOPBACK_TIMEOUT_S = 1.0
+LOOPBACK_TIMEOUT_S = 1.0  # on the loop: less than heartbeats may be late
 ANSWER_LIMIT_S = 30.0
 KILL_WAIT_S = 0.2
 _TAIL = 1 << 14
