@@ -149,15 +149,17 @@ def _causes(record: dict[str, object]) -> str:
     return ", ".join(f"rank {rank} {cause}" for rank, cause in causes.items())
 
 
-def write(record: dict[str, object], path: str) -> None:
-    """Log the record, and append it to the JSON lines in ``path`` ('' : nowhere).
+def tell(record: dict[str, object]) -> None:
+    """Log the record.
 
     Without a phase there is nothing to add to what was said when the script was run again, or the job stopped.
     """
     if record["phases"]:
         logger.warning("%s", sentence(record))
-    if not path:
-        return
+
+
+def append(record: dict[str, object], path: str) -> None:
+    """Append the record to the JSON lines in ``path``. Blocks as long as that file system does."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as lines:

@@ -78,6 +78,9 @@ class Publication(msgspec.Struct, frozen=True):
     parts: dict[int, bytes] = {}
 
 
+publication_of = msgspec.msgpack.Decoder(Publication).decode
+
+
 class Here(NamedTuple):
     """Where this rank is.
 

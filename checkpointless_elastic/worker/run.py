@@ -79,6 +79,7 @@ class Run:
         self._left = (
             False  # the last attempt was left through an exception, perhaps in the middle of a backward
         )
+        self._at_start = False  # this rank recovers, and its state is that from which a call begins
         self._introduced = False  # others know what this rank holds
         self._communicates = False  # an optimizer used collectives in its step, after the gate
         self.inventory = Inventory(objects)
@@ -184,7 +185,9 @@ class Run:
                 if host.is_frozen():
                     if not self.attempt:
                         host.left_early()  # peers may be in the attempt that this rank does not begin
+                    self._at_start = True
                     recovery.settle()
+                    self._at_start = False
                 self.attempt += 1
                 value = self._try(host, recovery, name, function, *guard.arguments())
                 if value is not _VOID:
@@ -315,6 +318,13 @@ class Run:
     def _shared_pieces(self) -> list[Piece]:
         """What replicas must agree on; gradients may be each rank's own until they are reduced."""
         return [p for p in self.inventory.pieces() if p.info.role != GRADIENT and p.key not in self.private]
+
+    def said(self) -> bytes:
+        """In a recovery: what replicas must agree on, see `protocol.checks`; empty if it is not compared.
+
+        Only at the start of a call: between calls, a script may change it on one rank earlier than on another one.
+        """
+        return self._verifier.at_rest(self._shared_pieces) if self._at_start else b""
 
     def _held(self) -> tuple[list[list[int]], dict[str, tuple[int, int]]]:
         """The ranks and the digest of each piece, as `Replicas` has them."""
