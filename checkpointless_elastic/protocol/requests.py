@@ -72,7 +72,9 @@ class Overview(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Move the ranks of this agent, which has this seat, to a spare. Answered by Drained, or Declined.
+    """Move the ranks of this agent, which has this seat, to a spare; without one the job shrinks, if it may.
+
+    Answered by Drained, or Declined.
 
     Attributes:
         seat: -1 for an agent that waits as a spare: it leaves.
