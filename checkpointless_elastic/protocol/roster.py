@@ -153,7 +153,8 @@ class Roster(ABC):
         if isinstance(message, (Commit, Freeze, Decision, Rebuild, Resume)):
             self._numbered += 1
             self._losses.commits += isinstance(message, Commit)
-            order = Order(self._term, short(message), self._numbered, list(self._dropped))
+            dropped = [name for name in self._dropped if name not in self._seats]
+            order = Order(self._term, short(message), self._numbered, dropped)
             for seat, name in enumerate(self._seats):
                 if name and seat not in self._tree.parents:
                     self._tell(name, order)
