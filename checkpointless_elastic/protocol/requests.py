@@ -24,12 +24,16 @@ __all__ = [
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
-    """One agent: its seat (-1: a spare), its name, where it listens, and how many workers it runs."""
+    """One agent: its seat (-1: a spare), its name, where it listens, and how many workers it runs.
+
+    ``parent``: the seat that it hangs on in the tree of many agents, see `branch`; -1: on the coordinator.
+    """
 
     seat: int
     agent: str
     address: str
     size: int
+    parent: int = -1
 
 
 # ---- of a client -----------------------------------------------------------------------------------------------------

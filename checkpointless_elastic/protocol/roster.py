@@ -212,7 +212,10 @@ class Roster(ABC):
         return declined or Drained()
 
     def _view(self) -> View:
-        places = [Place(agent.seat, agent.name, agent.address, agent.size) for agent in self._agents.values()]
+        places = [
+            Place(it.seat, it.name, it.address, it.size, self._tree.parents.get(it.seat, -1))
+            for it in self._agents.values()
+        ]
         vacant = [seat for seat, name in enumerate(self._seats) if not name]
         return View(
             self._term,
