@@ -369,7 +369,9 @@ class Agent(Keeping):
         if self.member.state is not State.OUT:
             self.world.note(f"{self.name} is terminated")
             self._do(self.member.leave("was drained (SIGTERM)", self.world.clock.now))
-            self.world.clock.after(self.world.draw_fork(), self.hear, self._finish, "out: was drained (SIGTERM)")
+            self.world.clock.after(
+                self.world.draw_fork(), self.hear, self._finish, "out: was drained (SIGTERM)"
+            )
 
     def consult(self, drain: Drain) -> Declined | None:
         """Answer a client who wants a node drained; None: it has begun."""

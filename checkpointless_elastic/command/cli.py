@@ -188,6 +188,6 @@ def _shrunk(before: Overview, seen: Overview, place: Place, seconds: float) -> s
     from checkpointless_elastic.command.show import ranks_of, words
 
     return (
-        f"Seat {place.seat} ({words(ranks_of(before, place.seat))}, {place.agent}) was given up in {seconds:.1f} s; the "
-        f"job goes on with {len(seen.bases)} of {len(before.bases)} nodes, from step {seen.step}."
+        f"Seat {place.seat} ({words(ranks_of(before, place.seat))}, {place.agent}) was given up in {seconds:.1f} s; "
+        f"the job goes on with {len(seen.bases)} of {len(before.bases)} nodes, from step {seen.step}."
     )

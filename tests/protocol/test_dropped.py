@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from checkpointless_elastic.protocol.acts import Tell
-from checkpointless_elastic.protocol.between import VERSION, Attach, Gathered, Join, Order, RankSays
+from checkpointless_elastic.protocol.between import (
+    VERSION,
+    Attach,
+    Attached,
+    Gathered,
+    Join,
+    Order,
+    RankSays,
+)
 from checkpointless_elastic.protocol.board import Board
 from checkpointless_elastic.protocol.messages import Freeze, Protected, Stage
+from checkpointless_elastic.protocol.requests import Inquiry, Overview
 from checkpointless_elastic.protocol.rules import Rules
 
 
@@ -46,3 +55,13 @@ def test_it_is_not_named_any_more_once_it_has_a_seat_again() -> None:
     made.left("d", "was lost")
     made.confirmed(1, 0.0)
     assert {tuple(order.dropped) for order in frozen(made) if order.number} == {("d",)}
+
+
+def test_a_client_is_told_which_agents_hang_on_others() -> None:
+    made = running()
+    made.received("c", Attached("b:1"))
+    overview = made.consult(Inquiry())
+    assert isinstance(overview, Overview)
+    assert {place.agent: place.parent for place in overview.agents} == dict(
+        zip("abcde", (-1, -1, 1, -1, -1), strict=True)
+    )

@@ -343,7 +343,9 @@ def test_a_drain_is_declined_where_the_job_cannot_go_on_with_fewer() -> None:
     assert "no spare waits that runs 1 workers; start torchrun" in declined(made, Drain(1, "b", False))
     made = board(claims=[[0, 1], [0, 1], [2]])
     reason = declined(made, Drain(1, "b", False))
-    assert reason.startswith("no spare waits that runs 1 workers, and the job cannot go on with fewer nodes: ")
+    assert reason.startswith(
+        "no spare waits that runs 1 workers, and the job cannot go on with fewer nodes: "
+    )
     assert reason.endswith("no whole replicas of it would be left")
 
 
