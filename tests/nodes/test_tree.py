@@ -42,7 +42,7 @@ def test_a_job_whose_orders_and_votes_go_through_a_tree_survives_losses_in_it(
 ) -> None:
     """The coordinator sends what all get to none of these seats, and hears votes from none: see `roster`, `branch`."""
     faults = f"{HOLDS},{below}:6:forward:kill,{inner}:11:forward:node"
-    env = {"CHECKPOINTLESS_FAN_OUT": str(fan_out)}
+    env = {"CHECKPOINTLESS_FAN_OUT": str(fan_out), "CHECKPOINTLESS_HEARTBEAT_MISSES": "10"}
     it = job(f"{seats}:{seats + 1}", 1, faults, env=env)
     it.start(seats + 1)
     for step, name in ((4, "first"), (9, "second"), (14, "third")):
