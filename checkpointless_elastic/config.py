@@ -221,5 +221,5 @@ def _read(name: str, given: object, kind: type) -> object:
             )
         return kind(given)
     except (TypeError, ValueError, OverflowError) as error:
-        wanted = "a number of seconds" if kind is timedelta else f"of type {kind.__name__}"
+        wanted = {timedelta: "a number of seconds", int: "a whole number", float: "a number"}[kind]
         raise ConfigError(f"The setting {name} must be {wanted}, not {given!r}.") from error

@@ -113,13 +113,14 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
 
     def _open(self, port: int) -> TCPStore:
         try:
+            socket.getaddrinfo(self._host, port)  # the store would try for the whole timeout
             return TCPStore(
                 self._host, port, is_master=True, timeout=self.config.timeout, wait_for_workers=False
             )
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
-                f"No store can be opened at {self._host}:{port} ({str(error).splitlines()[0]}); give a free port of "
-                f"this machine in --rdzv-endpoint, or leave that option out."
+                f"No store can be opened at {self._host}:{port} ({str(error).splitlines()[0]}); give this machine and "
+                f"a free port of it in --rdzv-endpoint, or leave that option out."
             ) from error
 
     # ---- RendezvousHandler

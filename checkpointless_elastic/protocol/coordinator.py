@@ -352,9 +352,7 @@ class Coordinator(Resizing):
         halt, running = self._halt, self.state is State.RUNNING  # a recovery has its own deadlines
         found = halt.heard(event, frozenset(self.whole - self.exited), running)
         if halt.stands and running and not found:
-            reason = (
-                "all ranks have stood for longer than hang_timeout, and none of them is known to be the cause"
-            )
+            reason = f"all ranks have stood for longer than hang_timeout, and {halt.cause}"
             return self._end(Choice(Rung.RESTART, reason))
         if halt.votes_lost and running:
             self._halt = Halt()
@@ -362,7 +360,8 @@ class Coordinator(Resizing):
             return self._reopened(
                 Reopened("all ranks were ready for a minute, and not all of their votes came")
             )
-        return [End(rank, reason, seconds) for rank, (reason, seconds) in sorted(found.items())]
+        ends = [End(rank, reason, seconds) for rank, (reason, seconds) in sorted(found.items())]
+        return [*halt.told, *ends]
 
     def _unfit(self, event: Unfit) -> list[Action]:
         if event.rank in self.ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from checkpointless_elastic.state.pieces import GRADIENT, Piece
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks, group_ranks
 from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
-from checkpointless_elastic.worker import gate, private_tensors, rng, session
+from checkpointless_elastic.worker import gate, private_tensors, rng, session, unnamed
 from checkpointless_elastic.worker.blocks import Shared
 from checkpointless_elastic.worker.channel import AgentGone
 from checkpointless_elastic.worker.damage import Damage
@@ -32,6 +33,8 @@ __all__ = ["Run", "is_replacement"]
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
+
+logger = logging.getLogger(__name__)
 
 _VOID = object()
 _run: Run | None = None
@@ -85,6 +88,7 @@ class Run:
         ] = {}  # shared memory for recoveries, mapped beforehand, by file name
         self._snapshot = AttemptSnapshot(self.inventory)
         self._gates: dict[str, int] = {}
+        self._looked_into: set[str] = set()  # functions with an optimizer step: see `unnamed`
         self._guards: dict[str, ArgumentGuard] = {}
         gate.install()
         self._session = session.current()
@@ -269,6 +273,8 @@ class Run:
         if host.void_memory:
             self._check_after_gate(host, name, expected)
         first, self._introduced = not self._introduced, True
+        if call.optimizer_steps and name not in self._looked_into:
+            self._check_complete(host, name)
         self._gates[name] = max(expected, self._gates.get(name, 1))
         self.step += call.optimizer_steps > 0
         self._snapshot.returned(call.optimizer_steps > 0)
@@ -279,6 +285,13 @@ class Run:
             host.replicas(*self._held())
             recovery.reserve()
         return value
+
+    def _check_complete(self, host: session.Session, name: str) -> None:
+        self._looked_into.add(name)
+        used = gate.optimizers()
+        unnamed.check_optimizers(used, self.inventory, name)
+        if host.rank == 0 and (warning := unnamed.unnamed_scheduler(used, self.inventory, name)):
+            logger.warning("%s", warning)
 
     def _check_after_gate(self, host: session.Session, name: str, expected: int) -> None:
         """Collectives after the gate have lost a rank: no live recovery if what they should have given is state."""

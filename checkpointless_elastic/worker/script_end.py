@@ -56,4 +56,4 @@ def _fail(session: Session, error: BaseException | None) -> None:
     if error is None or isinstance(error, (SystemExit, RankLostError)):
         return
     lines = traceback.format_exception_only(type(error), error)
-    session.channel.control.send(Failed(session.step, lines[-1].strip()))
+    session.channel.control.send(Failed(session.step, lines[-1].strip().rstrip(".")))

@@ -114,7 +114,14 @@ def test_a_port_that_is_taken_is_an_error_that_says_what_to_do() -> None:
     holder = CheckpointlessRendezvousHandler(parameters())
     taken = holder.open_store()
     handler = CheckpointlessRendezvousHandler(parameters(endpoint=taken))
-    with pytest.raises(ConfigError, match="give a free port of this machine"):
+    with pytest.raises(ConfigError, match="give this machine and a free port of it"):
+        handler.open_store()
+
+
+@pytest.mark.parametrize("endpoint", ["nowhere.invalid:29400", "localhost:29400:1"])
+def test_a_host_that_does_not_exist_is_refused_at_once(endpoint: str) -> None:
+    handler = CheckpointlessRendezvousHandler(parameters(endpoint=endpoint))
+    with pytest.raises(ConfigError, match="No store can be opened at .*; give this machine and a free port"):
         handler.open_store()
 
 
