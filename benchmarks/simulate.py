@@ -109,6 +109,7 @@ def document(results: list[Result], costs: list[Costs], options: argparse.Namesp
         "faults": sum(result.faults for result in results),
         "restarts": sum(result.restarts for result in results),
         "resizes": sum(result.resizes for result in results),
+        "drains": sum(result.drains for result in results),
         "violations": [
             {"seed": r.seed, "violation": r.violation, "replay": replay(options, r.seed)}
             for r in results

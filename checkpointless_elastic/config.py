@@ -51,6 +51,7 @@ class Config:
         on_loss_timeout: how long to wait for it, with shrink too where the job cannot go on without it.
         heartbeat: seconds between two signs of life of an agent.
         heartbeat_misses: after so many heartbeats without a sign of life an agent is taken to be gone.
+        fan_out: with more nodes than this their agents hang in a tree, each with at most so many children.
         store_timeout: limit for one call to the rendezvous store; with etcd, more than an election there takes (2 s).
         is_host: whether this agent opens the embedded store: true or false; empty: if the endpoint is this machine.
         etcd_user: user name at etcd; its password stands in `etcd_password_file` or CHECKPOINTLESS_ETCD_PASSWORD.
@@ -107,6 +108,9 @@ class Config:
     heartbeat_misses: int = _setting(
         4, "heartbeats without a sign of life after which an agent is taken to be gone"
     )  # type: ignore[assignment]
+    fan_out: int = _setting(
+        32, "with more nodes than this, agents hang in a tree, each with at most so many children"
+    )  # type: ignore[assignment]
     job_token_file: str = _setting(
         "", "file with the secret that all agents share; empty: the variable CHECKPOINTLESS_JOB_TOKEN"
     )  # type: ignore[assignment]
@@ -159,6 +163,8 @@ class Config:
             raise ConfigError(f"unprotected must be rerun or restart, not {self.unprotected!r}.")
         if self.active_nodes < 0:
             raise ConfigError(f"active_nodes must be 0 or a number of nodes, not {self.active_nodes}.")
+        if self.fan_out < 1:
+            raise ConfigError(f"fan_out must be at least 1, not {self.fan_out}.")
         if self.mirror_every < 0:
             raise ConfigError(f"mirror_every must be 0 or a number of steps, not {self.mirror_every}.")
         if self.verify_every < 0:

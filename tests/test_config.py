@@ -48,3 +48,8 @@ def test_every_setting_is_described() -> None:
 def test_a_number_of_steps_is_not_negative(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be 0 or a number of steps, not -1"):
         Config.parse({name: "-1"}, {})
+
+
+def test_agents_of_a_tree_have_at_least_one_child_each() -> None:
+    with pytest.raises(ConfigError, match="fan_out must be at least 1, not 0"):
+        Config.parse({"fan_out": "0"}, {})

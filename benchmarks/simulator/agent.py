@@ -42,7 +42,7 @@ from checkpointless_elastic.protocol.between import (
     Turned,
 )
 from checkpointless_elastic.protocol.events import Deadline, Overdue
-from checkpointless_elastic.protocol.member import Closed, Me, Member
+from checkpointless_elastic.protocol.member import Closed, Me, Member, State
 from checkpointless_elastic.protocol.messages import (
     Commit,
     FromWorker,
@@ -52,7 +52,7 @@ from checkpointless_elastic.protocol.messages import (
     Restore,
     Stage,
 )
-from checkpointless_elastic.protocol.requests import Took, Warm
+from checkpointless_elastic.protocol.requests import Declined, Dismissed, Drain, Took, Warm
 from checkpointless_elastic.protocol.station import Station
 from simulator.keeping import Keeping
 from simulator.oracle import Run, Violation
@@ -250,6 +250,9 @@ class Agent(Keeping):
             self.world.clock.after(self.world.draw_fork(), self.hear, self._report, Warm())
         elif isinstance(message, Done):
             self._finish("succeeded")
+        elif isinstance(message, Dismissed):
+            self.world.note(f"{self.name} leaves: it {message.cause}")
+            self._finish(f"out: {message.cause}")
         elif isinstance(message, Halt):
             self._finish(f"failed: {message.reason}")
         elif station is None:
@@ -359,6 +362,23 @@ class Agent(Keeping):
     def exit(self) -> None:
         """The process ends in good order."""
         self.world.ended(self)
+
+    # ---- it is drained, or asks for another one's drain
+
+    def terminate(self) -> None:
+        """Its process gets a signal: it says that it leaves, then its workers end."""
+        if self.member.state is not State.OUT:
+            self.world.note(f"{self.name} is terminated")
+            self._do(self.member.leave("was drained (SIGTERM)", self.world.clock.now))
+            self.world.clock.after(
+                self.world.draw_fork(), self.hear, self._finish, "out: was drained (SIGTERM)"
+            )
+
+    def consult(self, drain: Drain) -> Declined | None:
+        """Answer a client who wants a node drained; None: it has begun."""
+        answer, acts = self.member.consult(drain, self.world.clock.now)
+        self._do(acts)
+        return answer if isinstance(answer, Declined) else None
 
     # ---- workers
 

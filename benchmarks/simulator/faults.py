@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from checkpointless_elastic.protocol.between import Between, Order
+from checkpointless_elastic.protocol.requests import Drain
 from simulator.agent import Agent
 from simulator.world import World
 
@@ -33,6 +34,8 @@ KINDS = {
     "store cut": 1,
     "slow": 0.5,
     "join": 0.5,
+    "drain": 1.5,
+    "terminate": 1,
 }
 GENTLE = {
     "worker": 3,
@@ -41,6 +44,8 @@ GENTLE = {
     "coordinator": 2,
     "coordinator silent": 1,
     "pause": 1,
+    "drain": 1,
+    "terminate": 0.5,
 }
 MOMENTS = [
     *[
@@ -57,6 +62,10 @@ MOMENTS = [
     ],
     *["Reseated", "RunAgain", "ReplaceRank", "RankGone", "NodeEnded", "Release", "Done", "Spare", "Turned"],
 ]
+
+
+DRAIN_TRIES = 30
+"""How often a client asks until it gives up, ten times a second."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,8 @@ class Faults:
             "store cut": self._store_cut,
             "slow": self._slow,
             "join": lambda agent: self._join(),
+            "drain": lambda agent: self._drain(agent or self._drained()),
+            "terminate": lambda agent: self._terminate(agent or self._drained()),
         }
         self.world.on_send.append(self._sent)
         self._arm()
@@ -283,3 +294,30 @@ class Faults:
 
     def _join(self) -> None:
         self.world.add_agent()
+
+    def _drained(self) -> Agent | None:
+        """Often the coordinator's own node."""
+        return self.world.coordinator() if self.draw.random() < 0.3 else self._victim()
+
+    def _drain(self, agent: Agent | None) -> None:
+        if agent is not None and agent is not self._anchor:
+            self._ask(agent, self.draw.random() < 0.4, DRAIN_TRIES)
+
+    def _ask(self, agent: Agent, keep: bool, tries: int) -> None:
+        """The coordinator, as a client does: again and again while what stands in the way passes."""
+        chair = self.world.coordinator()
+        if chair is not None and agent.alive and not chair.frozen:
+            declined = chair.consult(Drain(agent.seat, agent.name, keep))
+            if declined is None:
+                self.world.last_fault = self.world.clock.now
+                self.world.drains += 1
+                self.world.note(f"{agent.name} is drained" + (", and stays" if keep else ""))
+                return
+            self.world.trace(f"{agent.name} is not drained: {declined.reason}")
+            tries = tries if declined.again else 0
+        if tries and agent.alive and not self.world.directory.verdict:
+            self.world.clock.after(0.1, self._ask, agent, keep, tries - 1)
+
+    def _terminate(self, agent: Agent | None) -> None:
+        if agent is not None and agent is not self._anchor and agent.alive:
+            agent.hear(agent.terminate)

@@ -36,6 +36,7 @@ class Result:
     faults: int
     restarts: int
     resizes: int
+    drains: int
     seconds: float
     violation: str
 
@@ -81,6 +82,7 @@ def play(
         world.faults,
         len(world.restarts),
         len(world.resizes),
+        world.drains,
         world.clock.now,
         violation,
     )

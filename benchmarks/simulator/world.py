@@ -61,6 +61,7 @@ class World:
         limits: by name in Config, seconds.
         restarts: why the script was run again, each time.
         resizes: numbers of ranks before and after, and the step, each time that their number was changed.
+        drains: how many nodes were drained by a client.
         late: which ranks were ended since they had missed a deadline, each time.
         last_fault: when.
     """
@@ -96,6 +97,7 @@ class World:
         self.restarts: list[str] = []
         self.late: list[str] = []
         self.resizes: list[tuple[int, int, int]] = []
+        self.drains = 0
         self.faults = 0  # that struck before the job had ended
         self.last_fault = 0.0
         self.killed_at_end = False  # a worker that had finished died: the job may end with its exit code

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from checkpointless_elastic.agent.bell import Bell
+from checkpointless_elastic.agent.descriptors import make_room
 from checkpointless_elastic.agent.directory import Directory, Leader
 from checkpointless_elastic.agent.peers import Closed, Identity, Peer, Peers
 from checkpointless_elastic.agent.runtime import EventLoop
@@ -127,6 +128,7 @@ class Membership:
         self._wards: Wards | None = None
         me = Me("alone", "", size)
         if network is not None:
+            make_room(rules.max_nodes)
             self._peers = Peers(
                 loop,
                 network.identity,

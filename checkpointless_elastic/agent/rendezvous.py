@@ -95,6 +95,7 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
             timeout=config.timeout.total_seconds(),
             heartbeat=heartbeat,
             heartbeat_misses=config.heartbeat_misses,
+            fan_out=config.fan_out,
             store_patience=heartbeat * config.heartbeat_misses if embedded else _ETCD_PATIENCE_S,
         )
 

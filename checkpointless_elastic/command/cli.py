@@ -6,7 +6,9 @@
 
 The options of the first two are those that torchrun was given. NODE is a seat's number, or the name or address of an
 agent, or a part of it that no other agent has. Draining costs the step in flight, which is done again; all other ranks
-keep their processes. The drained node's torchrun ends with exit code 0, or waits as a spare with --keep.
+keep their processes. The drained node's torchrun ends with exit code 0, or waits as a spare with --keep. Without a
+spare it is refused, but with on_loss=shrink: then the job goes on with one node less, and a node that is kept waits
+without ranks until its torchrun is started anew.
 """
 
 from __future__ import annotations
@@ -132,16 +134,20 @@ def _drain(client: Client, place: Place, options: argparse.Namespace) -> dict[st
     if not options.keep:
         _check_store(client, place)
     begun = time.monotonic()
+    before = client.overview(options.timeout)  # a job that shrinks numbers its seats anew
+    place = next((other for other in before.agents if other.agent == place.agent), place)
     client.drain(Drain(place.seat, place.agent, options.keep), options.timeout)
     seen = client.until(lambda seen: _settled(seen, place, options.keep), options.timeout)
     seconds = time.monotonic() - begun
-    now = next((other for other in seen.agents if other.seat == place.seat >= 0), None)
+    shrunk = seen.resizes > before.resizes
+    now = next((other for other in seen.agents if other.seat == place.seat >= 0 and not shrunk), None)
     if not options.json:
-        print(_sentence(seen, place, now, seconds))
+        print(_shrunk(before, seen, place, seconds) if shrunk else _sentence(seen, place, now, seconds))
     return {
         "seat": place.seat if place.seat >= 0 else None,
         "agent": place.agent,
         "moved_to": now.agent if now else None,
+        "nodes": len(seen.bases),
         "step": seen.step,
         "seconds": round(seconds, 3),
     }
@@ -175,4 +181,13 @@ def _sentence(seen: Overview, place: Place, now: Place | None, seconds: float) -
     return (
         f"Seat {place.seat} ({ranks}) has moved from {place.agent} to {now.agent} in {seconds:.1f} s; "
         f"the job is at step {seen.step}."
+    )
+
+
+def _shrunk(before: Overview, seen: Overview, place: Place, seconds: float) -> str:
+    from checkpointless_elastic.command.show import ranks_of, words
+
+    return (
+        f"Seat {place.seat} ({words(ranks_of(before, place.seat))}, {place.agent}) was given up in {seconds:.1f} s; "
+        f"the job goes on with {len(seen.bases)} of {len(before.bases)} nodes, from step {seen.step}."
     )

@@ -83,7 +83,8 @@ def table(job: str, seen: Overview) -> str:
 
 
 def _who(seen: Overview, place: Place) -> tuple[str, str, str]:
-    return _host(place), place.agent, "coordinates" if place.agent == seen.coordinator else ""
+    hangs = f"hangs on seat {place.parent}" if place.parent >= 0 else ""
+    return _host(place), place.agent, "coordinates" if place.agent == seen.coordinator else hangs
 
 
 def _host(place: Place) -> str:
@@ -120,4 +121,5 @@ def document(job: str, seen: Overview) -> dict[str, object]:
 
 
 def _entry(place: Place) -> dict[str, object]:
-    return {"agent": place.agent, "host": _host(place), "address": place.address}
+    tree = {"parent": place.parent} if place.parent >= 0 else {}
+    return {"agent": place.agent, "host": _host(place), "address": place.address, **tree}

@@ -225,7 +225,8 @@ class Board(Resizer):
         agent = self._agents.pop(name, None)
         if agent is not None and agent.seat >= 0:
             self._seats[agent.seat] = ""
-            if self._tree.parents.pop(agent.seat, None) is not None:
+            self._tree.parents.pop(agent.seat, None)
+            if self._tree.needed:  # it may hang on another one, and its word of that be lost with it
                 self._dropped.append(name)
             self._dissolve(agent.seat)
             self._suspect({agent.seat}, why)

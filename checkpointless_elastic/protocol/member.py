@@ -191,6 +191,8 @@ class Member(Hanging):
 
     def _follow(self, message: Between, now: float) -> None:
         if isinstance(message, Beat):
+            if message.term > self._leader.term:  # this agent had dialled it in its last term
+                self._leader = Leader(message.term, self._leader.address, moved=now)
             if message.count > self._leader.count:
                 self._leader.count, self._leader.moved = message.count, now
                 for child in self._branch.children:

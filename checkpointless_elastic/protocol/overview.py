@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from checkpointless_elastic.protocol import resize
 from checkpointless_elastic.protocol.coordinator import Coordinator, State
 from checkpointless_elastic.protocol.layout import ranks
 from checkpointless_elastic.protocol.requests import Declined, Drain, Overview, Place
 
-__all__ = ["DRAINED", "View", "obstacle", "overview"]
+__all__ = ["DRAINED", "View", "has_spare", "obstacle", "overview"]
 
 DRAINED = "was drained"
 
@@ -25,6 +26,7 @@ class View:
         over: the job has ended.
         excluded: agents that are no spares although they have no seat.
         wanted, resizes: see Overview.
+        shrinks: the job may go on with one node less, as far as their number counts.
     """
 
     term: int
@@ -39,6 +41,7 @@ class View:
     excluded: frozenset[str] = frozenset()
     wanted: int = 0
     resizes: int = 0
+    shrinks: bool = False
 
     def ranks(self, seat: int) -> frozenset[int]:
         """Of this seat."""
@@ -109,9 +112,15 @@ def obstacle(view: View, drain: Drain) -> Declined | None:
     return _irreplaceable(view, place, coordinator) if place.seat >= 0 else None
 
 
+def has_spare(view: View, size: int) -> bool:
+    """Does an agent wait that may take a seat with so many ranks?"""
+    waiting = (other for other in view.agents if other.seat < 0 and other.agent not in view.excluded)
+    return any(spare.size == size for spare in waiting)
+
+
 def _irreplaceable(view: View, place: Place, coordinator: Coordinator) -> Declined | None:
-    spares = [other for other in view.agents if other.seat < 0 and other.agent not in view.excluded]
-    if not any(spare.size == place.size for spare in spares):
+    spare = has_spare(view, place.size)
+    if not spare and not view.shrinks:
         return _never(
             f"no spare waits that runs {place.size} workers; start torchrun on one more node with the options of the "
             f"others (--nnodes MIN:MAX must allow it), and drain again"
@@ -120,6 +129,10 @@ def _irreplaceable(view: View, place: Place, coordinator: Coordinator) -> Declin
     if holdings.held.keys() != coordinator.ranks:
         return _later("not all ranks have said what state they hold, which they do after the first step")
     own = view.ranks(place.seat)
+    if not spare and (why := resize.obstacle(coordinator, coordinator.ranks - own)):
+        return _never(
+            f"no spare waits that runs {place.size} workers, and the job cannot go on with fewer nodes: {why}"
+        )
     alone = [rank for rank in sorted(own) if not holdings.twins(rank) & coordinator.whole - own]
     if alone:
         return _never(

@@ -24,12 +24,16 @@ __all__ = [
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
-    """One agent: its seat (-1: a spare), its name, where it listens, and how many workers it runs."""
+    """One agent: its seat (-1: a spare), its name, where it listens, and how many workers it runs.
+
+    ``parent``: the seat that it hangs on in the tree of many agents, see `branch`; -1: on the coordinator.
+    """
 
     seat: int
     agent: str
     address: str
     size: int
+    parent: int = -1
 
 
 # ---- of a client -----------------------------------------------------------------------------------------------------
@@ -72,7 +76,9 @@ class Overview(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Move the ranks of this agent, which has this seat, to a spare. Answered by Drained, or Declined.
+    """Move the ranks of this agent, which has this seat, to a spare; without one the job shrinks, if it may.
+
+    Answered by Drained, or Declined.
 
     Attributes:
         seat: -1 for an agent that waits as a spare: it leaves.

@@ -45,12 +45,6 @@ class Resizer(Roster):
     def _seat(self, seat: int, taken: bool, reason: str = "") -> None:
         """Tell an agent of its seat."""
 
-    @property
-    def _shrinks(self) -> bool:
-        """May the job go on without its vacant seats, as far as their number counts?"""
-        enough = sum(map(bool, self._seats)) >= max(1, self._rules.min_nodes)
-        return self._rules.on_loss is OnLoss.SHRINK and enough
-
     def _consider(self) -> None:
         """Shrink, or grow, if that is due."""
         it = self.coordinator
@@ -59,7 +53,7 @@ class Resizer(Roster):
         if it.state is State.ENDED or it.resizing or self._suspects:
             return
         vacant = self._vacant()
-        if vacant and self._shrinks:
+        if vacant and self._may_shrink():
             self._shrink(it, vacant)
         elif not vacant and it.state is State.RUNNING and not it.resumed and it.protected:
             self._grow(it)
@@ -153,7 +147,7 @@ class Resizer(Roster):
         assert old is not None
         old.state = State.ENDED
         kept, vacant = old.kept if old.fresh and old.keepers else -1, self._vacant()
-        if kept >= 0 and vacant and self._shrinks:
+        if kept >= 0 and vacant and self._may_shrink():
             self._resize(kept, old.keepers, restart.reason)
             return
         reason = f"rung {restart.rung}: {restart.reason}"

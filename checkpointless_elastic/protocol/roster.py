@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import msgspec
@@ -27,7 +27,7 @@ from checkpointless_elastic.protocol.coordinator import Coordinator
 from checkpointless_elastic.protocol.events import Event, Reopened, Stop
 from checkpointless_elastic.protocol.losses import WINDOW, Losses
 from checkpointless_elastic.protocol.messages import Commit, Decision, Freeze, Rebuild, Resume
-from checkpointless_elastic.protocol.overview import DRAINED, View, obstacle, overview
+from checkpointless_elastic.protocol.overview import DRAINED, View, has_spare, obstacle, overview
 from checkpointless_elastic.protocol.requests import (
     Declined,
     Dismissed,
@@ -37,7 +37,7 @@ from checkpointless_elastic.protocol.requests import (
     Overview,
     Place,
 )
-from checkpointless_elastic.protocol.rules import Rules
+from checkpointless_elastic.protocol.rules import OnLoss, Rules
 from checkpointless_elastic.protocol.tree import Tree
 
 __all__ = ["Agent", "Roster", "short"]
@@ -153,7 +153,8 @@ class Roster(ABC):
         if isinstance(message, (Commit, Freeze, Decision, Rebuild, Resume)):
             self._numbered += 1
             self._losses.commits += isinstance(message, Commit)
-            order = Order(self._term, short(message), self._numbered, list(self._dropped))
+            dropped = [name for name in self._dropped if name not in self._seats]
+            order = Order(self._term, short(message), self._numbered, dropped)
             for seat, name in enumerate(self._seats):
                 if name and seat not in self._tree.parents:
                     self._tell(name, order)
@@ -205,11 +206,16 @@ class Roster(ABC):
             return overview(view)
         declined = obstacle(view, question)
         if declined is None:
+            if question.keep and not has_spare(view, self._agents[question.agent].size):
+                self._excluded.add(question.agent)  # else the job would grow by it again
             self._drain(question, DRAINED)
         return declined or Drained()
 
     def _view(self) -> View:
-        places = [Place(agent.seat, agent.name, agent.address, agent.size) for agent in self._agents.values()]
+        places = [
+            Place(it.seat, it.name, it.address, it.size, self._tree.parents.get(it.seat, -1))
+            for it in self._agents.values()
+        ]
         vacant = [seat for seat, name in enumerate(self._seats) if not name]
         return View(
             self._term,
@@ -224,7 +230,13 @@ class Roster(ABC):
             frozenset(self._excluded),
             self._rules.active_nodes,
             self._resizes,
+            self._may_shrink(1),
         )
+
+    def _may_shrink(self, fewer: int = 0) -> bool:
+        """May the job go on with the nodes it has, or so many fewer, as far as their number counts?"""
+        here = sum(map(bool, self._seats)) - fewer
+        return self._rules.on_loss is OnLoss.SHRINK and here >= max(1, self._rules.min_nodes)
 
     def _drain(self, drain: Drain, cause: str) -> None:
         """Its seat is given up as that of a lost agent; it is told when that is confirmed."""
@@ -256,7 +268,7 @@ class Roster(ABC):
         if agent is None:
             return
         drain = Drain(agent.seat, name, True)  # it stays: the rendezvous store may live there
-        if obstacle(self._view(), drain) is None:
+        if obstacle(replace(self._view(), shrinks=False), drain) is None:
             self._losses.forget(name)
             self._excluded.add(name)
             self._drain(drain, f"was excluded, since {count} of its workers were lost within {WINDOW} steps")

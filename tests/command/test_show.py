@@ -73,3 +73,10 @@ def test_a_job_that_has_shrunk_says_so() -> None:
     assert lines[-1] == "Runs on 2 of 3 nodes, and grows when one comes"
     found = document("job", seen)
     assert (found["restarts"], found["resizes"], found["wanted"]) == (1, 1, 3)
+
+
+def test_agents_that_hang_in_a_tree_are_shown_with_the_seat_they_hang_on() -> None:
+    places = [Place(0, "a", "h:1", 1), Place(1, "b", "h:2", 1), Place(2, "c", "h:3", 1, 1)]
+    seen = Overview(1, "a", "running", 0, 5, 0, [0, 1, 2], 3, places, [], "", {})
+    assert table("job", seen).splitlines()[-1].split() == ["2", "2", "h", "c", "hangs", "on", "seat", "1"]
+    assert [seat.get("parent") for seat in document("job", seen)["seats"]] == [None, None, 1]  # type: ignore[attr-defined]

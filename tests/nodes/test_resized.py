@@ -5,15 +5,21 @@ What it is compared with is plain torch: so many ranks up to a step, then so man
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import signal
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.harness.hosts import Hosts, supported
+from checkpointless_elastic.command.cli import main
 from tests.conftest import wait_until
-from tests.nodes.cluster import Nodes
+from tests.nodes.cluster import LIMIT_S, Nodes
 from tests.recovery.launching import Ended, difference, launch
 
 SCRIPT = Path(__file__).with_name("job_resize.py")
@@ -38,6 +44,10 @@ def plain(folder: Path, *phases: Phase, **env: str) -> list[dict[str, Any]]:
 
 def same(ended: Ended, expected: list[dict[str, Any]]) -> None:
     assert ended.code == 0, ended.text
+    equal(ended, expected)
+
+
+def equal(ended: Ended, expected: list[dict[str, Any]]) -> None:
     found = Ended(ended.out, len(expected), 0, ended.text).finals()
     for rank, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         assert difference(mine, theirs, f"rank {rank}") == "", ended.text
@@ -88,6 +98,40 @@ def test_no_sample_comes_twice_and_none_is_left_out_when_a_job_shrinks(job: Call
     first, second = samples(it.folder)[0], samples(it.folder)[1]
     # 5 steps of 3 ranks use 60 samples, 140 are left for 2 ranks; in the second pass 2 ranks share 200: no padding
     assert sorted(first) == sorted(second) == list(range(SAMPLES)), ended.text
+
+
+def drain(it: Nodes, *words: str) -> dict[str, Any]:
+    """What the command says."""
+    options = ["--rdzv-endpoint", f"127.0.0.1:{it.port}", "--rdzv-id", it.mark, "--json"]
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main(["drain", *words, *options])
+    assert code == 0, err.getvalue() + it.text
+    (done,) = json.loads(out.getvalue())
+    return dict(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["command", "command, and stays", "SIGTERM"])
+def test_a_node_that_is_drained_without_a_spare_leaves_and_no_bit_is_lost(
+    job: Callable[..., Nodes], tmp_path: Path, how: str
+) -> None:
+    it = job("1:3", 1, script=SCRIPT, env={**SHRINKS, "HOLD": "1:5"})
+    it.start(3)
+    it.await_file("did-HOLD-1-5")
+    leaving = it.agent_of(1)
+    if how == "SIGTERM":
+        os.kill(leaving.pid, signal.SIGTERM)
+    else:
+        done = drain(it, "1", *(["--keep"] if "stays" in how else []))
+        assert (done["seat"], done["moved_to"], done["nodes"]) == (1, None, 2)
+    wait_until(lambda: not it.running(), f"the end {it.text}", LIMIT_S)
+    others = [agent.code for agent in it.agents if agent is not leaving]
+    assert others == [0, 0] and (leaving.code == 0) is (how != "SIGTERM"), it.text
+    ended = it.finish()
+    assert resizes(ended) == [(3, [3, 2], 5)], ended.text
+    (record,) = ended.recoveries()
+    assert record["cause"].startswith("was drained") and record["lost_ranks"] == [1]
+    equal(ended, plain(tmp_path / "plain", (3, 5, ""), (2, -1, "0,2")))
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from checkpointless_elastic.protocol.acts import Ask, HangUp, Obey, Query, Transmit
-from checkpointless_elastic.protocol.between import Spare
+from checkpointless_elastic.protocol.between import Attach, Beat, Child, Spare
 from checkpointless_elastic.protocol.member import Me, Member, State
 from checkpointless_elastic.protocol.requests import Declined, Dismissed, Inquiry, Leaving
 from checkpointless_elastic.protocol.rules import Rules
@@ -46,3 +46,11 @@ def test_who_does_not_coordinate_sends_a_client_elsewhere() -> None:
     answer, acts = follower().consult(Inquiry(), 1.0)
     assert answer == Declined("this agent does not coordinate the job", True)
     assert acts == []
+
+
+def test_who_has_dialled_the_coordinator_in_its_last_term_learns_the_next_one_from_its_first_beat() -> None:
+    made = follower()
+    made.received(1, Beat(5, 1, 0), 1.0)
+    assert made.term == 5
+    made.received(1, Attach("c:1"), 1.0)
+    assert Transmit(2, Child(5, "b")) in made.opened(2, "c", 1.0)

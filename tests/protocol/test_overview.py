@@ -155,3 +155,12 @@ def test_a_new_coordinator_says_why_the_last_one_has_gone() -> None:
     assert isinstance(answer := made.consult(Inquiry()), Overview)
     assert answer.state == "taking over"
     assert declined(made, Drain(1, "b", False)).reason  # its agent has not come over
+
+
+def test_an_agent_of_another_version_is_turned_away_and_changes_nothing() -> None:
+    made = board()
+    made.join(Join(VERSION + 1, "d", "d:1", 1), 0.0)
+    assert told(made.acts) == [
+        ("d", Turned(f"it speaks version {VERSION + 1}, the coordinator {VERSION}", False))
+    ]
+    assert made.agents == ["a", "b", "c"]

@@ -17,6 +17,7 @@ from checkpointless_elastic.protocol.between import (
     RankGone,
     RankSays,
     Seated,
+    Turned,
 )
 from checkpointless_elastic.protocol.board import Board
 from checkpointless_elastic.protocol.coordinator import Coordinator
@@ -30,7 +31,7 @@ from checkpointless_elastic.protocol.messages import (
     Replicas,
     Stage,
 )
-from checkpointless_elastic.protocol.requests import Took, Warm
+from checkpointless_elastic.protocol.requests import Declined, Dismissed, Drain, Drained, Took, Warm
 from checkpointless_elastic.protocol.resize import obstacle
 from checkpointless_elastic.protocol.rules import OnLoss, Rules
 from checkpointless_elastic.protocol.states import State
@@ -281,6 +282,71 @@ def test_a_job_whose_state_is_lost_is_run_again_from_its_top_by_all_nodes() -> N
     (warning,) = of_kind(made.acts, Warn)
     assert isinstance(warning, Warn) and "waits for a node in place of node 1" in warning.sentence
     assert not of_kind(made.acts, Resized) and made.world == 3
+
+
+# ---- drained nodes
+
+
+def declined(made: Board, drain: Drain) -> str:
+    """The reason; nothing is done."""
+    answer = made.consult(drain)
+    assert isinstance(answer, Declined) and made.acts == []
+    return answer.reason
+
+
+def test_a_node_that_is_drained_without_a_spare_leaves_and_the_others_go_on_with_the_state() -> None:
+    made = board()
+    assert made.consult(Drain(1, "b", False)) == Drained()
+    made.confirmed(1, 1.0)
+    assert Tell("b", Dismissed("was drained")) in made.acts
+    answer(made, {"a": 0, "c": 2})
+    given = seats(made.acts)
+    assert {name: (seat.seat, seat.world, seat.kept) for name, seat in given.items()} == {
+        "a": (0, 2, 1),
+        "c": (1, 2, 1),
+    }
+    assert not of_kind(made.acts, Stop)  # --max-restarts is 0
+
+
+def test_a_drained_node_goes_to_a_spare_first() -> None:
+    made = board("abcd")
+    assert made.consult(Drain(1, "b", False)) == Drained()
+    made.confirmed(1, 1.0)
+    assert seats(made.acts)["d"].taken and made.coordinator is not None and not made.coordinator.resizing
+
+
+def test_a_job_does_not_grow_back_by_a_node_that_was_drained_and_stays() -> None:
+    made = board()
+    made.consult(Drain(1, "b", True))
+    made.confirmed(1, 1.0)
+    assert Tell("b", Turned("its seat 1 was drained", True)) in made.acts
+    answer(made, {"a": 0, "c": 2})
+    made.join(Join(VERSION, "b", "b:1", 1), 2.0)
+    made.received("b", Warm())
+    it = made.coordinator
+    assert it is not None
+    for stage in (Stage.PUBLISHED, Stage.REBUILT):
+        for rank, name in enumerate("ac"):
+            made.received(name, Took(it.generation))
+            made.received(name, Gathered(stage, it.generation, 1, {rank: b""}))
+    committed(made, 1, "ac")
+    made.tick(3.0)
+    assert it.state is State.RUNNING and made.world == 2
+    made.join(Join(VERSION, "d", "d:1", 1), 4.0)
+    made.received("d", Warm())
+    made.tick(5.0)
+    assert it.state is State.FREEZING and it.resizing
+
+
+def test_a_drain_is_declined_where_the_job_cannot_go_on_with_fewer() -> None:
+    made = board(rules=Rules(active_nodes=3, max_nodes=4, min_nodes=3, on_loss=OnLoss.SHRINK))
+    assert "no spare waits that runs 1 workers; start torchrun" in declined(made, Drain(1, "b", False))
+    made = board(claims=[[0, 1], [0, 1], [2]])
+    reason = declined(made, Drain(1, "b", False))
+    assert reason.startswith(
+        "no spare waits that runs 1 workers, and the job cannot go on with fewer nodes: "
+    )
+    assert reason.endswith("no whole replicas of it would be left")
 
 
 # ---- in virtual time

@@ -43,6 +43,13 @@ def test_a_hundred_agents_go_on_after_faults() -> None:
     assert not any(result.violation for result in results) and sum(result.faults for result in results)
 
 
+def test_nodes_that_are_drained_or_terminated_leave_jobs_that_keep_all_invariants() -> None:
+    results = [play(seed, SMALL, only=("drain", "terminate"), shrinks=seed % 2 == 0) for seed in range(40)]
+    assert [result.violation for result in results if result.violation] == []
+    assert sum(result.drains for result in results) > 10
+    assert any(result.drains and result.resizes for result in results)
+
+
 def test_without_a_fault_every_agent_ends_well() -> None:
     world = World(SimulatedJob(agents=5, spares=1), seed=1)
     world.run()
