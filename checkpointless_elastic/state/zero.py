@@ -64,15 +64,15 @@ class ZeroHolder(OptimizerHolder):
         return self._zero._buckets is not self._buckets or super().stale()
 
     def note(self) -> Any:
-        return super().note(), self._zero._is_trainable_mask
+        return super().note(), self._zero._is_trainable_mask, self._buckets, self._data
 
     def put_back(self, noted: Any) -> None:
         """The buckets too: the next step then finds, as the first try did, that others are trained."""
-        groups, self._zero._is_trainable_mask = noted
-        if self._zero._buckets is not self._buckets:
-            for param, data in self._data:
+        groups, self._zero._is_trainable_mask, buckets, memory = noted
+        if self._zero._buckets is not buckets:
+            for param, data in memory:
                 param.data = data
-            self._zero._buckets = self._buckets
+            self._zero._buckets = buckets
         super().put_back(groups)
         self._groups_adopted()
 
