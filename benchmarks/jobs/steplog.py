@@ -38,8 +38,8 @@ def save_whole(state: object, path: Path) -> None:
 
 
 def local_state(holder: nn.Module | torch.optim.Optimizer) -> object:
-    """What this rank holds of a module or an optimizer, without the names that DDP adds."""
-    inner = getattr(holder, "module", holder)
+    """What this rank holds of a module or an optimizer, without the names that DDP adds, or what ZeRO has elsewhere."""
+    inner = getattr(holder, "optim", getattr(holder, "module", holder))
     return _local(inner.state_dict())
 
 

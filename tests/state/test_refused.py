@@ -39,9 +39,7 @@ def test_fsdp1_is_refused_and_fully_shard_is_named(original: bool) -> None:
 @pytest.mark.usefixtures("alone")
 def test_optimizers_that_write_parameters_where_nothing_can_be_taken_back_are_refused() -> None:
     model = DistributedDataParallel(nn.Linear(4, 4))
-    zero = ZeroRedundancyOptimizer(
-        model.parameters(), torch.optim.Adam, overlap_with_ddp=True, lr=0.1
-    )
+    zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, overlap_with_ddp=True, lr=0.1)
     with pytest.raises(ConfigError, match="optimizer=.*leave overlap_with_ddp off"):
         Inventory({"model": model, "optimizer": zero})
     averager = PeriodicModelAverager(period=2)

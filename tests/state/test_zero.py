@@ -137,7 +137,9 @@ def test_state_says_who_holds_the_same_and_parameters_are_everybodys(
 ) -> None:
     world = make(0, process_group=dist.new_group(list(members)))
     step(*world)
-    claims = {piece.key: piece.info.replicas for piece in inventory(*world).pieces() if ":grad" not in piece.key}
+    claims = {
+        piece.key: piece.info.replicas for piece in inventory(*world).pieces() if ":grad" not in piece.key
+    }
     assert {ranks for key, ranks in claims.items() if key.startswith("optimizer.state.")} == {same}
     assert {ranks for key, ranks in claims.items() if key.startswith("model.")} == {()}
 
