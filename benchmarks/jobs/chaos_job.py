@@ -111,7 +111,8 @@ def build(inside: Callable[[Tensor], Tensor]) -> Parallel:
 def make_optimizer(parallel: Parallel, moments: Moments) -> torch.optim.Optimizer:
     params = list(parallel.model.parameters())
     groups = [{"params": params[: len(params) // 3]}, {"params": params[len(params) // 3 :]}]
-    optimizer = parallel.optimizer(Optimizer, groups, lr=1e-3)
+    betas = (0.9, 0.999)  # OneCycleLR looks for them in the defaults, where ZeRO has what it was given
+    optimizer = parallel.optimizer(Optimizer, groups, lr=1e-3, betas=betas)
     getattr(optimizer, "optim", optimizer).at = moments.at
     return optimizer
 
