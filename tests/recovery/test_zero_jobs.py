@@ -46,7 +46,7 @@ def test_a_lost_part_comes_back_from_its_mirror(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 def test_parts_of_half_of_the_ranks_come_back_from_the_other_half(kind: str, tmp_path: Path) -> None:
-    faults = ("1:2:forward", "0:2:updated", "3:3:updated", "2:3:consolidated", "2:4:stepped")
+    faults = ("1:2:forward", "2:2:updated", "3:3:updated", "0:3:consolidated", "2:4:stepped")
     ended = check(tmp_path, kind, 0, faults, ranks=4)
     assert {record["rung"] for record in ended.recoveries()} == {1}, ended.text
     assert "no other rank holds" not in ended.text
