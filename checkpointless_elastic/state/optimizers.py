@@ -65,9 +65,9 @@ class OptimizerHolder(Holder):
         return None if own else self._names.replicas(param)
 
     def _states(self) -> Iterator[tuple[str, Any, Any]]:
-        """Path, key in `optimizer.state` and value, in the order of the groups."""
+        """Path, key in `optimizer.state` and value, in the order of the keeper's groups."""
         state = self._keeper.state
-        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        params = [param for group in self._keeper.param_groups for param in group["params"]]
         for param in params:
             if param in state:
                 yield f"{self.name}.state.{self._names.key(param)}", param, state[param]

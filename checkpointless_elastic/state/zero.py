@@ -101,4 +101,3 @@ class ZeroHolder(OptimizerHolder):
             zero._clear_cache()
             zero.optim.param_groups[:] = zero._partition_parameters()[zero.rank]
             zero._build_param_buckets()
-        zero._sync_param_groups(zero.param_groups, zero.optim.param_groups)
