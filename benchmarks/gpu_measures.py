@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from harness.alone import Alone
 from jobs import accelerator
 from jobs.accelerator import KIND, LIMIT
 
-from checkpointless_elastic.groups import LoggedCollective, Registry, Situation
+from checkpointless_elastic.groups import Registry
 from checkpointless_elastic.groups.spec import GroupSpec
 from checkpointless_elastic.state.device import Opened, share
 from checkpointless_elastic.state.pieces import PARAMETER, Piece, piece_of
@@ -185,34 +186,6 @@ def by_broadcast(mib: int, repeats: int) -> dict[str, object]:
 
 
 # ---- abort of a collective to which one rank does not come
-
-
-class Alone:
-    """A session for groups without an agent: the freeze is the abort itself."""
-
-    def __init__(self) -> None:
-        self.frozen = threading.Event()
-
-    def situation(self) -> Situation:
-        return Situation.ATTEMPT
-
-    def is_frozen(self) -> bool:
-        return self.frozen.is_set()
-
-    def wait_for_freeze(self) -> bool:
-        return self.frozen.wait(LIMIT.total_seconds())
-
-    def recover_outside(self) -> None:
-        raise RuntimeError("Nothing is recovered here.")
-
-    def record(self, entry: LoggedCollective) -> None:
-        """Nobody replaces this rank."""
-
-    def replay(self, group: str, op: str) -> LoggedCollective | None:
-        return None
-
-    def void_after_commit(self, outputs: list[torch.Tensor]) -> None:
-        """There is no gate."""
 
 
 def hanging(path: str, rank: int, ranks: int, pipe: Connection) -> None:

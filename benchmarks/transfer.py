@@ -8,6 +8,8 @@ verified, divided by those of a plain copy in the same process.
 The plain copy is Tensor.copy_ from the same shared memory to the same private tensors. All pages exist and are mapped
 beforehand, as a replacement has those of up to 1 GiB of state. It is made twice: by one thread in one call for each
 piece, and by as many threads as the replacement uses. The three alternate.
+
+--network N also measures N rounds of the way from other nodes, over gloo; see harness/over_network.py.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
+from harness import over_network
 from harness.memcpy import copy_seconds
 from harness.report import Bar, print_bars, write_json
 
@@ -138,6 +141,16 @@ def report_of(options: argparse.Namespace, rounds: list[dict[str, float]]) -> di
     }
 
 
+def network(options: argparse.Namespace) -> dict[str, object]:
+    """The report of the way over the network, printed too."""
+    rounds = over_network.measure(options.pieces, options.mib, options.sources, options.network)
+    report = over_network.report_of(rounds, options.pieces * options.mib << 20)
+    rates = report["gigabytes_per_second"]
+    assert isinstance(rates, dict)
+    print("over gloo:", ", ".join(f"{name} {rate:.2f} GB/s" for name, rate in rates.items()))
+    return report
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,6 +159,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mib", type=int, default=64, help="of how many MiB each (default 64)")
     parser.add_argument("--sources", type=int, default=2, help="survivors that hold them (default 2)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds (default 15)")
+    parser.add_argument("--network", type=int, default=0, metavar="N", help="rounds over gloo (default 0)")
     parser.add_argument("--json", type=Path, help="write the report here")
     return parser.parse_args(arguments)
 
@@ -162,6 +176,8 @@ def main() -> int:
     print(f"received and verified, of a plain copy by the same {report['threads']} threads: {beside:.2f}")
     name = f"received and verified, of a plain copy, {options.pieces} pieces of {options.mib} MiB"
     print_bars([Bar(name, float(str(report["bandwidth_vs_memcpy"])), 0.7, at_least=True)])
+    if options.network:
+        report["network"] = network(options)
     write_json(options.json, report)
     return 0
 

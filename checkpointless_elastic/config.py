@@ -40,8 +40,8 @@ class Config:
         tls_ca: PEM file of the authority that signs the agents' certificates; empty: connections are plain.
         tls_cert: PEM file of this agent's certificate.
         tls_key: PEM file of its key.
-        verify_every: committed calls between two comparisons of replicas, which find silent corruption; 0: they are
-            compared once, after the first step.
+        verify_every: committed calls between two comparisons of replicas, which find silent corruption; they are
+            compared in each recovery too, before a replacement copies them. 0: once, after the first step.
         health_check: command that says with its exit code 0 that this node may run workers; empty: only what is built
             in is checked.
         unprotected: how rung 3 is done: rerun (in the surviving processes) or restart (in new ones).
@@ -215,5 +215,5 @@ def _read(name: str, given: object, kind: type) -> object:
             )
         return kind(given)
     except (TypeError, ValueError, OverflowError) as error:
-        wanted = "a number of seconds" if kind is timedelta else f"of type {kind.__name__}"
+        wanted = {timedelta: "a number of seconds", int: "a whole number", float: "a number"}[kind]
         raise ConfigError(f"The setting {name} must be {wanted}, not {given!r}.") from error

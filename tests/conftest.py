@@ -18,7 +18,7 @@ import pytest
 
 os.environ.setdefault("CHECKPOINTLESS_HANG_SLACK", "60")  # many tests hold a worker up on purpose
 MARK = "CHECKPOINTLESS_TEST_JOB"
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0  # for hangs only: the machine may be loaded
 PAUSE_S = 0.01
 RUN_DIR_ROOTS = (Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp")))
 
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="slow; set CHECKPOINTLESS_SLOW_TESTS=1"))
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = TIMEOUT_S) -> None:
     """Look again and again until the condition holds; for things that no event announces to a test."""
     deadline = time.monotonic() + timeout
     while not condition():

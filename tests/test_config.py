@@ -31,6 +31,15 @@ def test_a_time_limit_must_be_a_positive_number_of_seconds(value: str) -> None:
         Config.parse({"join_timeout": value}, {})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [("node_faults", "2.5", "a whole number"), ("hang_factor", "abc", "a number")],
+)
+def test_a_value_of_another_kind_is_refused_in_plain_words(name: str, value: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=f"The setting {name} must be {wanted}, not '{value}'"):
+        Config.parse({name: value}, {})
+
+
 def test_every_setting_is_described() -> None:
     assert all(meaning for _, _, meaning in Config.describe())
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from checkpointless_elastic.agent.membership import Membership, Network
 from checkpointless_elastic.agent.peers import Peer
 from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.protocol.acts import Act, Transmit, Word
 from checkpointless_elastic.protocol.between import Beat, Between, ReplaceRank, Seated, Spare, Standing
+from checkpointless_elastic.protocol.checks import Published
 from checkpointless_elastic.protocol.events import Action, Reached
 from checkpointless_elastic.protocol.messages import (
     Commit,
@@ -30,7 +33,7 @@ from checkpointless_elastic.protocol.station import Station
 
 __all__ = ["Agent", "Counted"]
 
-PUBLICATION = bytes(64)
+PUBLICATION = msgspec.msgpack.encode(Published(b"", bytes(64)))
 _BEAT = Beat.__name__.encode()
 
 

@@ -272,7 +272,8 @@ class Agent(Keeping):
             self._deliver(station, message)
 
     def _deliver(self, station: Station, message: Any) -> None:
-        station.obey(message)
+        if not station.obey(message):
+            return
         if isinstance(message, Commit) and message.step == station.seat.kept:
             self.left.clear()
         ranks = sorted(station.pending) if isinstance(message, Restore) else list(self.workers)

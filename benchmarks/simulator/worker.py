@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from checkpointless_elastic.protocol.checks import Published
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
@@ -198,7 +201,8 @@ class Worker:
         self.phase = Phase.COMPUTING
         if decision.resizes:
             self.agent.leave_behind(self.rank, decision.step, self.weights)
-        self._report(Stage.PUBLISHED, decision.generation, bytes(g % 256 for g in self.weights))
+        published = Published(b"", bytes(g % 256 for g in self.weights))
+        self._report(Stage.PUBLISHED, decision.generation, msgspec.msgpack.encode(published))
         self.waiting = Rebuild
 
     def _arrive(self, decision: Decision) -> None:

@@ -167,6 +167,7 @@ class ForkedContext(PContext):
         self._request(self.children[local_rank], append=True)
 
     def _keep_error_file(self, old: Child) -> None:
+        """On the loop: the log directory has just answered, see `health`."""
         path = self.error_files[old.local_rank]
         if os.path.isfile(path):
             stem, suffix = os.path.splitext(path)

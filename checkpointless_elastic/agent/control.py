@@ -123,7 +123,9 @@ class AgentControl(Tenant):
         network = self._network() if self._network is not None else None
         self._membership = Membership(loop, self._rules, size, self, network)
         self._chair = Chair(loop, self._settings, self._rules, self._recoveries, self._membership)
-        self._health = Health(loop, self._settings.health_check, lambda: [self.run_dir, workers.log_dir()])
+        self._health = Health(
+            loop, self._bell, self._settings.health_check, lambda: [self.run_dir, workers.log_dir()]
+        )
         self._if_fit(self._membership.begin)
 
     def await_seat(self) -> bool:
@@ -272,8 +274,8 @@ class AgentControl(Tenant):
         self._membership.close("")
 
     def stopped(self) -> None:
-        self._recoveries.close()
         self._membership.close(self._workers.ended)
+        self._recoveries.end()
         self._health.close()
         self._lifelines.close()
         self._bell.close()
@@ -387,7 +389,8 @@ class AgentControl(Tenant):
 
     def _deliver(self, station: Station, message: Ordered) -> None:
         """For this node's workers."""
-        station.obey(message)
+        if not station.obey(message):
+            return
         self._membership.ordered(message)
         ranks = sorted(station.pending if isinstance(message, Restore) else station.ranks)
         channel = "control" if isinstance(message, Freeze) else "vote"

@@ -1,12 +1,14 @@
 """Is this node fit to run workers? Each check returns '' or the reason why not, as a sentence without its end.
 
-Those built in take under a millisecond on a machine in order, and run on the agent's loop. A command of the user's runs
-as a process of its own, which the loop watches. None of them touches a device: a replacement does that itself
-(`worker.health`), so that the agent has no context on it.
+Those built in take under a millisecond on a machine in order. Folders are looked at on a thread, since a file system
+that is gone may never answer; the rest is done on the agent's loop. A command of the user's runs as a process of its
+own, which the loop watches. None of them touches a device: a replacement does that itself (`worker.health`), so that
+the agent has no context on it.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -14,8 +16,11 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 
+from checkpointless_elastic.agent.bell import Bell
+from checkpointless_elastic.agent.bounded import BoundedCaller
 from checkpointless_elastic.agent.credentials import without_secrets
 from checkpointless_elastic.agent.runtime import EventLoop, Timer
 
@@ -27,8 +32,8 @@ MIN_MEMORY = 128 << 20
 """Bytes: less, and the kernel kills what is started."""
 MIN_DISK = 4 << 20
 """Bytes: room for a socket, the slots of some ranks, and a few log lines."""
-LOOPBACK_TIMEOUT_S = 1.0
-COMMAND_LIMIT_S = 30.0
+LOOPBACK_TIMEOUT_S = 1.0  # on the loop: less than heartbeats may be late
+ANSWER_LIMIT_S = 30.0
 KILL_WAIT_S = 0.2
 _TAIL = 1 << 14
 
@@ -68,34 +73,63 @@ class Health:
     """Checks this node before something is done. All calls belong to the loop's thread; none blocks.
 
     ``command``: the user's, empty for none. ``folders()``: those that workers write into, empty ones are left out.
+    ``limit``: seconds in which the folders must answer, and then the command.
     """
 
     def __init__(
-        self, loop: EventLoop, command: str, folders: Callable[[], list[str]], limit: float = COMMAND_LIMIT_S
+        self,
+        loop: EventLoop,
+        bell: Bell,
+        command: str,
+        folders: Callable[[], list[str]],
+        limit: float = ANSWER_LIMIT_S,
     ) -> None:
-        self._loop, self._text, self._folders, self._limit = loop, command, folders, limit
+        self._loop, self._bell, self._text, self._folders, self._limit = loop, bell, command, folders, limit
+        self._files = BoundedCaller("checkpointless-health")
         self._waiting: list[Callable[[str], None]] = []
+        self._looking: Timer | None = None
         self._command: _Command | None = None
 
     def check(self, found: Callable[[str], None]) -> None:
-        """Call ``found(reason)``, '' if this node is well: now, or once the user's command has ended.
+        """Call ``found(reason)``, '' if this node is well: now, or once folders and the user's command have answered.
 
-        Who asks while the command runs gets its answer too.
+        Who asks while an answer is waited for gets that one.
         """
-        reason = memory() or loopback() or next(filter(None, map(disk, filter(None, self._folders()))), "")
-        if reason or not self._text:
-            found(reason)
-            return
         self._waiting.append(found)
-        if self._command is None:
-            try:
-                self._command = _Command(self._loop, self._text, self._limit, self._ended)
-            except OSError as error:
-                self._ended(f"the health check {self._text!r} cannot be started ({error.strerror})")
+        if len(self._waiting) == 1:
+            self._begin()
+
+    def _begin(self) -> None:
+        reason = memory() or loopback()
+        if reason:
+            self._ended(reason)
+            return
+        folders = [folder for folder in self._folders() if folder]
+        late = f"nothing can be written in {' and '.join(folders)} within {self._limit:.0f} s"
+        timer = self._looking = self._loop.call_later(self._limit, lambda: self._ended(late))
+        answer = self._files.submit(lambda: next(filter(None, map(disk, folders)), ""))
+        answer.add_done_callback(lambda done: self._bell.ring(functools.partial(self._looked, timer, done)))
+
+    def _looked(self, timer: Timer, answer: Future[str]) -> None:
+        """The folders have answered."""
+        if not timer.active:
+            return
+        timer.cancel()
+        reason = answer.result()
+        if reason or not self._text:
+            self._ended(reason)
+            return
+        try:
+            self._command = _Command(self._loop, self._text, self._limit, self._ended)
+        except OSError as error:
+            self._ended(f"the health check {self._text!r} cannot be started ({error.strerror})")
 
     def close(self) -> None:
         """Nobody is answered any more; a command that runs is killed."""
         self._waiting = []
+        self._files.close()
+        if self._looking is not None:
+            self._looking.cancel()
         if self._command is not None:
             self._command.kill()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 import time
@@ -10,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from checkpointless_elastic.observe.timeline import Recovery, write
+from checkpointless_elastic.agent.bounded import BoundedCaller
+from checkpointless_elastic.observe.timeline import Recovery, append, tell
 from checkpointless_elastic.protocol.acts import Restarting
 from checkpointless_elastic.protocol.between import Between, Gathered, RankExplained, RankGone, RankStarted
 from checkpointless_elastic.protocol.events import Action, Chosen, End, Opened, Reached, Resized, Stop
@@ -18,6 +20,9 @@ from checkpointless_elastic.protocol.messages import Stage
 from checkpointless_elastic.worker.wire import RebuiltReport, RestoredReport
 
 logger = logging.getLogger(__name__)
+
+WRITE_LIMIT_S = 5.0
+"""For which the end of an agent waits for records that are not yet written."""
 
 
 def describe(status: int) -> str:
@@ -33,11 +38,13 @@ def describe(status: int) -> str:
 class Recoveries:
     """At most one recovery goes on at a time; a fault during it joins it.
 
-    ``events``: file of the JSON lines; empty: in the log directory that ``log_dir()`` names once it is known.
+    ``events``: file of the JSON lines; empty: in the log directory that ``log_dir()`` names once it is known. They are
+    written on a thread, since a file server may not answer.
     """
 
     def __init__(self, events: str, log_dir: Callable[[], str], pids: dict[int, int]) -> None:
         self._events = events
+        self._files = BoundedCaller("checkpointless-records")
         self._log_dir = log_dir
         self._pids = pids
         self._current: Recovery | None = None
@@ -189,4 +196,16 @@ class Recoveries:
         recovery.stuck_s, self._stuck = self._stuck, 0.0
         directory = self._log_dir()
         path = self._events or (f"{directory}/recoveries.jsonl" if directory else "")
-        write(recovery.record(self._pids), path)
+        record = recovery.record(self._pids)
+        tell(record)
+        if path:
+            self._files.submit(functools.partial(append, record, path))
+
+    def end(self) -> None:
+        """Nothing follows. Blocks until the records are written, for up to WRITE_LIMIT_S."""
+        self.close()
+        try:
+            self._files.call(lambda: None, WRITE_LIMIT_S)
+        except TimeoutError as error:
+            logger.error("Records of recoveries could not be written: %s.", error)
+        self._files.close()

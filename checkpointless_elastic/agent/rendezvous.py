@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import socket
+from datetime import timedelta
 from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -39,6 +40,8 @@ BACKEND = "checkpointless"
 ETCD_BACKEND = "checkpointless-etcd"
 _TORCHRUNS_TIMEOUT_S = 900
 _ETCD_PATIENCE_S = 15.0  # longer than an election inside etcd, and a call that meets it
+_STORE_LIMIT = timedelta(seconds=30)
+_LOOPBACK = "127.0.0.1"
 
 
 class CheckpointlessRendezvousHandler(RendezvousHandler):
@@ -111,14 +114,20 @@ class CheckpointlessRendezvousHandler(RendezvousHandler):
         return f"{self._host}:{self._store.port}"
 
     def _open(self, port: int) -> TCPStore:
+        """Blocks until this process has connected to its own store.
+
+        With several nodes that goes over loopback: heartbeats wait for it, so no name server and no route may.
+        """
+        own = _LOOPBACK if self.max_nodes > 1 else self._host
         try:
-            return TCPStore(
-                self._host, port, is_master=True, timeout=self.config.timeout, wait_for_workers=False
-            )
-        except (RuntimeError, ValueError) as error:
+            socket.getaddrinfo(own, port)  # the store would try for the whole limit
+            store = TCPStore(own, port, is_master=True, timeout=_STORE_LIMIT, wait_for_workers=False)
+            store.set_timeout(self.config.timeout)
+            return store
+        except (RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
-                f"No store can be opened at {self._host}:{port} ({str(error).splitlines()[0]}); give a free port of "
-                f"this machine in --rdzv-endpoint, or leave that option out."
+                f"No store can be opened at {self._host}:{port} ({str(error).splitlines()[0]}); give this machine and "
+                f"a free port of it in --rdzv-endpoint, or leave that option out."
             ) from error
 
     # ---- RendezvousHandler

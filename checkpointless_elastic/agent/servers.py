@@ -6,6 +6,7 @@ ready; the old one stays, as the parent of its workers, until the last of them h
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -31,13 +32,14 @@ from checkpointless_elastic.agent.forkserver import (
     frame,
     kill_group,
 )
-from checkpointless_elastic.agent.runtime import EventLoop
+from checkpointless_elastic.agent.runtime import EventLoop, Timer
 from checkpointless_elastic.protocol.messages import Frames
 
 __all__ = ["ForkServers", "Offspring"]
 
 logger = logging.getLogger(__name__)
 _END_TIMEOUT_S = 2.0
+"""For a server to end by itself, and once more after SIGKILL: if it does not then, it hangs in the kernel."""
 _messages: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)
 
 
@@ -77,7 +79,7 @@ class _Server:
         self.pending[request.id] = request
         try:
             self.connection.sendall(frame(request))
-        except ConnectionError:
+        except OSError:
             logger.debug("Request %s waits for another fork server.", request.id)
 
     def retire(self) -> None:
@@ -87,20 +89,47 @@ class _Server:
         except ConnectionError:
             logger.debug("The fork server %s has ended before it was told to.", self.process.pid)
 
-    def end(self) -> int:
-        """Close the connection, which ends the process and all that it has forked, and wait for it.
+    def end(self) -> None:
+        """Close the connection, which ends the process and all that it has forked. Blocks until it has ended."""
+        self.connection.close()
+        for _ in range(2):
+            try:
+                self.process.wait(_END_TIMEOUT_S)
+                break
+            except subprocess.TimeoutExpired:  # it is importing something that takes long
+                self.process.kill()
+        self.status()
+
+    def status(self) -> int:
+        """With which it has ended.
 
         If it was killed, the kernel has killed its workers, but not what these have started (loader processes).
         """
-        self.connection.close()
-        try:
-            status = self.process.wait(_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:  # it is importing something that takes long
-            self.process.kill()
-            status = self.process.wait()
-        for pid in self.children if status else ():
+        status = self.process.poll()
+        for pid in self.children if status != 0 else ():
             kill_group(pid)
-        return status
+        return -signal.SIGKILL if status is None else status
+
+
+class _Ending:
+    """What `_Server.end` does, beside everything else; ``then(status)`` follows."""
+
+    def __init__(self, loop: EventLoop, server: _Server, then: Callable[[int], None]) -> None:
+        self._loop, self._server, self._then = loop, server, then
+        server.connection.close()
+        self._pidfd = os.pidfd_open(server.process.pid)
+        self._timer: Timer = loop.call_later(_END_TIMEOUT_S, self._kill)
+        loop.watch(self._pidfd, self._ended, first=True)
+
+    def _kill(self) -> None:
+        self._server.process.kill()
+        self._timer = self._loop.call_later(_END_TIMEOUT_S, self._ended)
+
+    def _ended(self) -> None:
+        self._timer.cancel()
+        self._loop.unwatch(self._pidfd)
+        os.close(self._pidfd)
+        self._then(self._server.status())
 
 
 class ForkServers:
@@ -115,6 +144,7 @@ class ForkServers:
         self._loop = loop
         self._run_dir = run_dir
         self._servers: list[_Server] = []
+        self._ending: set[_Server] = set()
         self._current: _Server | None = None
         self._successor: _Server | None = None
         self._await_ready: list[Callable[[], None]] = []
@@ -151,6 +181,7 @@ class ForkServers:
         """End all servers and whatever they have forked."""
         for server in self._servers:
             self._loop.unwatch(server.connection.fileno())
+        for server in (*self._servers, *self._ending):
             server.end()
         self._servers, self._current, self._successor = [], None, None
 
@@ -168,7 +199,7 @@ class ForkServers:
         for body in server.frames.feed(data):
             self._take(server, _messages.decode(body))
         if not data:
-            self._gone(server)
+            self._forget(server, functools.partial(self._gone, server))
 
     def _take(self, server: _Server, message: FromServer) -> None:
         if isinstance(message, Loading):
@@ -212,16 +243,21 @@ class ForkServers:
             if server in (self._current, self._successor) or server.children or server.pending:
                 continue
             server.retire()
-            self._forget(server)
+            self._forget(server, lambda status: None)
 
-    def _forget(self, server: _Server) -> int:
+    def _forget(self, server: _Server, then: Callable[[int], None]) -> None:
+        """``then(status)`` is called once it has ended."""
         self._loop.unwatch(server.connection.fileno())
         self._servers.remove(server)
-        return server.end()
+        self._ending.add(server)
+        _Ending(self._loop, server, functools.partial(self._ended, server, then))
 
-    def _gone(self, server: _Server) -> None:
-        """A server's socket is closed: it dropped a module, or it died (and the kernel killed its workers)."""
-        status = self._forget(server)
+    def _ended(self, server: _Server, then: Callable[[int], None], status: int) -> None:
+        self._ending.discard(server)
+        then(status)
+
+    def _gone(self, server: _Server, status: int) -> None:
+        """A server has ended by itself: it dropped a module, or it died (and the kernel killed its workers)."""
         if server.loading:
             self._drop(server.loading, f"the fork server ended with status {status} while it was loading it")
         elif not server.ready:
@@ -237,8 +273,8 @@ class ForkServers:
             self._successor = self._launch(modules)
         elif server is self._current:
             self._current = self._launch(modules)
-            for request in server.pending.values():
-                self._current.send(request)
+        for request in server.pending.values():
+            self.spawn(request)
         for pid in sorted(server.children):
             if self.offspring is not None:
                 self.offspring.exited(pid, -signal.SIGKILL)

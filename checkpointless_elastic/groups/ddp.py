@@ -22,8 +22,8 @@ from torch._C._distributed_c10d import Reducer
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpointless_elastic.errors import StateMismatchError, UnsupportedTorchError
-from checkpointless_elastic.groups.log import to_bytes
 from checkpointless_elastic.groups.ops import Call
+from checkpointless_elastic.tensor_bytes import to_bytes
 
 if TYPE_CHECKING:
     from checkpointless_elastic.groups.issue import Engine, Region

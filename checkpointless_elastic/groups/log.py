@@ -15,8 +15,9 @@ import torch
 from checkpointless_elastic.errors import ScriptMismatchError
 from checkpointless_elastic.groups.host import Host, LoggedCollective
 from checkpointless_elastic.groups.ops import Call, Op
+from checkpointless_elastic.tensor_bytes import to_bytes
 
-__all__ = ["MAX_BYTES", "Entry", "OutputLog", "to_bytes", "write_logged"]
+__all__ = ["MAX_BYTES", "Entry", "OutputLog", "write_logged"]
 
 MAX_BYTES = 1 << 20
 """Outputs of one collective over this are not kept, such as DDP's broadcast of the parameters."""
@@ -96,12 +97,6 @@ def _outputs(tensors: list[torch.Tensor]) -> tuple[bytes, ...] | None:
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > MAX_BYTES:
         return None
     return tuple(map(to_bytes, tensors))
-
-
-def to_bytes(tensor: torch.Tensor) -> bytes:
-    """The elements of a dense tensor in row order."""
-    flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def write_logged(entry: LoggedCollective, op: Op, call: Call, position: int) -> bool:

@@ -135,16 +135,31 @@ def sentence(record: dict[str, object]) -> str:
     if isinstance(resize, list) and resize:
         gone += f", went from {resize[0]} to {resize[-1]} ranks"
     return (
-        f"[generation {record['generation']}] {gone} at step {record['step']}: {record['cause']}; "
+        f"[generation {record['generation']}] {gone} at step {record['step']}: {_causes(record)}; "
         f"rung {record['rung']} ({record['reason']}), {total * 1e3:.0f} ms: {parts}"
     )
 
 
-def write(record: dict[str, object], path: str) -> None:
-    """Log the record, and append it to the JSON lines in ``path`` ('' : nowhere)."""
-    logger.warning("%s", sentence(record))
-    if not path:
-        return
+def _causes(record: dict[str, object]) -> str:
+    """Of each rank, where they differ."""
+    causes = record["causes"]
+    assert isinstance(causes, dict)
+    if len(set(causes.values())) < 2:
+        return str(record["cause"])
+    return ", ".join(f"rank {rank} {cause}" for rank, cause in causes.items())
+
+
+def tell(record: dict[str, object]) -> None:
+    """Log the record.
+
+    Without a phase there is nothing to add to what was said when the script was run again, or the job stopped.
+    """
+    if record["phases"]:
+        logger.warning("%s", sentence(record))
+
+
+def append(record: dict[str, object], path: str) -> None:
+    """Append the record to the JSON lines in ``path``. Blocks as long as that file system does."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as lines:

@@ -3,6 +3,9 @@
 At a step that is due (`verify_every`) each rank votes with the digests of the state from which it computes the step. So
 the coordinator has those of all ranks, of one step and one generation, before it commits; what a void attempt said is
 dropped with its votes. Most votes are the same bytes, and are only compared; they are decoded where some differ.
+
+In a recovery between two such steps, each source says the same of the state that it publishes, before a replacement
+copies it: else what has changed in one rank would come to two, and be the majority at the next comparison.
 """
 
 from __future__ import annotations
@@ -15,7 +18,17 @@ import msgspec
 
 from checkpointless_elastic.errors import ProtocolError
 
-__all__ = ["Finding", "Judgement", "compare", "is_due", "judge", "pack", "sentences"]
+__all__ = [
+    "Finding",
+    "Judgement",
+    "Published",
+    "compare",
+    "is_due",
+    "judge",
+    "pack",
+    "published",
+    "sentences",
+]
 
 MIN_REPLICAS = 3
 """With two that differ nobody knows which one is right."""
@@ -35,6 +48,18 @@ class _Part(msgspec.Struct, frozen=True, array_like=True):
     ranks: list[int]
     names: bytes
     digests: bytes
+
+
+class Published(msgspec.Struct, frozen=True, array_like=True):
+    """Payload of Stage.PUBLISHED.
+
+    Attributes:
+        said: what the source says of its state, see `pack`.
+        publication: what replacements get; opaque to the protocol.
+    """
+
+    said: bytes = b""
+    publication: bytes = b""
 
 
 class Finding(NamedTuple):
@@ -76,6 +101,14 @@ def pack(pieces: Mapping[tuple[int, ...], Mapping[str, int]]) -> bytes:
         packed = b"".join(digests[key].to_bytes(_DIGEST, "little") for key in keys)
         parts.append(_Part(list(ranks), zlib.compress("\0".join(keys).encode(), 1), packed))
     return msgspec.msgpack.encode(parts)
+
+
+def published(payload: bytes) -> Published:
+    """What a source has reported. Raises ProtocolError."""
+    try:
+        return msgspec.msgpack.decode(payload, type=Published) if payload else Published()
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"What a rank has published cannot be read: {error}.") from error
 
 
 def compare(said: Mapping[int, bytes]) -> list[Finding]:

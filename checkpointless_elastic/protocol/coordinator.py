@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from checkpointless_elastic.errors import ProtocolError
 from checkpointless_elastic.protocol.between import RollCall
-from checkpointless_elastic.protocol.checks import judge, sentences
+from checkpointless_elastic.protocol.checks import published
+from checkpointless_elastic.protocol.comparing import Comparing
 from checkpointless_elastic.protocol.events import (
     Action,
     AllFrozen,
@@ -39,7 +40,6 @@ from checkpointless_elastic.protocol.events import (
     Succeed,
     Tally,
     Unfit,
-    Warn,
 )
 from checkpointless_elastic.protocol.halt import Halt
 from checkpointless_elastic.protocol.messages import (
@@ -53,14 +53,13 @@ from checkpointless_elastic.protocol.messages import (
     Stage,
 )
 from checkpointless_elastic.protocol.pace import Paces
-from checkpointless_elastic.protocol.resize import Resizing
 from checkpointless_elastic.protocol.rungs import Choice, Facts, Rung, choose
 from checkpointless_elastic.protocol.states import State
 
 __all__ = ["TABLE", "Coordinator", "State"]
 
 
-class Coordinator(Resizing):
+class Coordinator(Comparing):
     """Decides for one run of the script by ``ranks``, which keep mirrors of every ``mirror_every``-th step (0: none).
 
     A lost rank without a live twin takes its state from its mirror, if that is of the step at which all go on. If it is
@@ -136,28 +135,6 @@ class Coordinator(Resizing):
             self.resumed = False
             actions.append(Reached(self.generation, "committed", {"step": commit.step}))
         return actions
-
-    def _judge(self, said: dict[int, bytes]) -> list[Action]:
-        """Ranks whose state is not that of their replicas are ended; the step must not be committed then.
-
-        Where nobody knows which bytes are right, no loss is answered live any more. ``said``: see `checks.pack`.
-        """
-        if not any(said.values()):
-            return []
-        found = judge(said, self.step)
-        self.holdings.distrust = self.holdings.distrust or found.unknown
-        where = f"[generation {self.generation}, step {self.step}] Replicas differ"
-        told: list[Action] = [Warn(f"{where}: {one}.") for one in sentences(found, self.protected)]
-        if not found.wrong or not self.protected:
-            return told
-        self.ended |= found.wrong.keys()
-        self._faults_since_commit += 1
-        self._blame(found.wrong)
-        self._fault = f"rank {min(found.wrong)} {found.wrong[min(found.wrong)]}"
-        choice = choose(self._facts(found.wrong.keys()))
-        if not choice.goes_on:
-            return told + self._end(choice)
-        return [*told, *(End(rank, cause) for rank, cause in found.wrong.items())]
 
     def _finish(self) -> list[Action]:
         self.state, self.released = State.ENDED, True
@@ -308,18 +285,22 @@ class Coordinator(Resizing):
         return here + self._settled()
 
     def _settled(self) -> list[Action]:
-        if self.state is not State.SETTLING:
+        if self.state is not State.SETTLING or self.ended:
             return []
-        published, arrived = (self._reports.get(stage, {}) for stage in (Stage.PUBLISHED, Stage.ARRIVED))
+        said, arrived = (self._reports.get(stage, {}) for stage in (Stage.PUBLISHED, Stage.ARRIVED))
         if self.resizing:
-            return self._left_behind(published)
-        if not (self.whole <= published.keys() and self.pending <= arrived.keys()):
+            return self._left_behind(said)
+        if not (self.whole <= said.keys() and self.pending <= arrived.keys()):
             return []
         self.state = State.RESTORING
         if not self.pending:  # nobody was lost: the coordinator was, or a connection
             return self._restored()
         return [
-            Broadcast(Restore(self.generation, {rank: published[rank] for rank in sorted(self.whole)})),
+            Broadcast(
+                Restore(
+                    self.generation, {rank: published(said[rank]).publication for rank in sorted(self.whole)}
+                )
+            ),
             self._deadline(),
         ]
 
@@ -352,9 +333,7 @@ class Coordinator(Resizing):
         halt, running = self._halt, self.state is State.RUNNING  # a recovery has its own deadlines
         found = halt.heard(event, frozenset(self.whole - self.exited), running)
         if halt.stands and running and not found:
-            reason = (
-                "all ranks have stood for longer than hang_timeout, and none of them is known to be the cause"
-            )
+            reason = f"all ranks have stood for longer than hang_timeout, and {halt.cause}"
             return self._end(Choice(Rung.RESTART, reason))
         if halt.votes_lost and running:
             self._halt = Halt()
@@ -362,7 +341,8 @@ class Coordinator(Resizing):
             return self._reopened(
                 Reopened("all ranks were ready for a minute, and not all of their votes came")
             )
-        return [End(rank, reason, seconds) for rank, (reason, seconds) in sorted(found.items())]
+        ends = [End(rank, reason, seconds) for rank, (reason, seconds) in sorted(found.items())]
+        return [*halt.told, *ends]
 
     def _unfit(self, event: Unfit) -> list[Action]:
         if event.rank in self.ended:
@@ -414,7 +394,7 @@ class Coordinator(Resizing):
 COMPLETED: dict[Stage, Callable[[Coordinator], list[Action]]] = {
     Stage.READY: Coordinator._commit,
     Stage.FINISHED: Coordinator._finish,
-    Stage.PUBLISHED: Coordinator._published,
+    Stage.PUBLISHED: Coordinator._compared,
     Stage.ARRIVED: lambda it: it._published("arrived"),
     Stage.RESTORED: Coordinator._restored,
     Stage.REBUILT: Coordinator._rebuilt,

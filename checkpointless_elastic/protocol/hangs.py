@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from checkpointless_elastic.protocol.messages import Message
 
-__all__ = ["Activity", "Verdicts", "Where", "culprits"]
+__all__ = ["Activity", "Verdicts", "Where", "culprits", "parted"]
 
 QUIET = 100
 """Steps after which an ended worker is forgotten."""
@@ -130,6 +130,29 @@ def _behind(other: Where, where: Where) -> bool:
     if other.stretch != where.stretch:
         return other.stretch < where.stretch
     return any(other.issued.get(group, count) < count for group, count in where.issued.items())
+
+
+def parted(ranks: Mapping[int, Where]) -> str:
+    """Why ranks wait for each other for good, where the script has them do different things; else ''.
+
+    One waits in a collective for another that issues none any more: it has ended its script, or is ready to commit.
+    """
+    if not all(where.late for where in ranks.values()):
+        return ""
+    idle = {rank: where for rank, where in sorted(ranks.items()) if where.activity == Activity.GATE}
+    busy = {rank: where for rank, where in sorted(ranks.items()) if where.activity == Activity.CALL}
+    for rank, where in busy.items():
+        for other, there in idle.items():
+            if any(where.issued.values()) and _behind(there, where):
+                return _mismatch(rank, where, other, there.stretch % 2 == 1)
+    return ""
+
+
+def _mismatch(rank: int, where: Where, other: int, ready: bool) -> str:
+    at = f" ({where.at})" if where.at else ""
+    does = "is ready to commit without it" if ready else "has ended its script"
+    cure = "issue the same collectives in a call" if ready else "make the same number of steps"
+    return f"rank {rank} waits in a collective{at} for rank {other}, which {does}: let all ranks {cure}"
 
 
 def _sentence(where: Where, why: str) -> str:

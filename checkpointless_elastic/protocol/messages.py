@@ -85,7 +85,10 @@ class Left(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """The script ended with an exception that is its own."""
+    """The script ended with an exception that is its own, or with an exit code; then ``error`` is empty.
+
+    The process ends later. Peers see its connections close before that, and must know why.
+    """
 
     step: int
     error: str

@@ -36,9 +36,11 @@ from checkpointless_elastic.protocol.messages import (
     Left,
     Mismatch,
     Protected,
+    Rebuild,
     Release,
     Replicas,
     Report,
+    Restore,
     Resume,
     Stage,
 )
@@ -209,10 +211,10 @@ class Station:
 
     # ---- down
 
-    def obey(self, message: Ordered) -> None:
-        """Take note of an order."""
-        if isinstance(message, (Commit, Freeze, Decision, Resume)) and message.generation < self.generation:
-            return  # on its way through the tree it was overtaken by the next generation
+    def obey(self, message: Ordered) -> bool:
+        """Take note of an order. False: it is void, and workers must not hear of it either."""
+        if self._was_overtaken(message):
+            return False
         if isinstance(message, Commit):
             self.step = max(self.step, message.step + 1)
         elif isinstance(message, Freeze):
@@ -235,6 +237,14 @@ class Station:
             self.released = True
         elif isinstance(message, RunAgain):
             self.stopped = True
+        return True
+
+    def _was_overtaken(self, message: Ordered) -> bool:
+        """On its way through the tree, by an order of the next generation or, if it repeats one, by Resume."""
+        if isinstance(message, Freeze) and message.generation <= self._ran:
+            return True
+        of_recovery = (Freeze, Decision, Restore, Rebuild, Resume)
+        return isinstance(message, (Commit, *of_recovery)) and message.generation < self.generation
 
     def _opened(self, freeze: Freeze) -> None:
         if freeze.generation > self.generation:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -125,10 +126,10 @@ def contents(pieces: Sequence[Piece], plan: Plan, source: int) -> Iterator[tuple
 
 
 class Receiver:
-    """Fills a replacement's tensors, stripe by stripe as they are published, by one caller.
+    """Fills a replacement's tensors, chunk by chunk as they are published or arrive, by one caller.
 
     ``read(source, chunk)`` gives the bytes of a chunk, as they were published. The order of calls: `receive` once for
-    each source (in any order), then `finish`.
+    each source (in any order), or `taking` for all of them, then `finish`.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Receiver:
         self._plan = plan
         self._read = read
         self._held: dict[int, _Access] = {}
-        self._waiting = {rank for rank, stripe in plan.stripes.items() if stripe}
+        self._missing = {rank: len(chunks(stripe)) for rank, stripe in plan.stripes.items() if stripe}
         self._nbytes = 0
         self._seconds = 0.0
 
@@ -148,24 +149,39 @@ class Receiver:
         Raises StateMismatchError that names piece and source if a chunk is damaged or was not published.
         """
         started = perf_counter()
-        promised = {item.offset: item for item in digests if item.source == source}
-        parts = chunks(self._plan.stripes.get(source, ()))
-        for number in {part.piece for chunk in parts for part in chunk.ranges} - self._held.keys():
-            self._held[number] = _Access.of(self._pieces[number], content=False)
+        with self.taking(digests) as take:
+            for chunk in chunks(self._plan.stripes.get(source, ())):
+                take(source, chunk)
+        self._seconds += perf_counter() - started
+
+    @contextmanager
+    def taking(self, digests: Iterable[ChunkDigest]) -> Iterator[Callable[[int, Chunk], None]]:
+        """Gives what has a chunk copied and checked by a thread beside, for the caller to go on meanwhile.
+
+        At the end it waits for all that were taken, and raises as `receive` does. Its time is not counted.
+        """
+        promised = {(item.source, item.offset): item for item in digests}
+        done: list[Future[None]] = []
+
+        def take(source: int, chunk: Chunk) -> None:
+            for part in chunk.ranges:
+                if part.piece not in self._held:
+                    self._held[part.piece] = _Access.of(self._pieces[part.piece], content=False)
+            said = promised.get((source, chunk.offset))
+            done.append(pool.submit(self._receive_chunk, chunk, source, said))
+            self._nbytes += sum(part.length for part in chunk.ranges)
+            self._missing[source] -= 1
+
         with ThreadPoolExecutor(_threads()) as pool:
-            done = [
-                pool.submit(self._receive_chunk, chunk, source, promised.get(chunk.offset)) for chunk in parts
-            ]
+            yield take
         for one in done:
             one.result()
-        self._nbytes += sum(part.length for chunk in parts for part in chunk.ranges)
-        self._waiting.discard(source)
-        self._seconds += perf_counter() - started
 
     def finish(self) -> TransferReport:
         """Complete tensors with holes; to be called when all sources are received."""
-        if self._waiting:
-            raise StateMismatchError(f"State of source ranks {sorted(self._waiting)} never arrived.")
+        missing = sorted(source for source, count in self._missing.items() if count)
+        if missing:
+            raise StateMismatchError(f"State of source ranks {missing} never arrived.")
         started = perf_counter()
         with torch.no_grad():
             for access in self._held.values():

@@ -8,11 +8,11 @@ that the lost rank held.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -76,6 +76,9 @@ class Publication(msgspec.Struct, frozen=True):
     shared: Shared | None
     own: bytes = b""
     parts: dict[int, bytes] = {}
+
+
+publication_of = msgspec.msgpack.Decoder(Publication).decode
 
 
 class Here(NamedTuple):
@@ -268,16 +271,42 @@ def receive(
     run.inventory.adopt(common.manifest)
     pieces = blocks(run.inventory.pieces())
     found = _routes(pieces, decision, here)
-    started = time.perf_counter()
-    arrived = receive_remote(network, found, pieces, functools.partial(_room, run, here, kept))
-    moved, seconds = 0, time.perf_counter() - started
     ways = {route.block: route for route in found}
+    parts = {block: _parts(block, ways.get(block), publications, decision.step, here) for block in pieces}
+    started = time.perf_counter()
+    arrived, receivers = _over_network(run, found, pieces, parts, here, network, kept)
+    moved, seconds = 0, time.perf_counter() - started
     for block, held in pieces.items():
-        parts = _parts(block, ways.get(block), publications, decision.step, here)
-        report = _fill(held, layout_of(held, list(parts)), parts, arrived.get(block))
+        done = receivers.get(block)
+        layout = layout_of(held, list(parts[block]))
+        report = done.finish() if done else _fill(held, layout, parts[block], arrived.get(block))
         moved, seconds = moved + report.nbytes, seconds + report.seconds
     run.inventory.load_meta(common.manifest)
     return moved, seconds
+
+
+def _over_network(
+    run: Run,
+    found: list[Route],
+    pieces: dict[Block, list[Piece]],
+    parts: dict[Block, dict[int, Stripe]],
+    here: Here,
+    network: Network,
+    kept: list[Segment],
+) -> tuple[dict[Block, Segment], dict[Block, Receiver]]:
+    """What comes over the network for this node, and, where this rank receives it, who has copied and verified it."""
+    rooms, receivers, takers = {}, {}, {}
+    with ExitStack() as stack:
+        for block in [route.block for route in found if route.remote and route.receiver == here.rank]:
+            layout = layout_of(pieces[block], list(parts[block]))
+            rooms[block] = _room(run, here, kept, block, layout.segment_bytes)
+            receivers[block] = Receiver(pieces[block], layout, in_segment(rooms[block]))
+            digests = [item for part in parts[block].values() for item in part.digests]
+            takers[block] = stack.enter_context(receivers[block].taking(digests))
+        arrived = receive_remote(
+            network, found, pieces, rooms, lambda block, source, chunk: takers[block](source, chunk)
+        )
+    return arrived, receivers
 
 
 def _parts(

@@ -8,6 +8,7 @@ reached through torch's global optimizer hook, which fires in every torch.optim 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 _active: Call | None = None
 _hooked = False
+_used: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class VoidAttempt(BaseException):
@@ -78,9 +80,15 @@ def active() -> Call | None:
     return _active
 
 
+def optimizers() -> list[Any]:
+    """Those that have stepped in replayable calls of this process and still live."""
+    return list(_used)
+
+
 def install() -> None:
-    """Put the gate into every optimizer of this process. Later calls do nothing."""
+    """Put the gate into every optimizer of this process, once, and forget those that an earlier run has used."""
     global _hooked
+    _used.clear()
     if not _hooked:
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
@@ -91,6 +99,7 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     call = _active
     if call is None:
         return None
+    _used.add(optimizer)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not callable(closure):
         call.optimizer_step()

@@ -3,15 +3,17 @@
 That rank receives into a segment, and tells the other lost ranks of its node where it is. All ranks of a route meet in
 a native group of gloo made for it, which a newer generation ends at once; state of an accelerator goes through host
 memory. The receiver takes chunks from all sources at a time, and the bytes arrive where they are read: in the segment.
+While some chunks are on their way, those that have arrived are copied and verified.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +26,10 @@ from checkpointless_elastic.groups.link import Link
 from checkpointless_elastic.groups.registry import Registry
 from checkpointless_elastic.groups.spec import GroupSpec
 from checkpointless_elastic.state.pieces import Piece
-from checkpointless_elastic.state.plan import chunks
+from checkpointless_elastic.state.plan import Chunk, chunks
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.transfer import contents
+from checkpointless_elastic.tensor_bytes import to_bytes
 from checkpointless_elastic.worker.blocks import Block, layout_of
 from checkpointless_elastic.worker.routes import Route, by_members
 
@@ -74,27 +77,29 @@ class _Peers:
     def __init__(self, link: Link, members: tuple[int, ...]) -> None:
         self._link, self._members = link, members
         self._window = WINDOW * (len(members) - 1)
-        self._under_way: deque[tuple[Any, torch.Tensor]] = deque()
+        self._under_way: deque[tuple[Any, torch.Tensor, Callable[[], None] | None]] = deque()
 
     def send(self, data: torch.Tensor, to: int) -> None:
         """Bytes in host memory, which must not change until `finish`."""
         self._begin(self._link.native.send([data], self._members.index(to), 0), data)
 
-    def receive(self, data: torch.Tensor, source: int) -> None:
-        """Into these bytes, which are there after `finish`."""
-        self._begin(self._link.native.recv([data], self._members.index(source), 0), data)
+    def receive(self, data: torch.Tensor, source: int, then: Callable[[], None] | None = None) -> None:
+        """Into these bytes, which are there when `then` is called, and after `finish`."""
+        self._begin(self._link.native.recv([data], self._members.index(source), 0), data, then)
 
-    def _begin(self, work: Any, data: torch.Tensor) -> None:
+    def _begin(self, work: Any, data: torch.Tensor, then: Callable[[], None] | None = None) -> None:
         self._link.track(work)
-        self._under_way.append((work, data))
+        self._under_way.append((work, data, then))
         if len(self._under_way) > self._window:
             self._wait()
 
     def _wait(self) -> None:
-        work, _ = self._under_way[0]
+        work, _, then = self._under_way[0]
         self._link.wait(work, point_to_point=True)
         self._link.in_flight.discard(work)  # a second wait would be for a second message
         self._under_way.popleft()
+        if then:
+            then()
 
     def finish(self) -> None:
         """Wait for all that is under way."""
@@ -123,11 +128,16 @@ def _send(peers: _Peers, route: Route, pieces: list[Piece], rank: int) -> None:
 
 
 def receive(
-    network: Network, found: Sequence[Route], pieces: Pieces, room: Callable[[Block, int], Segment]
+    network: Network,
+    found: Sequence[Route],
+    pieces: Pieces,
+    rooms: Mapping[Block, Segment],
+    take: Callable[[Block, int, Chunk], None],
 ) -> dict[Block, Segment]:
     """The blocks of all routes over the network, in segments of this node. Blocks until they are there, unverified.
 
-    ``room(block, nbytes)`` gives the segment that this rank fills for its node.
+    ``rooms``: the segments that this rank fills for its node. ``take(block, source, chunk)`` is called as soon as a
+    chunk stands in one of them, while the next ones are on their way; so it should not take long.
     """
     arrived = {}
     for members, routes in by_members(found, network.rank).items():
@@ -135,8 +145,8 @@ def receive(
             for route in routes:
                 nbytes = layout_of(pieces[route.block], route.sources).segment_bytes
                 if route.receiver == network.rank:
-                    segment = room(route.block, nbytes)
-                    _receive(peers, route, pieces[route.block], segment)
+                    segment = rooms[route.block]
+                    _receive(peers, route, pieces[route.block], segment, partial(take, route.block))
                     _tell(peers, route, segment)
                 else:
                     segment = _hear(peers, route, nbytes)
@@ -144,13 +154,16 @@ def receive(
     return arrived
 
 
-def _receive(peers: _Peers, route: Route, pieces: list[Piece], segment: Segment) -> None:
+def _receive(
+    peers: _Peers, route: Route, pieces: list[Piece], segment: Segment, take: Callable[[int, Chunk], None]
+) -> None:
     layout = layout_of(pieces, route.sources)
     parts = [chunks(layout.stripes.get(source, ())) for source in route.sources]
     for turn in zip_longest(*parts):
         for source, chunk in zip(route.sources, turn, strict=True):
             if chunk is not None:
-                peers.receive(segment.bytes[chunk.offset : chunk.offset + chunk.length], source)
+                data = segment.bytes[chunk.offset : chunk.offset + chunk.length]
+                peers.receive(data, source, partial(take, source, chunk))
     peers.finish()
 
 
@@ -168,4 +181,4 @@ def _hear(peers: _Peers, route: Route, nbytes: int) -> Segment:
     data = torch.zeros(_PATH_BYTES, dtype=torch.uint8)
     peers.receive(data, route.receiver)
     peers.finish()
-    return Segment.open(Path(bytes(data.numpy()).rstrip(b"\0").decode()), nbytes)
+    return Segment.open(Path(to_bytes(data).rstrip(b"\0").decode()), nbytes)

@@ -8,11 +8,12 @@ import torch
 
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.state.pieces import Piece, carrier
+from checkpointless_elastic.tensor_bytes import to_bytes
 
 
 def read(pieces: Sequence[Piece]) -> dict[str, bytes]:
     """The bytes of each piece, by key. Waits for the device."""
-    return {piece.key: _bytes(piece.tensor) for piece in pieces}
+    return {piece.key: to_bytes(carrier(piece.tensor)) for piece in pieces}
 
 
 def write(pieces: Sequence[Piece], tensors: dict[str, bytes]) -> None:
@@ -26,8 +27,3 @@ def write(pieces: Sequence[Piece], tensors: dict[str, bytes]) -> None:
         with torch.no_grad():
             flat = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(cells.dtype)
             cells.copy_(flat.view(cells.shape))
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    flat = carrier(tensor).to("cpu").contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().tobytes()

@@ -21,6 +21,7 @@ from checkpointless_elastic.data.resume import Join, Resume, Skip
 from checkpointless_elastic.errors import CheckpointlessError, ScriptMismatchError, StateMismatchError
 from checkpointless_elastic.groups import spec as groups
 from checkpointless_elastic.groups.spec import GroupSignature
+from checkpointless_elastic.protocol.checks import Published
 from checkpointless_elastic.protocol.hangs import Activity
 from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore, Stage
 from checkpointless_elastic.protocol.messages import Resume as ResumeNow
@@ -34,6 +35,7 @@ from checkpointless_elastic.worker.exchange import (
     Here,
     Publication,
     bucket_orders,
+    publication_of,
     publish,
     receive,
     reserve,
@@ -141,27 +143,28 @@ class Recovery:
         self._release_segments()
         if session.rank in decision.pending:
             session.report(Stage.ARRIVED, decision.generation)
-            published = session.next_message(Restore, decision.generation).publications
-            self._restore(decision, {rank: _decode(data) for rank, data in published.items()})
+            came = session.next_message(Restore, decision.generation).publications
+            self._restore(decision, {rank: publication_of(data) for rank, data in came.items()})
         elif decision.resizes:
             own = resize.keep(self._run, decision, self._here(), self._own, self.last_value)
             session.report(Stage.PUBLISHED, decision.generation, b"" if own else NOT_OWN)
         else:
             if session.returns:
                 self._take_up(decision)
-            publication, self._segments = self._publish(decision)
+            published, self._segments = self._publish(decision)
             self._report_use(decision)
-            session.report(Stage.PUBLISHED, decision.generation, msgspec.msgpack.encode(publication))
+            session.report(Stage.PUBLISHED, decision.generation, msgspec.msgpack.encode(published))
             self._send(decision)
         self._exchanged = decision.generation
 
-    def _publish(self, decision: Decision) -> tuple[Publication, list[Segment]]:
+    def _publish(self, decision: Decision) -> tuple[Published, list[Segment]]:
         afresh = self._session.returns
         publication, segments = publish(self._run, decision, self._here(), self.last_value, afresh)
         if afresh and publication.shared is not None and self._own is not None:
             own, parts = self._own.blob, dict(self._own.parts)
             publication = msgspec.structs.replace(publication, own=own, parts=parts)
-        return publication, segments
+        said = self._run.said() if decision.pending else b""
+        return Published(said, msgspec.msgpack.encode(publication)), segments
 
     def _take_up(self, decision: Decision) -> None:
         """What this rank left behind in the last run of the script."""
@@ -445,6 +448,3 @@ class Recovery:
 def _open_store(address: str) -> Store:
     host, _, port = address.rpartition(":")
     return TCPStore(host, int(port), is_master=False, timeout=STORE_TIMEOUT)
-
-
-_decode = msgspec.msgpack.Decoder(Publication).decode

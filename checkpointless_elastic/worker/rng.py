@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.tensor_bytes import to_bytes
 from checkpointless_elastic.worker.rng_memory import (
     GAUSS,
     WORDS_BYTES,
@@ -146,7 +147,7 @@ def _put_back_torch(address: int, state: bytes) -> None:
 
 def capture_generator(generator: torch.Generator) -> bytes:
     """The state of one torch.Generator, on whatever device it is."""
-    return generator.get_state().numpy().tobytes()
+    return to_bytes(generator.get_state())
 
 
 def restore_generator(generator: torch.Generator, state: bytes) -> None:

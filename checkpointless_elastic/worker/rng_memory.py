@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from checkpointless_elastic.tensor_bytes import to_bytes
+
 __all__ = [
     "GAUSS",
     "TORCH_BYTES",
@@ -114,7 +116,7 @@ def _has_words(generator: Any) -> bool:
 def torch_address(generator: torch.Generator) -> int | None:
     """Where the TORCH_BYTES of a generator on the CPU are, to be read and to be written."""
     trial = torch.Generator().manual_seed(20)
-    state = trial.get_state().numpy().tobytes()
+    state = to_bytes(trial.get_state())
     words = struct.pack("<624I", *struct.unpack_from("<624Q", state, 24))
     start: int = trial._cdata  # type: ignore[attr-defined]
     offset = _at(start, 256).find(words[:32])

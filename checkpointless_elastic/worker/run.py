@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from checkpointless_elastic.state.pieces import GRADIENT, Piece
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks, group_ranks
 from checkpointless_elastic.state.snapshot import ArgumentGuard, AttemptSnapshot
-from checkpointless_elastic.worker import gate, private_tensors, rng, session
+from checkpointless_elastic.worker import gate, private_tensors, rng, session, unnamed
 from checkpointless_elastic.worker.blocks import Shared
 from checkpointless_elastic.worker.channel import AgentGone
 from checkpointless_elastic.worker.damage import Damage
@@ -32,6 +33,8 @@ __all__ = ["Run", "is_replacement"]
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
+
+logger = logging.getLogger(__name__)
 
 _VOID = object()
 _run: Run | None = None
@@ -76,6 +79,7 @@ class Run:
         self._left = (
             False  # the last attempt was left through an exception, perhaps in the middle of a backward
         )
+        self._at_start = False  # this rank recovers, and its state is that from which a call begins
         self._introduced = False  # others know what this rank holds
         self._communicates = False  # an optimizer used collectives in its step, after the gate
         self.inventory = Inventory(objects)
@@ -85,6 +89,7 @@ class Run:
         ] = {}  # shared memory for recoveries, mapped beforehand, by file name
         self._snapshot = AttemptSnapshot(self.inventory)
         self._gates: dict[str, int] = {}
+        self._looked_into: set[str] = set()  # functions with an optimizer step: see `unnamed`
         self._guards: dict[str, ArgumentGuard] = {}
         gate.install()
         self._session = session.current()
@@ -180,7 +185,9 @@ class Run:
                 if host.is_frozen():
                     if not self.attempt:
                         host.left_early()  # peers may be in the attempt that this rank does not begin
+                    self._at_start = True
                     recovery.settle()
+                    self._at_start = False
                 self.attempt += 1
                 value = self._try(host, recovery, name, function, *guard.arguments())
                 if value is not _VOID:
@@ -269,6 +276,8 @@ class Run:
         if host.void_memory:
             self._check_after_gate(host, name, expected)
         first, self._introduced = not self._introduced, True
+        if call.optimizer_steps and name not in self._looked_into:
+            self._check_complete(host, name)
         self._gates[name] = max(expected, self._gates.get(name, 1))
         self.step += call.optimizer_steps > 0
         self._snapshot.returned(call.optimizer_steps > 0)
@@ -279,6 +288,13 @@ class Run:
             host.replicas(*self._held())
             recovery.reserve()
         return value
+
+    def _check_complete(self, host: session.Session, name: str) -> None:
+        self._looked_into.add(name)
+        used = gate.optimizers()
+        unnamed.check_optimizers(used, self.inventory, name)
+        if host.rank == 0 and (warning := unnamed.unnamed_scheduler(used, self.inventory, name)):
+            logger.warning("%s", warning)
 
     def _check_after_gate(self, host: session.Session, name: str, expected: int) -> None:
         """Collectives after the gate have lost a rank: no live recovery if what they should have given is state."""
@@ -302,6 +318,13 @@ class Run:
     def _shared_pieces(self) -> list[Piece]:
         """What replicas must agree on; gradients may be each rank's own until they are reduced."""
         return [p for p in self.inventory.pieces() if p.info.role != GRADIENT and p.key not in self.private]
+
+    def said(self) -> bytes:
+        """In a recovery: what replicas must agree on, see `protocol.checks`; empty if it is not compared.
+
+        Only at the start of a call: between calls, a script may change it on one rank earlier than on another one.
+        """
+        return self._verifier.at_rest(self._shared_pieces) if self._at_start else b""
 
     def _held(self) -> tuple[list[list[int]], dict[str, tuple[int, int]]]:
         """The ranks and the digest of each piece, as `Replicas` has them."""

@@ -53,7 +53,8 @@ def _fail(session: Session, error: BaseException | None) -> None:
         session.unfit(str(error))
     if session.shadow and (reason := broken_device()):
         session.unhealthy(reason)
-    if error is None or isinstance(error, (SystemExit, RankLostError)):
+    if error is None or isinstance(error, RankLostError):
         return
     lines = traceback.format_exception_only(type(error), error)
-    session.channel.control.send(Failed(session.step, lines[-1].strip()))
+    said = "" if isinstance(error, SystemExit) else lines[-1].strip().rstrip(".")
+    session.channel.control.send(Failed(session.step, said))

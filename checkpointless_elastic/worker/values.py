@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 import torch
 
+from checkpointless_elastic.tensor_bytes import to_bytes
+
 MAX_VALUE = 1 << 20
 
 _TENSOR, _TUPLE, _DICT = 1, 2, 3
@@ -59,9 +61,7 @@ def _pack_tensor(tensor: torch.Tensor) -> msgspec.msgpack.Ext:
         raise Unkeepable(type(tensor).__name__)
     if tensor.numel() * tensor.element_size() > MAX_VALUE:
         raise Unkeepable("a large tensor")
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    header = [str(tensor.dtype), list(tensor.shape), tensor.device.type, raw]
+    header = [str(tensor.dtype), list(tensor.shape), tensor.device.type, to_bytes(tensor)]
     return msgspec.msgpack.Ext(_TENSOR, msgspec.msgpack.encode(header))
 
 

@@ -55,6 +55,10 @@ class Verifier:
         """What this rank has to say with its vote for the step; empty: nothing. Blocks until it is known."""
         return self._digesting.result() if self._digesting is not None else b""
 
+    def at_rest(self, pieces: Callable[[], Sequence[Piece]]) -> bytes:
+        """The same between attempts, when nothing is written. Blocks."""
+        return pack(_digests(pieces(), {})) if self._pool is not None else b""
+
     def _digest(
         self,
         step: int,
@@ -64,12 +68,8 @@ class Verifier:
         beside: AbstractContextManager[object],
     ) -> bytes:
         """On the pool's thread. ``early``: what is known already; ``watched``: the rest, with its versions."""
-        found: dict[tuple[int, ...], dict[str, int]] = {}
         with beside:
-            for piece in held:
-                known = early.get(piece.key)
-                value = digest(piece.tensor) if known is None else known
-                found.setdefault(piece.info.replicas, {})[piece.key] = value
+            found = _digests(held, early)
         if any(tensor._version != version for tensor, version in watched):
             logger.warning(
                 "[rank %d] step %d is not compared: a parameter was written before the optimizer's step",
@@ -78,6 +78,17 @@ class Verifier:
             )
             return b""
         return pack(found)
+
+
+def _digests(held: Sequence[Piece], known: dict[str, int]) -> dict[tuple[int, ...], dict[str, int]]:
+    """By replicas, the digest of each piece."""
+    found: dict[tuple[int, ...], dict[str, int]] = {}
+    for piece in held:
+        value = known.get(piece.key)
+        found.setdefault(piece.info.replicas, {})[piece.key] = (
+            digest(piece.tensor) if value is None else value
+        )
+    return found
 
 
 def _beside() -> AbstractContextManager[object]:

@@ -49,6 +49,12 @@ def until_loaded(nest: Nursery, module: str) -> None:
     assert nest.loop.run(lambda: module in nest.servers.loaded, 60.0)
 
 
+def the_last(nest: Nursery) -> psutil.Process:
+    """The only server that is left in a while."""
+    assert nest.loop.run(lambda: len(nest.processes) == 1, 60.0), nest.processes
+    return nest.processes[0]
+
+
 def test_statuses_are_exit_codes_and_negative_signals(small: None, tmp_path: Path) -> None:
     with nursery(tmp_path) as nest:
         assert nest.run("script", [script(tmp_path, "raise SystemExit(7)")]).status == 7
@@ -103,8 +109,7 @@ def test_a_successor_takes_over_and_the_old_server_stays_for_its_children(
         assert servers[0].pid != servers[1].pid
         os.kill(old, signal.SIGTERM)
         assert nest.finish(old).status == -signal.SIGTERM
-        assert not servers[0].is_running()
-        assert servers[1].is_running()
+        assert the_last(nest) == servers[1]
         os.kill(new, signal.SIGTERM)
         nest.finish(new)
         assert servers[1].is_running()
@@ -114,7 +119,7 @@ def test_what_is_already_loaded_needs_no_successor(small: None, tmp_path: Path) 
     with nursery(tmp_path) as nest:
         nest.servers.learn(["fractions"])
         until_loaded(nest, "fractions")
-        (server,) = nest.processes
+        server = the_last(nest)
         nest.servers.learn(["fractions"])
         assert nest.processes == [server]
 
@@ -174,6 +179,24 @@ def test_a_killed_server_takes_its_children_along_and_another_one_serves(small: 
         assert nest.run("script", [script(tmp_path, "print('again')")]).out == "again\n"
 
 
+def test_a_server_that_does_not_end_holds_up_nothing(small: None, tmp_path: Path) -> None:
+    with nursery(tmp_path) as nest:
+        pid = nest.start("script", [script(tmp_path, WAIT)])
+        stuck = psutil.Process(server_of(pid))
+        stuck.suspend()
+        nest.servers.learn(["fractions"])
+        until_loaded(nest, "fractions")
+        fired: list[int] = []
+        nest.servers._forget(
+            next(one for one in nest.servers._servers if one.process.pid == stuck.pid), fired.append
+        )
+        assert not fired
+        assert nest.run("script", [script(tmp_path, "print('fine')")]).out == "fine\n"
+        assert nest.loop.run(lambda: bool(fired), 60.0)
+        assert fired == [-signal.SIGKILL]
+        wait_until(lambda: not psutil.pid_exists(pid), "its child is gone")
+
+
 def test_a_server_that_cannot_start_is_an_error_and_not_a_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +220,7 @@ def test_a_retired_server_leaves_the_run_directory_alone(small: None, tmp_path: 
         nest.run("script", [script(tmp_path, "print()")])
         nest.servers.learn(["fractions"])
         until_loaded(nest, "fractions")
-        assert nest.loop.run(lambda: len(nest.processes) == 1, 5.0)
+        the_last(nest)
         assert nest.run_dir.exists()
 
 
@@ -215,7 +238,7 @@ def test_a_server_that_is_retired_while_it_loads_leaves_the_run_directory_alone(
         wait_until(begun.exists, "the first server is loading")
         nest.servers.learn(["fractions"])
         until_loaded(nest, "fractions")
-        (server,) = nest.processes
+        server = the_last(nest)
         assert nest.run_dir.exists()
         assert (
             nest.run("script", [script(tmp_path, "import os; print(os.getppid())")]).out == f"{server.pid}\n"

@@ -13,9 +13,11 @@ import psutil
 import pytest
 import torch
 
-from checkpointless_elastic.agent.health import Health, disk, loopback, memory
+from checkpointless_elastic.agent.bell import Bell
+from checkpointless_elastic.agent.health import ANSWER_LIMIT_S, Health, disk, loopback, memory
 from checkpointless_elastic.agent.runtime import EventLoop
 from checkpointless_elastic.worker.health import why_broken
+from tests.agent.frozen import frozen_disk
 from tests.conftest import Launcher, wait_until
 
 
@@ -39,6 +41,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.fixture
+def frozen() -> Iterator[Path]:
+    """A file system on which whatever writes waits, as on a server that is gone."""
+    with frozen_disk() as folder:
+        yield folder
+
+
 def answers(health: Health, loop: EventLoop, count: int = 1) -> list[str]:
     found: list[str] = []
     for _ in range(count):
@@ -47,10 +56,28 @@ def answers(health: Health, loop: EventLoop, count: int = 1) -> list[str]:
     return found
 
 
+def health_of(loop: EventLoop, command: str, *folders: str | Path, limit: float = ANSWER_LIMIT_S) -> Health:
+    return Health(loop, Bell(loop), command, lambda: list(map(str, folders)), limit)
+
+
 def test_a_machine_in_order_passes_what_is_built_in(loop: EventLoop, tmp_path: Path) -> None:
-    found: list[str] = []
-    Health(loop, "", lambda: [str(tmp_path), ""]).check(found.append)  # answered before it returns
-    assert found == [""]
+    assert answers(health_of(loop, "", tmp_path, ""), loop) == [""]
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_named(loop: EventLoop, tmp_path: Path) -> None:
+    (found,) = answers(health_of(loop, "true", tmp_path, tmp_path / "none"), loop)
+    assert found == f"{tmp_path}/none cannot be written (No such file or directory)"
+
+
+def test_a_file_system_that_does_not_answer_makes_the_node_unfit_and_the_loop_serves_others(
+    loop: EventLoop, frozen: Path
+) -> None:
+    health = health_of(loop, "true", frozen, limit=0.5)
+    fired: list[float] = []
+    loop.call_later(0.0, lambda: fired.append(time.monotonic()))
+    for _ in range(2):
+        assert answers(health, loop) == [f"nothing can be written in {frozen} within 0 s"]
+    assert fired
 
 
 def test_too_little_memory() -> None:
@@ -96,20 +123,20 @@ def test_a_machine_without_its_loopback() -> None:
 def test_a_command_of_the_users_says_whether_the_node_is_fit(
     command: str, reason: str, loop: EventLoop
 ) -> None:
-    (found,) = answers(Health(loop, command, list), loop)
+    (found,) = answers(health_of(loop, command), loop)
     assert found.endswith(reason) and bool(found) == bool(reason)
 
 
 def test_who_asks_while_the_command_runs_gets_the_same_answer(loop: EventLoop, tmp_path: Path) -> None:
     command = f"echo run >> {tmp_path}/runs; sleep 0.2; echo bad; exit 1"
-    assert len(set(answers(Health(loop, command, list), loop, count=3))) == 1
+    assert len(set(answers(health_of(loop, command), loop, count=3))) == 1
     assert (tmp_path / "runs").read_text() == "run\n"
 
 
 def test_a_command_that_gives_no_answer_is_ended_with_what_it_started(
     loop: EventLoop, tmp_path: Path
 ) -> None:
-    health = Health(loop, f"sleep 70 & echo $! > {tmp_path}/child; wait", list, limit=0.5)
+    health = health_of(loop, f"sleep 70 & echo $! > {tmp_path}/child; wait", limit=0.5)
     (found,) = answers(health, loop)
     assert found.endswith("gave no answer within 0 s")
     child = int((tmp_path / "child").read_text())
@@ -123,12 +150,12 @@ def _runs(pid: int) -> bool:
 def test_the_loop_serves_others_while_the_command_runs(loop: EventLoop) -> None:
     fired: list[float] = []
     loop.call_later(0.0, lambda: fired.append(time.monotonic()))
-    answers(Health(loop, "sleep 0.3", list), loop)
+    answers(health_of(loop, "sleep 0.3"), loop)
     assert fired
 
 
 def test_nobody_is_answered_after_the_end(loop: EventLoop) -> None:
-    health = Health(loop, "sleep 60", list)
+    health = health_of(loop, "sleep 60")
     health.check(lambda reason: pytest.fail(reason))
     health.close()
     assert not loop.run(lambda: False, 0.0)

@@ -110,11 +110,27 @@ def test_each_run_of_the_script_has_a_store_of_its_own() -> None:
     assert handler.shutdown()
 
 
+def test_with_several_nodes_the_own_store_is_not_looked_for_on_the_network() -> None:
+    """This address belongs to nobody (RFC 5737): connecting to it would hold the agent up until a limit."""
+    nodes = {"endpoint": "192.0.2.200:1", "local_addr": "192.0.2.201", "min_nodes": 2, "max_nodes": 2}
+    handler = CheckpointlessRendezvousHandler(parameters(**nodes))
+    host, _, port = handler.open_store().rpartition(":")
+    assert host == "192.0.2.201"
+    TCPStore("localhost", int(port), is_master=False).set("peer", "address")
+
+
 def test_a_port_that_is_taken_is_an_error_that_says_what_to_do() -> None:
     holder = CheckpointlessRendezvousHandler(parameters())
     taken = holder.open_store()
     handler = CheckpointlessRendezvousHandler(parameters(endpoint=taken))
-    with pytest.raises(ConfigError, match="give a free port of this machine"):
+    with pytest.raises(ConfigError, match="give this machine and a free port of it"):
+        handler.open_store()
+
+
+@pytest.mark.parametrize("endpoint", ["nowhere.invalid:29400", "localhost:29400:1"])
+def test_a_host_that_does_not_exist_is_refused_at_once(endpoint: str) -> None:
+    handler = CheckpointlessRendezvousHandler(parameters(endpoint=endpoint))
+    with pytest.raises(ConfigError, match="No store can be opened at .*; give this machine and a free port"):
         handler.open_store()
 
 

@@ -185,7 +185,7 @@ def test_sigkill_to_torchrun_leaves_no_process_and_no_directory(torchrun: Launch
     job.expect_lines("pids", 2)
     job.process.send_signal(signal.SIGKILL)
     job.finish()
-    wait_until(lambda: not torchrun.leftovers(), "all workers and the run directory are gone", 10.0)
+    wait_until(lambda: not torchrun.leftovers(), "all workers and the run directory are gone")
 
 
 def test_a_dead_fork_server_takes_its_workers_along_and_the_job_restarts(torchrun: Launcher) -> None:

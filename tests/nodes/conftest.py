@@ -27,7 +27,7 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Nodes]]:
     try:
         for one in made:
             assert not one.running(), f"The test ends while agents run.\n{one.text}"
-            wait_until(lambda one=one: not one.left(), "nothing is left behind", 5.0)  # type: ignore[misc]
+            wait_until(lambda one=one: not one.left(), "nothing is left behind")  # type: ignore[misc]
     finally:
         left = [what for one in made for what in one.left()]
         for one in made:

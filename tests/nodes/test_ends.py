@@ -76,7 +76,7 @@ def test_agents_that_do_not_belong_are_refused_and_change_nothing(
     it.await_file("0-5-forward-0")
     (stranger,) = it.start(1, CHECKPOINTLESS_JOB_TOKEN="the token of another one")
     (third,) = it.start(1)
-    wait_until(lambda: stranger.code is not None and third.code is not None, f"they end {it.text}", 60)
+    wait_until(lambda: stranger.code is not None and third.code is not None, f"they end {it.text}")
     it.go("")
     ended = it.finish()
     assert it.codes == [0, 0, 1, 1], ended.text

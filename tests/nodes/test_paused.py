@@ -55,7 +55,7 @@ def test_a_coordinator_of_the_embedded_store_that_was_stopped_goes_on_or_ends_cl
     it = job("2:3", 1, "0:5:forward:stop")
     it.start(3)
     it.await_file("0-5-forward-0")
-    wait_until(lambda: len(it.running()) == 1, "the others end", 30.0)
+    wait_until(lambda: len(it.running()) == 1, "the others end")
     os.kill(it.agents[0].pid, signal.SIGCONT)
     it.await_end()
     assert all(code == 1 for code in it.codes), it.text

@@ -98,7 +98,7 @@ def test_a_job_that_has_shrunk_grows_back_when_a_node_comes(
     it.start(3)
     it.await_file("did-HOLD-0-12")
     it.start(1)
-    wait_until(lambda: it.agents[0].says("a node has come"), f"it grows {it.text}", 60.0)
+    wait_until(lambda: it.agents[0].says("a node has come"), f"it grows {it.text}")
     it.go("0-12")
     ended = it.finish()
     assert resizes(ended) == [(3, [6, 4], 5), (3, [4, 6], 12)], ended.text
@@ -132,7 +132,7 @@ def test_a_node_that_was_cut_off_comes_back_to_a_job_that_has_shrunk(
         hosts[it.agents.index(cut)].cut()
         it.await_file("did-HOLD-0-8")
         hosts[it.agents.index(cut)].heal()
-        wait_until(lambda: it.agents[0].says("a node has come"), f"it grows {it.text}", 60.0)
+        wait_until(lambda: it.agents[0].says("a node has come"), f"it grows {it.text}")
         it.go("0-8")
         ended = it.finish()
     assert resizes(ended) == [(3, [3, 2], 5), (3, [2, 3], 8)], ended.text

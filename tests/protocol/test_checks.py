@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from checkpointless_elastic.errors import ProtocolError
-from checkpointless_elastic.protocol.checks import Finding, compare, is_due, judge, pack
+from checkpointless_elastic.protocol.checks import Finding, Published, compare, is_due, judge, pack, published
 from checkpointless_elastic.protocol.coordinator import Coordinator
 from checkpointless_elastic.protocol.events import (
     Action,
@@ -18,7 +18,16 @@ from checkpointless_elastic.protocol.events import (
     Tally,
     Warn,
 )
-from checkpointless_elastic.protocol.messages import Commit, Decision, Frozen, Message, Phase, Stage
+from checkpointless_elastic.protocol.messages import (
+    Commit,
+    Decision,
+    Freeze,
+    Frozen,
+    Message,
+    Phase,
+    Restore,
+    Stage,
+)
 
 ALL: tuple[int, ...] = ()
 
@@ -172,3 +181,62 @@ def test_where_a_rank_is_wrong_again_and_again_at_one_step_the_script_is_run_aga
         it.handle(Tally(Stage.REBUILT, it.generation, 5, dict.fromkeys(range(3), b"")))
     (restart,) = [action for action in vote(it, GOOD, BAD, GOOD) if isinstance(action, Restart)]
     assert (restart.rung, "without a committed step between them" in restart.reason) == (3, True)
+
+
+# ---- in a recovery
+
+
+def recovery(*said: bytes) -> tuple[Coordinator, list[Action]]:
+    """The last of these ranks and one more is lost; what follows when the others have published."""
+    it = coordinator(ranks=len(said) + 1)
+    it.handle(Lost(len(said), "was lost"))
+    frozen(it, *range(len(said)))
+    return it, publish(it, *enumerate(said))
+
+
+def publish(it: Coordinator, *said: tuple[int, bytes]) -> list[Action]:
+    reports = {rank: msgspec.msgpack.encode(Published(one, b"state")) for rank, one in said}
+    return it.handle(Tally(Stage.PUBLISHED, it.generation, 5, reports))
+
+
+def arrive(it: Coordinator, *ranks: int) -> list[Message]:
+    return messages(it.handle(Tally(Stage.ARRIVED, it.generation, 5, dict.fromkeys(ranks, b""))))
+
+
+def test_sources_that_agree_serve_the_replacement_which_does_not_get_their_digests() -> None:
+    it, actions = recovery(GOOD, GOOD, GOOD)
+    assert not messages(actions)
+    assert arrive(it, 3) == [Restore(1, dict.fromkeys(range(3), b"state"))]
+
+
+def test_a_source_in_the_minority_is_ended_before_a_replacement_copies_from_it() -> None:
+    it, actions = recovery(GOOD, BAD, GOOD)
+    assert actions == [
+        Warn(f"[generation 1, step 5] Replicas differ: rank 1 {CAUSE}, and is replaced."),
+        End(1, CAUSE),
+    ]
+    assert arrive(it, 3) == []
+    assert messages(it.handle(Lost(1, CAUSE))) == [Freeze(2, [1, 3], [])]
+    assert messages(frozen(it, 0, 2)) == [Decision(2, 5, [0, 2], [1, 3])]
+    publish(it, (0, GOOD), (2, GOOD))
+    assert arrive(it, 1, 3) == [Restore(2, {0: b"state", 2: b"state"})]
+
+
+def test_two_sources_that_differ_serve_nobody() -> None:
+    it, actions = recovery(GOOD, BAD)
+    said = "ranks 0 and 1 hold different bytes of b at step 5, and nobody knows which are right"
+    assert actions[-1] == Restart(3, f"rank 2 was lost, and {said}")
+    assert arrive(it, 2) == []
+
+
+def test_sources_that_say_nothing_are_not_compared() -> None:
+    it, _ = recovery(GOOD, BAD, b"")
+    assert it.holdings.distrust
+    it, actions = recovery(b"", BAD, b"")
+    assert not messages(actions)
+    assert len(arrive(it, 3)) == 1
+
+
+def test_what_is_no_publication_is_a_protocol_error() -> None:
+    with pytest.raises(ProtocolError):
+        published(b"\xc1")

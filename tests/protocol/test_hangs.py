@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from checkpointless_elastic.protocol.hangs import QUIET, Activity, Verdicts, Where, culprits
+from checkpointless_elastic.protocol.hangs import QUIET, Activity, Verdicts, Where, culprits, parted
 
 GROUP, OTHER = 11, 12
 CALL = Where(Activity.CALL, True, 9, {GROUP: 4}, 2.0)
@@ -62,6 +62,23 @@ def test_in_a_recovery_whoever_is_still_in_its_call_is_to_blame() -> None:
     recovering = replace(CALL, activity=Activity.RECOVERY, issued={})
     assert blamed(recovering, CALL, running=False) == {1}
     assert blamed(recovering, recovering, running=False) == set()
+
+
+def test_ranks_that_issue_different_collectives_are_named_and_not_blamed() -> None:
+    ready, ended = replace(GATE, issued={GROUP: 3}), replace(GATE, stretch=8, issued={})
+    call = replace(CALL, at="train.py:7 in step")
+    assert blamed(call, ready) == blamed(call, ended) == set()
+    assert parted({0: call, 1: ready}) == (
+        "rank 0 waits in a collective (train.py:7 in step) for rank 1, which is ready to commit without it: let all "
+        "ranks issue the same collectives in a call"
+    )
+    assert "which has ended its script: let all ranks make the same number" in parted({0: call, 1: ended})
+
+
+def test_ranks_that_may_still_go_on_are_not_said_to_have_parted() -> None:
+    assert parted({0: CALL, 1: GATE}) == parted({0: CALL, 1: CALL}) == ""
+    assert parted({0: CALL, 1: replace(GATE, stretch=8, issued={}, late=False)}) == ""
+    assert parted({0: replace(CALL, issued={}), 1: replace(GATE, stretch=8, issued={})}) == ""
 
 
 def test_nobody_is_to_blame_while_all_wait_at_the_gate() -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import random
 from collections import deque
 
+import msgspec
 import pytest
 
+from checkpointless_elastic.protocol.checks import Published
 from checkpointless_elastic.protocol.coordinator import Coordinator, State
 from checkpointless_elastic.protocol.events import (
     Action,
@@ -130,7 +132,8 @@ class Worker:
             self._apply()
         assert decision.step == self.step
         self.phase = Phase.COMPUTING
-        self._report(Stage.PUBLISHED, decision.generation, bytes(self.weights))
+        published = msgspec.msgpack.encode(Published(b"", bytes(self.weights)))
+        self._report(Stage.PUBLISHED, decision.generation, published)
         self.waiting = Rebuild
 
     def _recover(self, message: Message, generation: int) -> None:

@@ -14,6 +14,7 @@ from checkpointless_elastic.protocol.events import (
     Reopened,
     Replace,
     Restart,
+    Warn,
 )
 from checkpointless_elastic.protocol.hangs import Activity, Where
 from tests.protocol.test_coordinator import running
@@ -68,6 +69,18 @@ def test_a_rank_that_does_not_come_to_its_first_call_is_among_those_that_stand()
     assert coordinator.handle(Late(0, 0, {0: call, 1: replace(prepares, overlong=False), 2: call})) == []
     (action,) = coordinator.handle(Late(0, 0, {0: call, 1: prepares, 2: call}))
     assert isinstance(action, Restart) and action.rung == 4
+
+
+def test_ranks_that_wait_for_one_that_has_ended_are_named_once_and_in_the_reason_of_the_restart() -> None:
+    coordinator = running()
+    waits = Where(Activity.CALL, True, 11, {7: 1}, 2.0)
+    ended = replace(waits, activity=Activity.GATE, stretch=10, issued={})
+    (action,) = coordinator.handle(Late(0, 5, {0: waits, 1: ended, 2: waits}))
+    assert isinstance(action, Warn) and "rank 1, which has ended its script" in action.sentence
+    assert coordinator.handle(Late(0, 5, {0: waits, 1: ended, 2: waits})) == []
+    late = {rank: replace(where, overlong=True) for rank, where in enumerate((waits, ended, waits))}
+    (action,) = coordinator.handle(Late(0, 5, late))
+    assert isinstance(action, Restart) and "rank 1, which has ended its script" in action.reason
 
 
 def test_survivors_that_wait_for_a_node_to_come_do_not_stand() -> None:

@@ -119,13 +119,13 @@ def fail(kind: str, name: str) -> None:
     if kind in HANGS:
         HANGS[kind]()
         return
-    if kind == "linger":
+    if kind in ("linger", "lingerexit"):
         atexit.register(linger)
     if kind in ("raise", "linger"):
         raise Boom(name)
     if kind == "exit":
         os._exit(7)
-    if kind == "sysexit":
+    if kind in ("sysexit", "lingerexit"):
         sys.exit(3)
     numbers = {"segv": signal.SIGSEGV, "freeze": signal.SIGSTOP}
     os.kill(os.getpid(), numbers.get(kind, signal.SIGKILL))

@@ -1,12 +1,13 @@
 """Trains by DDP, or by HSDP with LAYOUT=hsdp, on ranks whose memory goes bad as FLIPS says: "rank:step:what,...".
 
 One bit of the first parameter ("weight") or of what the optimizer keeps for it ("moment") changes, once, just before
-that step. At the end each rank writes its state to OUT/final-RANK.pt.
+that step; or the rank dies there ("kill"). At the end each rank writes its state to OUT/final-RANK.pt.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ def flip(step: int) -> None:
         mark = OUT / fault.replace(":", "-")
         if (int(rank), int(at)) == (dist.get_rank(), step) and not mark.exists():
             mark.touch()
+            if what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             weight = next(model.parameters())
             found = local(weight if what == "weight" else optimizer.state[weight]["exp_avg"])
             bits = found.data.view(-1).view(torch.int32)

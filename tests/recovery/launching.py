@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 JOB = Path(__file__).with_name("job.py")
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 
 
 @dataclass(frozen=True)

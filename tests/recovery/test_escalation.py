@@ -40,7 +40,7 @@ def root_cause(ended: Ended) -> tuple[str, str]:
 def test_a_survivor_that_is_stuck_in_a_recovery_is_replaced_and_the_others_stay(
     calm: Ended, tmp_path: Path
 ) -> None:
-    ended = launch(tmp_path, "2:5:start:freeze,1:5:forward:kill", options=settings("settle_timeout=2"))
+    ended = launch(tmp_path, "2:5:start:freeze,1:5:forward:kill", options=settings("settle_timeout=4"))
     check(ended, calm)
     (record,) = ended.recoveries()
     assert (record["rung"], record["lost_ranks"]) == (1, [1, 2]), ended.text
@@ -54,7 +54,7 @@ def test_a_survivor_that_is_stuck_in_a_recovery_is_replaced_and_the_others_stay(
 
 @pytest.mark.slow
 def test_a_replacement_that_is_stuck_is_started_once_more(calm: Ended, tmp_path: Path) -> None:
-    ended = launch(tmp_path, "1:5:forward:kill,1:0:setup:freeze", options=settings("join_timeout=8"))
+    ended = launch(tmp_path, "1:5:forward:kill,1:0:setup:freeze", options=settings("join_timeout=20"))
     check(ended, calm)
     (record,) = ended.recoveries()
     assert (record["rung"], record["lost_ranks"]) == (1, [1]), ended.text

@@ -53,6 +53,14 @@ def test_nobody_waits_for_the_end_of_a_process_whose_script_has_failed(oracle: E
     assert record["cause"] == "failed: Boom: forward"
 
 
+@pytest.mark.slow
+def test_nobody_waits_for_the_end_of_a_process_whose_script_has_exited(oracle: Ended, tmp_path: Path) -> None:
+    ended = launch(tmp_path, "1:5:stepped:lingerexit")
+    check(ended, oracle, recoveries=1)
+    (record,) = ended.recoveries()
+    assert record["lost_ranks"] == [1], ended.text
+
+
 def test_survivors_keep_their_processes_and_a_replacement_has_its_own(oracle: Ended, tmp_path: Path) -> None:
     ended = launch(tmp_path, "1:5:forward:kill")
     check(ended, oracle, recoveries=1)

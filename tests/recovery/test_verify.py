@@ -65,6 +65,36 @@ def test_a_flip_between_two_comparisons_has_spoilt_gradients_but_replicas_end_eq
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["weight", "moment"])
+def test_a_rank_that_is_lost_before_the_next_comparison_gets_nothing_of_what_has_changed(
+    tmp_path: Path, what: str
+) -> None:
+    calm = run(tmp_path / "calm", "", every=0, ranks=4)
+    ended = run(tmp_path / "flip", f"1:3:{what},2:3:kill", every=100, ranks=4)
+    assert ended.code == 0, ended.text
+    (record,) = ended.recoveries()
+    assert (record["lost_ranks"], record["rung"], record["step"]) == ([1, 2], 1, 3), ended.text
+    assert record["causes"]["1"].startswith("has other bytes than its replicas in "), ended.text
+    for rank, (mine, theirs) in enumerate(zip(ended.finals(), calm.finals(), strict=True)):
+        assert difference(mine, theirs, f"rank {rank}") == "", ended.text
+
+
+@pytest.mark.slow
+def test_where_two_sources_differ_the_script_is_run_again(tmp_path: Path) -> None:
+    ended = launch(
+        tmp_path,
+        script=SCRIPT,
+        options=("--max-restarts=1",),
+        FLIPS="1:3:weight,2:3:kill",
+        CHECKPOINTLESS_VERIFY_EVERY="100",
+    )
+    assert replicas_differ(ended) == ""
+    (record,) = ended.recoveries()
+    assert record["rung"] == 3, ended.text
+    assert "hold different bytes of model.module.0.weight at step 3, and nobody knows" in record["reason"]
+
+
+@pytest.mark.slow
 def test_of_two_that_differ_nobody_is_replaced(tmp_path: Path) -> None:
     ended = run(tmp_path, "1:4:weight", every=2, ranks=2)
     assert ended.recoveries() == []

@@ -1,0 +1,45 @@
+"""What a script's steps use and its Run does not name: a replacement would begin it anew, and differ from then on.
+
+Looked for after the first call of each function with an optimizer step. An object with a ``state_dict()`` of its own
+may hold what is not found by name, so with one in the Run nothing is taken to be missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from checkpointless_elastic.errors import ConfigError
+from checkpointless_elastic.state.inventory import Inventory
+from checkpointless_elastic.state.objects import ObjectHolder
+
+__all__ = ["check_optimizers", "unnamed_scheduler"]
+
+
+def check_optimizers(used: Iterable[Optimizer], inventory: Inventory, name: str) -> None:
+    """Raise ConfigError for an optimizer that keeps state which the Run does not know. ``name``: of the function."""
+    if _has_others(inventory):
+        return
+    known = {id(container) for container in inventory.scan().containers}
+    for optimizer in used:
+        if any(optimizer.state.values()) and id(optimizer.state) not in known:
+            raise ConfigError(
+                f"The {type(optimizer).__name__} that steps in {name} is not in the Run, and what it keeps would be "
+                "lost with a rank: name it, as in Run(model=model, optimizer=optimizer)."
+            )
+
+
+def unnamed_scheduler(used: Iterable[Any], inventory: Inventory, name: str) -> str:
+    """A warning if torch's schedulers set a learning rate, and the Run names none; else ''."""
+    if _has_others(inventory) or not any(hasattr(each.step, "_wrapped_by_lr_sched") for each in used):
+        return ""
+    return (
+        f"A learning rate scheduler belongs to the optimizer that steps in {name}, and none is in the Run: a "
+        "replacement would begin its schedule anew. Name it, as in Run(..., scheduler=scheduler)."
+    )
+
+
+def _has_others(inventory: Inventory) -> bool:
+    return any(isinstance(holder, ObjectHolder) for holder in inventory.holders)

@@ -1,0 +1,38 @@
+"""Records of recoveries, also where their file system does not answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from checkpointless_elastic.agent import recoveries
+from checkpointless_elastic.agent.recoveries import Recoveries
+from tests.agent.frozen import frozen_disk
+
+
+def recover(it: Recoveries, *generations: int) -> None:
+    for generation in generations:
+        it.opened(generation, frozenset({1}), "was lost", float(generation))
+        it.mark("committed", generation + 0.5)
+
+
+def test_records_are_there_in_order_once_the_agent_has_ended(tmp_path: Path) -> None:
+    it = Recoveries("", lambda: str(tmp_path / "logs"), {})
+    recover(it, *range(1, 20))
+    it.opened(20, frozenset({1}), "was lost", 20.0)
+    it.end()
+    lines = (tmp_path / "logs" / "recoveries.jsonl").read_text().splitlines()
+    assert [json.loads(line)["generation"] for line in lines] == list(range(1, 21))
+
+
+def test_an_agent_does_not_wait_for_a_file_system_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recoveries, "WRITE_LIMIT_S", 0.2)
+    with frozen_disk() as folder:
+        it = Recoveries(str(folder / "recoveries.jsonl"), str, {})
+        recover(it, 1, 2)
+        it.end()
+        assert "Records of recoveries could not be written: no answer within 0.2 s." in caplog.text
