@@ -12,7 +12,7 @@ only if every fault was survived and the comparison holds.
 
 --layout spreads the model over the ranks: shards, tensor and pipeline parallel. Each part then keeps a living rank,
 whatever strikes at once ("all but one" is as many ranks as that allows), so that no fault needs the job to start
-over. With fsdp each rank has a part that no other has: only mirrors can bring it back (--mirror-every).
+over. With fsdp and zero each rank has a part that no other has: only mirrors can bring it back (--mirror-every).
 
 --nodes runs the job on several hosts (network namespaces, so it needs root) with --spares more that wait. A part of the
 faults then strikes a whole node: it loses its power, falls silent, or its agent is paused for some seconds or killed.
@@ -46,7 +46,7 @@ from harness import etcd, hosts
 from harness.clock import Clock
 from harness.cluster import Cluster, start
 from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan, Running
-from harness.layouts import LAYOUTS, Holders, holders, survivable
+from harness.layouts import ALONE, LAYOUTS, Holders, holders, survivable
 from harness.node_faults import NodeFaults
 from harness.outcomes import Outcome, as_struck, outcome, struck_at
 from harness.recoveries import read_recoveries
@@ -287,7 +287,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=["ddp"],
         help=f"of the model: some of {','.join(LAYOUTS)} (default ddp)",
     )
-    parser.add_argument("--mirror-every", type=int, default=0, help="steps between mirrors, for fsdp")
+    parser.add_argument(
+        "--mirror-every", type=int, default=0, help="steps between mirrors, for fsdp and zero"
+    )
     parser.add_argument(
         "--kinds",
         type=kinds,
@@ -363,9 +365,9 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         holders(options.layout, options.ranks)
     except ValueError as error:
         parser.error(str(error))
-    if options.layout == "fsdp" and not options.mirror_every:
+    if options.layout in ALONE and not options.mirror_every:
         parser.error(
-            "With fsdp a lost rank's shard is nowhere else: give --mirror-every K to keep mirrors of it."
+            f"With {options.layout} a lost rank's shard is nowhere else: give --mirror-every K to keep mirrors of it."
         )
     if options.script != DEFAULT_SCRIPT or scarce(options):
         options.kinds = [kind for kind in options.kinds if kind != FLIP]

@@ -9,8 +9,8 @@ torchrun alternate. What each job ends with is compared bit for bit with a run o
 fault.
 
 --layout spreads a model of the same size over the ranks in another way; several layouts, as in --layout ddp,hsdp,
-are measured in turns and compared. With fsdp a lost rank's shard is nowhere else: the script is run again from
-its top, and ours gets the checkpoint too.
+are measured in turns and compared. With fsdp and zero a lost rank's part is nowhere else: the script is run
+again from its top, and ours gets the checkpoint too.
 
 --fault node with --nodes 2 cuts a whole node off instead, in a job of several hosts (network namespaces, so it needs
 root) with a warm spare: see lost_node.py. Its JSON gives detection_s, from the cut until the coordinator saw the loss,
@@ -37,7 +37,7 @@ from statistics import median
 import harness
 import lost_node
 from harness.job import OURS, TORCHRUN, Job, JobFailedError, Plan
-from harness.layouts import LAYOUTS, holders
+from harness.layouts import ALONE, LAYOUTS, holders
 from harness.memcpy import memcpy_bandwidth
 from harness.recoveries import Recovery, phase_medians, read_recoveries, timeline, transfer_medians
 from harness.report import Bar, print_bars, write_json
@@ -96,7 +96,7 @@ class Bench:
             ranks=self.options.ranks,
             steps=self.options.steps,
             checkpoint_every=self.options.checkpoint_every
-            if backend == TORCHRUN or self.layout == "fsdp"
+            if backend == TORCHRUN or self.layout in ALONE
             else 0,
             environment={"BENCH_LAYOUT": self.layout},
         )

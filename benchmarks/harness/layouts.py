@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-LAYOUTS = ("ddp", "fsdp", "hsdp", "tp", "hsdp_tp", "pp")
+LAYOUTS = ("ddp", "zero", "fsdp", "hsdp", "tp", "hsdp_tp", "pp")
+ALONE = ("zero", "fsdp")  # each rank has a part that no other has
 Holders = tuple[frozenset[int], ...]
 
 _PARTS: dict[str, Callable[[int, int], int]] = {
     "ddp": lambda rank, ranks: 0,
+    "zero": lambda rank, ranks: rank,
     "fsdp": lambda rank, ranks: rank,
     "hsdp": lambda rank, ranks: rank % (ranks // 2),
     "tp": lambda rank, ranks: rank % 2,
     "hsdp_tp": lambda rank, ranks: rank % (ranks // 2),
     "pp": lambda rank, ranks: rank // (ranks // 2),
 }
-_MULTIPLE = {"ddp": 1, "fsdp": 1, "hsdp": 2, "tp": 2, "hsdp_tp": 4, "pp": 2}
+_MULTIPLE = {"ddp": 1, "zero": 1, "fsdp": 1, "hsdp": 2, "tp": 2, "hsdp_tp": 4, "pp": 2}
 
 
 def holders(layout: str, ranks: int) -> Holders:

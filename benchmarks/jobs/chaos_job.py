@@ -13,6 +13,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import layouts
 import numpy as np
@@ -104,15 +105,15 @@ def build(inside: Callable[[Tensor], Tensor]) -> Parallel:
         return layouts.build(LAYOUT, 64, 4, inside)
     torch.manual_seed(0)
     model = DistributedDataParallel(Model(inside))
-    return layouts.plain(model)
+    return replace(layouts.plain(model), foreach=None)
 
 
-def make_optimizer(parallel: Parallel, moments: Moments) -> Optimizer:
+def make_optimizer(parallel: Parallel, moments: Moments) -> torch.optim.Optimizer:
     params = list(parallel.model.parameters())
     groups = [{"params": params[: len(params) // 3]}, {"params": params[len(params) // 3 :]}]
-    foreach = parallel.foreach if LAYOUT != "ddp" else None
-    optimizer = Optimizer(groups, lr=1e-3, foreach=foreach)
-    optimizer.at = moments.at
+    betas = (0.9, 0.999)  # OneCycleLR looks for them in the defaults, where ZeRO has what it was given
+    optimizer = parallel.optimizer(Optimizer, groups, lr=1e-3, betas=betas)
+    getattr(optimizer, "optim", optimizer).at = moments.at
     return optimizer
 
 
@@ -146,7 +147,7 @@ class Training:
         self,
         run: ce.Run,
         parallel: Parallel,
-        optimizer: Optimizer,
+        optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         moments: Moments,
     ) -> None:

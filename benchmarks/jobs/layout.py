@@ -84,8 +84,8 @@ def main() -> None:
     accelerator.join()
     parallel = layouts.build(LAYOUT, WIDTH, BLOCKS)
     model = parallel.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=parallel.foreach)
-    checkpoint = Checkpoint(model, optimizer)
+    optimizer = parallel.optimizer(torch.optim.AdamW, model.parameters(), lr=1e-4)
+    checkpoint = Checkpoint(model, getattr(optimizer, "optim", optimizer))  # of ZeRO this rank's part
     first = checkpoint.load()
     run = parallel.protect(optimizer=optimizer)
     log = StepLog(dist.get_rank())
@@ -94,12 +94,12 @@ def main() -> None:
     def train_step(step: int) -> None:
         parallel.compute(parallel.batch(step, BATCH))
         optimizer.step()
-        log.committed(step)
         optimizer.zero_grad()
 
     for done in run.steps(STEPS - first):
         step = first + done
         train_step(step)
+        log.committed(step)
         if CHECKPOINT_EVERY and (step + 1) % CHECKPOINT_EVERY == 0:
             checkpoint.save(step + 1)
     state = {

@@ -1,14 +1,15 @@
 """One model, trained in the ways that large models are: the layouts of scripts that measure or strike jobs.
 
-A layout takes all ranks of the job: ddp (every rank has all), fsdp (every rank has one shard), hsdp (2 replicas of each
+A layout takes all ranks of the job: ddp (every rank has all), zero (as ddp, but each rank has a part of the optimizer's
+state), fsdp (every rank has one shard), hsdp (2 replicas of each
 shard), tp (pairs share each layer, data parallel over the pairs), hsdp_tp (2 replicas, shards, pairs), pp (2 stages,
 data parallel in each).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 import checkpointless_elastic as ce
 
-LAYOUTS = ("ddp", "fsdp", "hsdp", "tp", "hsdp_tp", "pp")
+LAYOUTS = ("ddp", "zero", "fsdp", "hsdp", "tp", "hsdp_tp", "pp")
 WIDTH_IN = 32
 
 
@@ -65,8 +67,10 @@ class Parallel:
         data_rank, data_ranks: which part of the batches this rank computes, of how many.
         compute: loss and backward of one batch; the loss is 0 where another stage knows it.
         evaluate: the loss without gradients, likewise.
-        foreach: whether one call of an optimizer can take all parameters (not if they are on several meshes).
+        foreach: whether one call of an optimizer can take all parameters (not if they are on several meshes);
+            None: as torch does on its own.
         data_group: ranks that hold the same, where neither DDP nor FSDP says so.
+        zero: each rank keeps the optimizer state of a part of the parameters.
     """
 
     model: nn.Module
@@ -74,8 +78,17 @@ class Parallel:
     data_ranks: int
     compute: Callable[[Tensor], Tensor]
     evaluate: Callable[[Tensor], Tensor]
-    foreach: bool = True
+    foreach: bool | None = True
     data_group: DeviceMesh | None = None
+    zero: bool = False
+
+    def optimizer(self, kind: type[Optimizer], params: Iterable[Any], **options: Any) -> Optimizer:
+        """An optimizer of this kind for parameters of the model, or groups of them."""
+        if not self.zero:
+            return kind(params, foreach=self.foreach, **options)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(params, kind, foreach=self.foreach, **options)
 
     def protect(self, **others: Any) -> ce.Run:
         """A Run of the model and others."""
@@ -134,6 +147,10 @@ def plain(model: nn.Module) -> Parallel:
 
 def _ddp(layers: list[tuple[str, nn.Module]]) -> Parallel:
     return plain(DistributedDataParallel(Part(layers)))
+
+
+def _zero(layers: list[tuple[str, nn.Module]]) -> Parallel:
+    return replace(_ddp(layers), zero=True)
 
 
 def _shard(part: Part, mesh: DeviceMesh) -> Part:

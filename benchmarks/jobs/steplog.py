@@ -38,8 +38,10 @@ def save_whole(state: object, path: Path) -> None:
 
 
 def local_state(holder: nn.Module | torch.optim.Optimizer) -> object:
-    """What this rank holds of a module or an optimizer, without the names that DDP adds."""
-    inner = getattr(holder, "module", holder)
+    """What this rank holds of a module or an optimizer, without the names that DDP adds, or what ZeRO has elsewhere."""
+    inner = getattr(holder, "optim", getattr(holder, "module", holder))
+    if hasattr(holder, "optim"):  # whose hyperparameters are those of the last step until the next one begins
+        holder._sync_param_groups(holder.param_groups, inner.param_groups)
     return _local(inner.state_dict())
 
 

@@ -25,11 +25,12 @@ from checkpointless_elastic.state.objects import ObjectHolder, TensorHolder
 from checkpointless_elastic.state.optimizers import OptimizerHolder
 from checkpointless_elastic.state.pieces import GRADIENT, Manifest, Piece, PieceInfo, gradient_key, piece_of
 from checkpointless_elastic.state.sharding import Ranks
+from checkpointless_elastic.state.zero import ZeroHolder, is_zero
 
 __all__ = ["Inventory", "Scan"]
 
 _FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
-_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+_LOCAL_SGD = "torch.distributed.optim.post_localSGD_optimizer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +174,9 @@ def _holders(objects: Mapping[str, Any], names: ParamNames) -> Iterator[Holder]:
         if isinstance(value, nn.Module):
             yield ModuleHolder(name, value, names)
     for name, value in flat:
-        if isinstance(value, Optimizer):
+        if is_zero(value):
+            yield ZeroHolder(name, value, names)
+        elif isinstance(value, Optimizer):
             yield OptimizerHolder(name, value, names)
         elif isinstance(value, GradScaler):
             yield ScalerHolder(name, value)
@@ -186,22 +189,32 @@ def _holders(objects: Mapping[str, Any], names: ParamNames) -> Iterator[Holder]:
 def _refuse(name: str, value: Any) -> None:
     """Raise ConfigError for state that is not where torch shows it, so that it would be missed without a word.
 
-    Read in torch 2.13: FSDP1's parameters are views of flat ones that it swaps, gathers and pads; the state of
-    ZeroRedundancyOptimizer is in an optimizer inside it, on one rank only.
+    Read in torch 2.13: FSDP1's parameters are views of flat ones that it swaps, gathers and pads; a
+    PostLocalSGDOptimizer trains other parameters on each rank, and averages them after its update.
     """
     if isinstance(value, nn.Module):
-        fsdp = getattr(sys.modules.get(_FSDP1), "FullyShardedDataParallel", None)
-        if fsdp is not None and any(isinstance(module, fsdp) for module in value.modules()):
+        fsdp = _known(_FSDP1, "FullyShardedDataParallel")
+        if any(isinstance(module, fsdp) for module in value.modules()):
             raise ConfigError(
                 f"Run({name}=...) got a model of FullyShardedDataParallel (FSDP1): shard it with "
                 "torch.distributed.fsdp.fully_shard, on a mesh with a replicated dimension for live recovery."
             )
-    zero = getattr(sys.modules.get(_ZERO), "ZeroRedundancyOptimizer", None)
-    if zero is not None and isinstance(value, zero):
+    if isinstance(value, _known(_LOCAL_SGD, "PostLocalSGDOptimizer")):
         raise ConfigError(
-            f"Run({name}=...) got a ZeroRedundancyOptimizer, which keeps each part of its state on one rank only: use "
-            "a plain optimizer on parameters of fully_shard, on a mesh with a replicated dimension."
+            f"Run({name}=...) got a PostLocalSGDOptimizer, with which parameters differ between the ranks: use the "
+            "optimizer in it, and gradients that DDP averages at each step."
         )
+    if is_zero(value) and value._overlap_with_ddp:
+        raise ConfigError(
+            f"Run({name}=...) got a ZeroRedundancyOptimizer with overlap_with_ddp=True, which updates parameters in "
+            "the middle of backward, where nothing can be taken back: leave overlap_with_ddp off."
+        )
+
+
+def _known(module: str, name: str) -> type[Any] | tuple[()]:
+    """A class of torch, if somebody has imported it: for isinstance."""
+    found: type[Any] | tuple[()] = getattr(sys.modules.get(module), name, ())
+    return found
 
 
 def _other(name: str, value: Any) -> Holder:

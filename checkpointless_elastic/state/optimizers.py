@@ -24,11 +24,17 @@ __all__ = ["OptimizerHolder"]
 
 
 class OptimizerHolder(Holder):
-    """One optimizer. Its state may appear later (first step) or change its structure (LBFGS)."""
+    """One optimizer. Its state may appear later (first step) or change its structure (LBFGS).
 
-    def __init__(self, name: str, optimizer: Optimizer, names: ParamNames) -> None:
+    `keeper`: the optimizer that keeps the state, where another one has the groups.
+    """
+
+    def __init__(
+        self, name: str, optimizer: Optimizer, names: ParamNames, keeper: Optimizer | None = None
+    ) -> None:
         super().__init__(name)
         self._optimizer = optimizer
+        self._keeper = keeper or optimizer
         self._names = names
         self._seen: list[Any] = []
 
@@ -45,7 +51,11 @@ class OptimizerHolder(Holder):
                 )
         for path, param, value in self._states():
             for key, tensor in tensors_of(value, path):
-                yield Found(key, OPTIMIZER, tensor, self._replicas(param, tensor))
+                yield Found(key, OPTIMIZER, tensor, self._state_replicas(param, tensor))
+
+    def _state_replicas(self, param: Any, tensor: torch.Tensor) -> Ranks | None:
+        """Those that hold a tensor of the state of a parameter."""
+        return self._replicas(param, tensor)
 
     def _replicas(self, param: Any, tensor: torch.Tensor) -> Ranks | None:
         """Those that hold the parameter too; a DTensor whose placements differ from the parameter's says it itself."""
@@ -55,9 +65,9 @@ class OptimizerHolder(Holder):
         return None if own else self._names.replicas(param)
 
     def _states(self) -> Iterator[tuple[str, Any, Any]]:
-        """Path, key in `optimizer.state` and value, in the order of the groups."""
-        state = self._optimizer.state
-        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        """Path, key in `optimizer.state` and value, in the order of the keeper's groups."""
+        state = self._keeper.state
+        params = [param for group in self._keeper.param_groups for param in group["params"]]
         for param in params:
             if param in state:
                 yield f"{self.name}.state.{self._names.key(param)}", param, state[param]
@@ -70,8 +80,8 @@ class OptimizerHolder(Holder):
             yield f"{self.name}.state.{key}", key, state[key]
 
     def containers(self) -> Iterator[dict[Any, Any]]:
-        yield self._optimizer.state
-        yield from (value for value in self._optimizer.state.values() if isinstance(value, dict))
+        yield self._keeper.state
+        yield from (value for value in self._keeper.state.values() if isinstance(value, dict))
 
     def stale(self) -> bool:
         now = self._watched()
@@ -120,7 +130,11 @@ class OptimizerHolder(Holder):
     def adopt(self, plain: Any, maker: Maker) -> None:
         live = {found.key: found.tensor for found in self.tensors()}
         self._adopt_groups(plain["groups"], live, maker)
+        self._groups_adopted()
         self._adopt_states(plain["states"], live, maker)
+
+    def _groups_adopted(self) -> None:
+        """The groups are those of the survivors."""
 
     def _adopt_groups(self, groups: Any, live: Mapping[str, torch.Tensor], maker: Maker) -> None:
         mine = self._optimizer.param_groups
@@ -137,7 +151,7 @@ class OptimizerHolder(Holder):
             group.update(params=held if keep else params, **hyper)
 
     def _adopt_states(self, states: Any, live: Mapping[str, torch.Tensor], maker: Maker) -> None:
-        state = self._optimizer.state
+        state = self._keeper.state
         before = dict(state)
         state.clear()
         for name, plain_key, node in states:

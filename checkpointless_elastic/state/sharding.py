@@ -34,6 +34,7 @@ __all__ = [
     "mesh_ranks",
     "normal",
     "replicas",
+    "same_place",
     "settle",
     "sharding",
     "wrap",
@@ -94,6 +95,7 @@ def _words(mesh: Any, placements: tuple[Any, ...]) -> tuple[tuple[str, ...], str
 def forget() -> None:
     """The script is run again: its meshes are not kept."""
     _words.cache_clear()
+    same_place.cache_clear()
 
 
 def wrap(data: torch.Tensor, wanted: Sharding, near: torch.Tensor | None, key: str) -> torch.Tensor:
@@ -171,6 +173,25 @@ def normal(ranks: Iterable[int]) -> Ranks:
     result = tuple(sorted(set(map(int, ranks))))
     world = int(os.environ.get("WORLD_SIZE", "1"))  # the script may have left its process group
     return EVERYBODY if result == tuple(range(world)) else result
+
+
+@functools.cache
+def same_place(members: tuple[int, ...], rank: int, replicas: Ranks) -> Ranks:
+    """The ranks at this rank's place in groups like its own, among those that hold the same parameters.
+
+    That is known where groups lie as those of a mesh with a dimension for them, rows or columns or between; elsewhere
+    the answer is this rank alone.
+    """
+    holders = replicas or tuple(range(int(os.environ.get("WORLD_SIZE", "1"))))
+    if not set(members) <= set(holders):
+        return normal([rank])
+    places, size = [holders.index(member) for member in members], len(members)
+    step = places[1] - places[0] if size > 1 else 1
+    as_mesh = (places[0] // step) % size == 0 and len(holders) % (size * step) == 0
+    if not as_mesh or places != [places[0] + number * step for number in range(size)]:
+        return normal([rank])
+    at = members.index(rank)
+    return normal(holder for place, holder in enumerate(holders) if (place // step) % size == at)
 
 
 def ddp_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Ranks]]:

@@ -194,7 +194,7 @@ class AttemptSnapshot:
             self._gradients.ended()
 
     def learn(self, keys: Iterable[str], functions: Iterable[object]) -> None:
-        """Take over from a survivor which pieces functions write before their gate (see `written_before_gate`).
+        """Take over from a survivor which pieces functions write before their gate (see `written`).
 
         `functions`: those that it has called; they need not be learned here again by copying all.
         """
@@ -204,6 +204,11 @@ class AttemptSnapshot:
         self._own = None
         for known in self._functions.values():
             known.scan = None
+
+    def written(self) -> list[str]:
+        """Keys of all that functions write before their gate, for `learn`."""
+        learned = self._told.union(*(known.written for known in self._functions.values()))
+        return sorted(learned.union(piece.key for piece in self.written_before_gate()))
 
     def written_before_gate(self) -> list[Piece]:
         """Live pieces that the functions write before their gate, apart from parameters and optimizer state.

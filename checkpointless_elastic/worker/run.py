@@ -365,7 +365,7 @@ class Run:
             self.step,
             last_value,
             dict(self._gates),
-            [piece.key for piece in self._snapshot.written_before_gate()],
+            self._snapshot.written(),
         )
 
     def adopt(self, common: Shared, buckets: list[bytes | None]) -> None:

@@ -15,7 +15,7 @@ SHARDED = [("hsdp", 8), ("hsdp", 4), ("tp", 8), ("tp", 4), ("hsdp_tp", 8), ("pp"
 
 def test_who_holds_the_same_follows_from_the_mesh() -> None:
     assert holders("ddp", 4) == (frozenset(range(4)),)
-    assert set(holders("fsdp", 4)) == {frozenset({rank}) for rank in range(4)}
+    assert set(holders("zero", 4)) == set(holders("fsdp", 4)) == {frozenset({rank}) for rank in range(4)}
     assert set(holders("hsdp", 8)) == {frozenset({rank, rank + 4}) for rank in range(4)}
     assert set(holders("tp", 8)) == {frozenset({0, 2, 4, 6}), frozenset({1, 3, 5, 7})}
     assert set(holders("hsdp_tp", 8)) == {frozenset({rank, rank + 4}) for rank in range(4)}
@@ -54,15 +54,20 @@ def test_all_but_one_is_as_many_ranks_as_the_layout_can_lose() -> None:
     assert {fault.target for fault in faults} >= {"rank 0", "several", "all but one", "replacement"}
 
 
-def test_chaos_does_not_start_fsdp_without_mirrors(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("layout", ["fsdp", "zero"])
+def test_chaos_does_not_start_without_mirrors_what_only_they_bring_back(
+    layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        chaos.parse(["--layout", "fsdp"])
-    assert "give --mirror-every K" in capsys.readouterr().err
-    (run,) = chaos.parse(["--layout", "fsdp", "--mirror-every", "5"]).runs
+        chaos.parse(["--layout", layout])
+    assert (
+        f"With {layout} a lost rank's shard is nowhere else: give --mirror-every K" in capsys.readouterr().err
+    )
+    (run,) = chaos.parse(["--layout", layout, "--mirror-every", "5"]).runs
     calm, struck = chaos.plans(run, Path("folder"), steps=10)
     assert struck.environment["CHECKPOINTLESS_MIRROR_EVERY"] == "5"
     assert "CHECKPOINTLESS_MIRROR_EVERY" not in calm.environment
-    assert calm.environment["BENCH_LAYOUT"] == struck.environment["BENCH_LAYOUT"] == "fsdp"
+    assert calm.environment["BENCH_LAYOUT"] == struck.environment["BENCH_LAYOUT"] == layout
 
 
 def test_bits_flip_only_where_three_ranks_hold_the_same(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpointless_elastic.errors import ConfigError
@@ -36,11 +37,15 @@ def test_fsdp1_is_refused_and_fully_shard_is_named(original: bool) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_an_optimizer_whose_state_is_on_one_rank_only_is_refused() -> None:
+def test_optimizers_that_write_parameters_where_nothing_can_be_taken_back_are_refused() -> None:
     model = DistributedDataParallel(nn.Linear(4, 4))
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.1)
-    with pytest.raises(ConfigError, match="optimizer=.*ZeroRedundancyOptimizer.*one rank"):
-        Inventory({"model": model, "optimizer": optimizer})
+    zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, overlap_with_ddp=True, lr=0.1)
+    with pytest.raises(ConfigError, match="optimizer=.*leave overlap_with_ddp off"):
+        Inventory({"model": model, "optimizer": zero})
+    averager = PeriodicModelAverager(period=2)
+    local = PostLocalSGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), averager)
+    with pytest.raises(ConfigError, match="optimizer=.*PostLocalSGDOptimizer"):
+        Inventory({"model": model, "optimizer": local})
 
 
 @pytest.mark.usefixtures("alone")
