@@ -14,6 +14,7 @@ finds something else, and the library is asked each time instead.
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 import struct
 from collections.abc import Callable
@@ -128,7 +129,12 @@ def torch_address(generator: torch.Generator) -> int | None:
 
 def read_torch(address: int) -> bytes:
     """What is at this address."""
-    return _at(address, TORCH_BYTES)
+    return _torch_view(address).raw
+
+
+@functools.lru_cache(maxsize=2)
+def _torch_view(address: int) -> ctypes.Array[ctypes.c_char]:
+    return _view(address, TORCH_BYTES)
 
 
 def clean_torch(state: bytes) -> bytes:
