@@ -1,9 +1,9 @@
 """The state of every random number generator of this process, taken and put back bit for bit.
 
 A state is taken before each fetch of a batch and at each replayable call, so it is made of raw words (no
-pickle), and costs a few microseconds in a loop, some 30 in a step, whose caches are cold. NumPy counts only where the script
-has imported it, an accelerator only where it is initialised: taking a state never loads a library and never
-creates a device context.
+pickle), and costs a few microseconds in a loop, some 30 in a step, whose caches are cold. NumPy counts only where
+the script has imported it, an accelerator only where it is initialised: taking a state never loads a library and
+never creates a device context.
 
 Most states of a script differ in one part from the one before, or in none: a state is made of numbered parts, and
 shares with the one before it what did not change, so that a part is written to a slot once."""
