@@ -13,7 +13,7 @@ import msgspec
 
 from checkpointless_elastic.errors import ProtocolError
 
-VERSION = 3
+VERSION = 4
 MAX_MESSAGE = 64 << 20
 _LENGTH = struct.Struct("<I")
 
