@@ -122,8 +122,9 @@ class Faults:
             time.sleep(0.01)
         for fault in self._mine:
             if fault.moment == moment and step >= fault.step and self._is_possible(fault):
-                if claim(marker(self._folder, fault.number, self._rank)):
-                    strike(fault, self._rank)
+                path = marker(self._folder, fault.number, self._rank)
+                if claim(path):
+                    strike(fault, self._rank, path)
 
     def before_gate(self, step: int) -> None:
         """As at(READY), for the ranks that die while they wait, and holds up the rank that they wait for."""
@@ -142,18 +143,24 @@ def waited_for(fault: Fault, ranks: int) -> int:
     return next((rank for rank in range(ranks) if rank not in fault.ranks), -1)
 
 
-def strike(fault: Fault, rank: int) -> None:
-    """Ends this process, or raises, as the fault's kind says."""
+def strike(fault: Fault, rank: int, path: Path) -> None:
+    """Ends this process, or raises, as the fault's kind says. ``path``: its marker, which says when."""
     if fault.kind == SLOW:
         time.sleep(fault.delay)
     elif fault.kind == FLIP:
         Path(request_path(os.environ["CHECKPOINTLESS_RUN_DIR"], rank)).touch()
     elif fault.moment == READY:
-        threading.Timer(fault.delay, die, (fault.kind,)).start()
+        threading.Timer(fault.delay, die_late, (fault.kind, path)).start()
     elif fault.kind == "exception":
         raise InjectedError(f"fault {fault.number} of the schedule")
     else:
         die(fault.kind)
+
+
+def die_late(kind: str, path: Path) -> None:
+    """The step may have been committed meanwhile, on a busy machine."""
+    path.write_text(str(time.time_ns()))
+    die(kind)
 
 
 def die(kind: str) -> None:

@@ -73,8 +73,13 @@ def strays(before: set[threading.Thread]) -> str:
     deadline = time.monotonic() + PATIENCE_S
     new = [thread for thread in threading.enumerate() if thread not in before]
     for thread in new:
-        thread.join(max(0.0, deadline - time.monotonic()) if _counts(thread) else 0.0)
-    return ", ".join(sorted(thread.name for thread in new if thread.is_alive() and _counts(thread)))
+        with contextlib.suppress(RuntimeError):  # another thread is about to start it
+            thread.join(max(0.0, deadline - time.monotonic()) if _counts(thread) else 0.0)
+    return ", ".join(sorted(thread.name for thread in new if _goes_on(thread)))
+
+
+def _goes_on(thread: threading.Thread) -> bool:
+    return (thread.is_alive() or thread.ident is None) and _counts(thread)
 
 
 def _counts(thread: threading.Thread) -> bool:
