@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from checkpointless_elastic.errors import ConfigError
 from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.objects import ObjectHolder
+from checkpointless_elastic.state.zero import is_zero
 
 __all__ = ["check_optimizers", "unnamed_scheduler"]
 
@@ -24,7 +25,8 @@ def check_optimizers(used: Iterable[Optimizer], inventory: Inventory, name: str)
         return
     known = {id(container) for container in inventory.scan().containers}
     for optimizer in used:
-        if any(optimizer.state.values()) and id(optimizer.state) not in known:
+        keeps = any(optimizer.state.values()) and not is_zero(optimizer)  # the one in it, which steps too, does
+        if keeps and id(optimizer.state) not in known:
             raise ConfigError(
                 f"The {type(optimizer).__name__} that steps in {name} is not in the Run, and what it keeps would be "
                 "lost with a rank: name it, as in Run(model=model, optimizer=optimizer)."
