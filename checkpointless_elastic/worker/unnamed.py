@@ -25,7 +25,9 @@ def check_optimizers(used: Iterable[Optimizer], inventory: Inventory, name: str)
         return
     known = {id(container) for container in inventory.scan().containers}
     for optimizer in used:
-        keeps = any(optimizer.state.values()) and not is_zero(optimizer)  # the one in it, which steps too, does
+        keeps = any(optimizer.state.values()) and not is_zero(
+            optimizer
+        )  # the one in it, which steps too, does
         if keeps and id(optimizer.state) not in known:
             raise ConfigError(
                 f"The {type(optimizer).__name__} that steps in {name} is not in the Run, and what it keeps would be "

@@ -196,6 +196,8 @@ def test_a_replacement_is_told_that_parameters_and_state_are_written_before_the_
 def test_one_that_was_loaded_is_not_taken_for_another_optimizer() -> None:
     model, zero = make(0)
     groups = [{**zero.param_groups[0], "params": [*range(8)]}]
-    zero.load_state_dict({"state": {n: {"step": torch.tensor(1.0)} for n in range(8)}, "param_groups": groups})
+    zero.load_state_dict(
+        {"state": {n: {"step": torch.tensor(1.0)} for n in range(8)}, "param_groups": groups}
+    )
     assert any(zero.state.values())
     check_optimizers([zero, zero.optim], inventory(model, zero), "train.step")
