@@ -439,5 +439,7 @@ def _void(links: Iterable[Link]) -> list[Link]:
     found = [link for link in links if link.native is not None and not link.void]
     for link in found:
         link.void = True
+        for future in [*link.futures]:
+            future.void = True
         link.pin()
     return found

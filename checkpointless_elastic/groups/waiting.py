@@ -107,15 +107,19 @@ def _new_waiter() -> _Waiter:
 class AbortableFuture:
     """A future of the outputs that ends with the native one, or with the outputs as they are when the group is void.
 
+    It does not hold the link: a thread of gloo may let go of it last, and must not be the one that ends the native
+    group, whose destructor joins that thread.
+
     Attributes:
         future: what is handed out. DDP's reducer takes the list of tensors out of it.
+        void: its group is.
     """
 
-    __slots__ = ("_error", "_link", "_outputs", "_trigger", "_value", "future")
+    __slots__ = ("_error", "_outputs", "_pending", "_trigger", "_value", "future", "void")
 
     def __init__(self, native: Any, outputs: Callable[[], list[torch.Tensor]], link: Any) -> None:
         self._outputs = outputs
-        self._link = link
+        self._pending: set[AbortableFuture] = link.futures
         self._error: Exception | None = None
         self._value: Any = None
         self._trigger: Any = torch._C.Future([])  # a torch.futures.Future without its Python half
@@ -123,8 +127,10 @@ class AbortableFuture:
         # ends the process. One that a callback raises reaches them as a C++ error.
         self.future = self._trigger.then(self._outcome)
         link.futures.add(self)
+        self.void = link.void
         native.add_done_callback(self._ended)
         if link.void:  # an abort on another thread may have looked at `futures` before this one was there
+            self.void = True
             give_up_soon([self])
 
     def _outcome(self, _trigger: Any) -> Any:
@@ -137,13 +143,13 @@ class AbortableFuture:
         try:
             self._value = native.value()
         except Exception as failure:
-            self._error = None if self._link.void else failure
+            self._error = None if self.void else failure
         self.give_up()
 
     def give_up(self) -> None:
         """Complete it, with the outputs as they are if the native one has not ended. Any thread."""
         try:
-            self._link.futures.remove(self)  # by one thread only
+            self._pending.remove(self)  # by one thread only
         except KeyError:
             return
         self._trigger.set_result(None)

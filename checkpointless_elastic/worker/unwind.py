@@ -7,8 +7,10 @@ the script. What does not come out at all is the agent's to end.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -42,6 +44,7 @@ class Unwinder:
         self._armed = False
         self._main = threading.main_thread().ident
         signal.signal(SIGNAL, self._interrupt)
+        sys.unraisablehook = functools.partial(_tell, sys.unraisablehook)
 
     def ask(self) -> None:
         """Have the main thread leave the script. Any thread, once per run of the script; returns at once."""
@@ -86,6 +89,12 @@ class Unwinder:
                 return True
             frame = frame.f_back
         return False
+
+
+def _tell(otherwise: Callable[[sys.UnraisableHookArgs], object], args: sys.UnraisableHookArgs, /) -> None:
+    """In a finalizer or a weak reference's callback it is swallowed, and comes again: nobody has to know."""
+    if not issubclass(args.exc_type, Unwinding):
+        otherwise(args)
 
 
 _GUARD = Unwinder.guard.__code__

@@ -1,13 +1,15 @@
-"""What a link with an NCCL backend decides by itself, without a GPU."""
+"""What a link decides by itself, and who holds it."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
 
 from checkpointless_elastic.groups.link import Link
+from checkpointless_elastic.groups.waiting import AbortableFuture
 
 LIMIT_S = 30.0
 
@@ -52,3 +54,26 @@ def test_communicators_are_aborted_side_by_side() -> None:
         on_meta(Dependent(both, ended)).abort_device()
     assert ended.acquire(timeout=LIMIT_S)
     assert ended.acquire(timeout=LIMIT_S)
+
+
+def test_a_future_that_is_under_way_does_not_hold_the_link() -> None:
+    """Else a thread of gloo, which completes it, could be the last to let go of the native group."""
+    link, native = Link(object(), 0), torch.futures.Future()
+    handed_out = AbortableFuture(native, list, link)
+    gone = weakref.ref(link)
+    del link
+    assert gone() is None
+    native.set_result([torch.ones(1)])
+    assert handed_out.future.value() == [torch.ones(1)]
+
+
+def test_an_error_of_a_void_group_completes_a_future_with_the_outputs() -> None:
+    results = []
+    for void in (False, True):
+        link, native = Link(object(), 0, void=void), torch.futures.Future()
+        handed_out = AbortableFuture(native, lambda: [torch.zeros(1)], link)
+        native.set_exception(RuntimeError("the connection was closed"))
+        results.append(handed_out.future)
+    with pytest.raises(RuntimeError, match="the connection was closed"):
+        results[0].value()
+    assert results[1].value() == [torch.zeros(1)]

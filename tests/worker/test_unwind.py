@@ -25,8 +25,9 @@ whole = True
 @pytest.fixture
 def make() -> Iterator[Callable[[bool], Unwinder]]:
     """Makes an unwinder; `True`: imports are not cut short."""
-    before = signal.getsignal(SIGNAL)
+    before, hook = signal.getsignal(SIGNAL), sys.unraisablehook
     yield lambda spares: Unwinder(lambda name: spares)
+    sys.unraisablehook = hook
     signal.signal(SIGNAL, before)
 
 
@@ -56,6 +57,27 @@ def test_sleep_and_lock_are_left_though_the_exception_is_swallowed(make: Callabl
     ask_when(unwinder, begun)
     assert unwinder.guard(stubborn) == 0
     assert unwinder.asked.is_set() and len(caught) == 3
+
+
+def test_what_a_finalizer_swallows_is_not_printed_and_comes_again(
+    make: Callable[[bool], Unwinder], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    unwinder, begun = make(False), threading.Event()
+
+    class Finalized:
+        def __del__(self) -> None:
+            begun.set()
+            time.sleep(1000)
+
+    def script() -> int:
+        Finalized()
+        time.sleep(1000)
+        return 7
+
+    ask_when(unwinder, begun)
+    assert unwinder.guard(script) == 0
+    assert "Unwinding" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spares", [True, False])
