@@ -201,8 +201,8 @@ def test_a_job_grows_by_a_warm_spare_when_it_runs_and_not_before() -> None:
     assert made.coordinator is not None and made.coordinator.pending == {2}
 
 
-def test_a_cold_spare_is_waited_for_while_the_job_runs() -> None:
-    made = shrunk()
+def goes_on(made: Board) -> Coordinator:
+    """The agents a and c, which are left, take their ranks and commit a step."""
     it = made.coordinator
     assert it is not None
     for stage in (Stage.PUBLISHED, Stage.REBUILT):
@@ -210,6 +210,12 @@ def test_a_cold_spare_is_waited_for_while_the_job_runs() -> None:
             made.received(name, Took(it.generation))
             made.received(name, Gathered(stage, it.generation, 1, {rank: b""}))
     committed(made, 1, "ac")
+    return it
+
+
+def test_a_cold_spare_is_waited_for_while_the_job_runs() -> None:
+    made = shrunk()
+    it = goes_on(made)
     made.join(Join(VERSION, "d", "d:1", 1), 2.0)
     made.tick(3.0)
     assert it.state is State.RUNNING
@@ -323,13 +329,7 @@ def test_a_job_does_not_grow_back_by_a_node_that_was_drained_and_stays() -> None
     answer(made, {"a": 0, "c": 2})
     made.join(Join(VERSION, "b", "b:1", 1), 2.0)
     made.received("b", Warm())
-    it = made.coordinator
-    assert it is not None
-    for stage in (Stage.PUBLISHED, Stage.REBUILT):
-        for rank, name in enumerate("ac"):
-            made.received(name, Took(it.generation))
-            made.received(name, Gathered(stage, it.generation, 1, {rank: b""}))
-    committed(made, 1, "ac")
+    it = goes_on(made)
     made.tick(3.0)
     assert it.state is State.RUNNING and made.world == 2
     made.join(Join(VERSION, "d", "d:1", 1), 4.0)

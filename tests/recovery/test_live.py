@@ -45,20 +45,19 @@ def test_a_worker_lost_at_any_moment_costs_one_step(faults: str, oracle: Ended, 
 
 
 @pytest.mark.slow
-def test_nobody_waits_for_the_end_of_a_process_whose_script_has_failed(oracle: Ended, tmp_path: Path) -> None:
-    ended = launch(tmp_path, "1:5:forward:linger")
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [("1:5:forward:linger", "failed: Boom: forward"), ("1:5:stepped:lingerexit", "")],
+    ids=["failed", "exited"],
+)
+def test_nobody_waits_for_the_end_of_a_process_whose_script_has_ended(
+    fault: str, cause: str, oracle: Ended, tmp_path: Path
+) -> None:
+    ended = launch(tmp_path, fault)
     check(ended, oracle, recoveries=1)
     (record,) = ended.recoveries()
     assert record["lost_ranks"] == [1], ended.text
-    assert record["cause"] == "failed: Boom: forward"
-
-
-@pytest.mark.slow
-def test_nobody_waits_for_the_end_of_a_process_whose_script_has_exited(oracle: Ended, tmp_path: Path) -> None:
-    ended = launch(tmp_path, "1:5:stepped:lingerexit")
-    check(ended, oracle, recoveries=1)
-    (record,) = ended.recoveries()
-    assert record["lost_ranks"] == [1], ended.text
+    assert not cause or record["cause"] == cause
 
 
 def test_survivors_keep_their_processes_and_a_replacement_has_its_own(oracle: Ended, tmp_path: Path) -> None:
