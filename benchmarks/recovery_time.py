@@ -10,7 +10,7 @@ fault.
 
 --layout spreads a model of the same size over the ranks in another way; several layouts, as in --layout ddp,hsdp,
 are measured in turns and compared. With fsdp and zero a lost rank's part is nowhere else: the script is run
-again from its top, and ours gets the checkpoint too.
+again from its top, and ours gets the checkpoint too; with CHECKPOINTLESS_MIRROR_EVERY=1 it comes from mirrors.
 
 --fault node with --nodes 2 cuts a whole node off instead, in a job of several hosts (network namespaces, so it needs
 root) with a warm spare: see lost_node.py. Its JSON gives detection_s, from the cut until the coordinator saw the loss,
