@@ -36,15 +36,19 @@ while True:
     except OSError:
         pass
 """
-# One byte after the other; each line says what came of it, and after how many milliseconds.
+# One byte after the other; each line says what came of it, and after how many milliseconds. The bytes differ, as
+# the late answer to the one before may come first.
 TALK = """
-import socket, sys, time
+import itertools, socket, sys, time
 peer = socket.create_connection((sys.argv[1], 7000), timeout=0.3)
-while True:
+for number in itertools.count():
     start = time.monotonic()
+    byte = bytes([number % 256])
     try:
-        peer.sendall(b".")
-        word = "answer" if peer.recv(1) else "closed"
+        peer.sendall(byte)
+        while (answer := peer.recv(1)) not in (byte, b""):
+            pass
+        word = "answer" if answer else "closed"
     except TimeoutError:
         word = "silence"
     except OSError as error:
