@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,9 +74,14 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    tmp = tmp_path / "tmp"
-    tmp.mkdir()
+def short() -> Iterator[Path]:
+    """A folder whose name leaves room for that of a socket; torch makes some there."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def place(tmp_path: Path, short: Path) -> Iterator[Place]:
     options = (
         "--rdzv-conf",
         "mirror_every=1,on_loss=fail",
@@ -83,8 +89,8 @@ def place(tmp_path: Path) -> Iterator[Place]:
         "--log-dir",
         str(tmp_path / "logs"),
     )
-    nodes = Nodes(tmp_path / "job", "1", workers=2, script=SCRIPT, options=options, env={"TMPDIR": str(tmp)})
-    made = Place(nodes, Traces(nodes.mark, tmp))
+    nodes = Nodes(tmp_path / "job", "1", workers=2, script=SCRIPT, options=options, env={"TMPDIR": str(short)})
+    made = Place(nodes, Traces(nodes.mark, short))
     try:
         yield made
         left = made.traces.left()
@@ -160,8 +166,7 @@ def lose_agent_and_fork_server(place: Place) -> None:
         "the processes' end",
         GONE_S,
     )
-    assert run_dirs(place.agents[0].pid)
-    RunDir().remove()
+    RunDir().remove()  # any job that began meanwhile has done so already
 
 
 def before_the_first_worker(number: signal.Signals) -> Callable[[Place], None]:
