@@ -89,7 +89,9 @@ def place(tmp_path: Path, short: Path) -> Iterator[Place]:
         "--log-dir",
         str(tmp_path / "logs"),
     )
-    nodes = Nodes(tmp_path / "job", "1", workers=2, script=SCRIPT, options=options, env={"TMPDIR": str(short)})
+    nodes = Nodes(
+        tmp_path / "job", "1", workers=2, script=SCRIPT, options=options, env={"TMPDIR": str(short)}
+    )
     made = Place(nodes, Traces(nodes.mark, short))
     try:
         yield made
