@@ -26,6 +26,8 @@ _MANY = 32
 _NO_LIMIT = timedelta(0)
 _BRIEFLY = timedelta(milliseconds=1)
 _POINT_TO_POINT = tuple(map(int, (OpType.SEND, OpType.RECV, OpType.RECVANYSOURCE)))
+_IGNORES_LIMITS = int(OpType.UNKNOWN)
+"""gloo's reduce-scatter: a function that waits for an all-reduce, however long (torch 2.13, `LambdaWork`)."""
 
 
 @dataclass(eq=False)
@@ -88,7 +90,7 @@ class Link:
         if on_device:
             done: bool = native.wait(timeout) if timeout else native.wait()
             return done
-        if point_to_point:
+        if point_to_point or int(native._get_op_type()) == _IGNORES_LIMITS:
             return wait_beside(native, self, timeout or self.limit)
         return wait_in_slices(native, self, timeout)
 

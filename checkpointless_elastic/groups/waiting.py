@@ -6,7 +6,7 @@ a send waits for the group's whole time limit, half an hour by default (read in 
 and DDP's reducer, which waits in C++, is given a future that an abort can complete.
 
 A wait with a time limit is harmless on a collective. On a send or receive it closes every connection of the group when
-the limit passes, so these are awaited without one, on a thread beside.
+the limit passes, so these are awaited without one, on a thread beside. So is a reduce-scatter, whose wait has none.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def wait_in_slices(native: Any, link: Any, timeout: timedelta) -> bool:
 
 @dataclass(eq=False)
 class _Waiter:
-    """A thread that waits for one send or receive at a time, and is kept for the next.
+    """A thread that waits for one operation at a time, and is kept for the next.
 
     Attributes:
         works: what it is to wait for, with the caller's time limit (zero: none); None ends it.
@@ -77,7 +77,7 @@ _idle: list[_Waiter] = []
 
 
 def wait_beside(native: Any, link: Any, timeout: timedelta) -> bool:
-    """`native.wait(timeout)` for a send or receive; ends with a RuntimeError soon after the group has become void."""
+    """`native.wait(timeout)` on another thread; ends with a RuntimeError soon after the group has become void."""
     waiter = _idle.pop() if _idle else _new_waiter()
     waiter.error = None
     waiter.ended.clear()
@@ -85,7 +85,7 @@ def wait_beside(native: Any, link: Any, timeout: timedelta) -> bool:
     while not waiter.ended.wait(_LOOK_UP_S):
         if link.void and not waiter.ended.wait(GRACE_S):
             waiter.left_alone = True
-            raise RuntimeError("The group became void while a point to point operation was under way.")
+            raise RuntimeError("The group became void while an operation was under way.")
     _idle.append(waiter)
     if waiter.error is not None:
         raise waiter.error

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroupGloo
 
 from checkpointless_elastic.groups.link import Link
 from checkpointless_elastic.groups.waiting import AbortableFuture
@@ -77,3 +81,30 @@ def test_an_error_of_a_void_group_completes_a_future_with_the_outputs() -> None:
     with pytest.raises(RuntimeError, match="the connection was closed"):
         results[0].value()
     assert results[1].value() == [torch.zeros(1)]
+
+
+def pair() -> list[ProcessGroupGloo]:
+    """Both members of a gloo group, in this process."""
+    store, limit = dist.HashStore(), timedelta(seconds=LIMIT_S)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda rank: ProcessGroupGloo(store, rank, 2, limit), range(2)))
+
+
+@pytest.mark.parametrize("name", ["allreduce", "_reduce_scatter_base"])
+def test_a_wait_ends_when_its_group_becomes_void_though_the_native_operation_does_not(name: str) -> None:
+    groups = pair()
+
+    def issue(rank: int) -> dist.Work:
+        whole = torch.ones(2)
+        work: dist.Work = getattr(groups[rank], name)(
+            *([torch.zeros(1), whole] if "scatter" in name else [[whole]])
+        )
+        return work
+
+    link = Link(groups[0], 0)
+    native = issue(0)  # nobody else takes part yet, and no connection is shut
+    threading.Timer(0.1, lambda: setattr(link, "void", True)).start()
+    with pytest.raises(RuntimeError):
+        link.wait(native)
+    issue(1).wait()
+    native.wait()
