@@ -97,7 +97,8 @@ def culprits(ranks: Mapping[int, Where], running: bool) -> dict[int, str]:
 
     Never more than half of the ranks: what holds up most of them, such as a file system or a pause of all, is no rank's
     fault. But a signal that has stopped a process is evidence, not suspicion: then one must be left. ``running``: no
-    recovery goes on. In one, collectives end at once and nobody waits in them.
+    recovery goes on. In one, nobody waits for replacements, but survivors may wait for each other, in groups that lost
+    nobody.
     """
     stopped = [rank for rank, where in ranks.items() if where.late and where.stopped]
     if 0 < len(stopped) < len(ranks):
@@ -110,11 +111,10 @@ def _suspects(ranks: Mapping[int, Where], running: bool) -> tuple[list[int], str
     working = {rank: where for rank, where in ranks.items() if where.late and where.activity in WORKING}
     if silent := [rank for rank, where in working.items() if not where.answers]:
         return silent, "none of its threads gets to run"
+    peers = [where for where in ranks.values() if running or where.activity in WORKING]
+    free = [rank for rank, where in working.items() if not any(_behind(other, where) for other in peers)]
     if not running:
-        return [*working], "the others recover"
-    free = [
-        rank for rank, where in working.items() if not any(_behind(other, where) for other in ranks.values())
-    ]
+        return free, "the others recover"
     if len(free) < len(ranks):
         return free, "the others wait for it"
     busy = [rank for rank in free if not ranks[rank].waits]

@@ -64,6 +64,19 @@ def test_in_a_recovery_whoever_is_still_in_its_call_is_to_blame() -> None:
     assert blamed(recovering, recovering, running=False) == set()
 
 
+def test_in_a_recovery_survivors_may_wait_for_each_other_in_groups_that_lost_nobody() -> None:
+    """Ranks 0 to 4 on a mesh of 2 x 3; rank 5 is lost, and rank 0 does not come out of a group that it was in."""
+    shard, other_shard, pair, other_pair = 11, 12, 13, 14
+    stuck = replace(CALL, issued={shard: 10, pair: 1})
+    ahead = replace(CALL, issued={shard: 12, other_pair: 3})
+    waits = replace(CALL, issued={other_shard: 10, pair: 2})
+    behind = replace(CALL, issued={other_shard: 11, other_pair: 2})
+    replacement = replace(CALL, activity=Activity.SETUP, late=False, issued={shard: 0})
+    assert blamed(stuck, ahead, waits, behind, behind, replacement, running=False) == {0}
+    slow = replace(stuck, late=False)
+    assert blamed(slow, ahead, waits, behind, behind, replacement, running=False) == set()
+
+
 def test_ranks_that_issue_different_collectives_are_named_and_not_blamed() -> None:
     ready, ended = replace(GATE, issued={GROUP: 3}), replace(GATE, stretch=8, issued={})
     call = replace(CALL, at="train.py:7 in step")
