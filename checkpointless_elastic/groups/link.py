@@ -26,8 +26,9 @@ _MANY = 32
 _NO_LIMIT = timedelta(0)
 _BRIEFLY = timedelta(milliseconds=1)
 _POINT_TO_POINT = tuple(map(int, (OpType.SEND, OpType.RECV, OpType.RECVANYSOURCE)))
-_IGNORES_LIMITS = int(OpType.UNKNOWN)
-"""gloo's reduce-scatter: a function that waits for an all-reduce, however long (torch 2.13, `LambdaWork`)."""
+_BESIDE = (*_POINT_TO_POINT, int(OpType.UNKNOWN))
+"""Awaited on a thread beside. The last is gloo's reduce-scatter: a function that waits for an all-reduce, however long
+(read in torch 2.13, `LambdaWork`)."""
 
 
 @dataclass(eq=False)
@@ -76,13 +77,7 @@ class Link:
         tensors = flat([*args, *kwargs.values()])
         return not tensors or tensors[0].device.type == self.device.type
 
-    def wait(
-        self,
-        native: Any,
-        timeout: timedelta = _NO_LIMIT,
-        point_to_point: bool = False,
-        on_device: bool = False,
-    ) -> bool:
+    def wait(self, native: Any, timeout: timedelta = _NO_LIMIT, on_device: bool = False) -> bool:
         """Blocks until a native work has ended; soon ends with a RuntimeError if the group is or becomes void.
 
         With `on_device` the current stream waits instead of this thread, and an abort lets it go on.
@@ -90,7 +85,7 @@ class Link:
         if on_device:
             done: bool = native.wait(timeout) if timeout else native.wait()
             return done
-        if point_to_point or int(native._get_op_type()) == _IGNORES_LIMITS:
+        if int(native._get_op_type()) in _BESIDE:
             return wait_beside(native, self, timeout or self.limit)
         return wait_in_slices(native, self, timeout)
 

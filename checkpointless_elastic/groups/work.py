@@ -79,7 +79,7 @@ class ElasticWork(Work):
             return True
         on_device = link.device is not None and link.on_device(self.args, self.kwargs)
         try:
-            done = link.wait(native, timeout, self.op.point_to_point, on_device)
+            done = link.wait(native, timeout, on_device)
             if on_device and self._must_be_sure():
                 torch.cuda.current_stream(link.device).synchronize()
         except RuntimeError as error:

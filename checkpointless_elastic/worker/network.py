@@ -95,7 +95,7 @@ class _Peers:
 
     def _wait(self) -> None:
         work, _, then = self._under_way[0]
-        self._link.wait(work, point_to_point=True)
+        self._link.wait(work)
         self._link.in_flight.discard(work)  # a second wait would be for a second message
         self._under_way.popleft()
         if then:

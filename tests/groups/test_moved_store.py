@@ -105,10 +105,10 @@ def beside(worker: Worker) -> Any:
     link = worker.registry.connect_beside(spec, worker.store, 1)
     number = torch.tensor([float(worker.rank)])
     if worker.rank == 0:
-        link.wait(link.native.send([number], 1, 0), point_to_point=True)
+        link.wait(link.native.send([number], 1, 0))
     if worker.rank == 1:
-        link.wait(link.native.recv([number], 0, 0), point_to_point=True)
-        seconds = cut_off(worker, lambda: link.wait(link.native.recv([number], 0, 0), point_to_point=True), 2)
+        link.wait(link.native.recv([number], 0, 0))
+        seconds = cut_off(worker, lambda: link.wait(link.native.recv([number], 0, 0)), 2)
     worker.registry.let_go(link)
     if worker.rank != 1:
         return number.item(), worker.registry.signature() == begin_only(listener)
