@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import Reducer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,7 +42,9 @@ __all__ = [
 _NEEDED = ("_rebuild_buckets", "_push_all_rebuilt_params", "_reset_state")
 _original: Any = None
 _original_init: Any = None
+_original_builtin: Any = None
 _engine: Engine | None = None
+c10d: Any = dist
 _orders: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
 _made: weakref.WeakValueDictionary[int, DistributedDataParallel] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -52,7 +55,7 @@ def install(engine: Engine) -> None:
 
     Once per process; `uninstall` undoes it.
     """
-    global _original, _original_init, _engine
+    global _original, _original_init, _original_builtin, _engine
     uninstall()
     reducer: Any = Reducer
     missing = [name for name in _NEEDED if not hasattr(reducer, name)]
@@ -62,15 +65,25 @@ def install(engine: Engine) -> None:
     reducer._rebuild_buckets = _rebuild
     _original_init = DistributedDataParallel.__init__
     DistributedDataParallel.__init__ = _known(_original_init)  # type: ignore[method-assign]
+    _original_builtin = c10d._register_builtin_comm_hook
+    c10d._register_builtin_comm_hook = _builtin
 
 
 def uninstall() -> None:
     """Puts torch's own methods back."""
-    global _original, _original_init, _engine
+    global _original, _original_init, _original_builtin, _engine
     if _original is not None:
         Reducer._rebuild_buckets = _original  # type: ignore[method-assign]
         DistributedDataParallel.__init__ = _original_init  # type: ignore[method-assign]
-    _original = _original_init = _engine = None
+        c10d._register_builtin_comm_hook = _original_builtin
+    _original = _original_init = _original_builtin = _engine = None
+
+
+def _builtin(reducer: Any, kind: Any) -> None:
+    """A comm hook of torch's in C++ takes only futures that C++ has made; an abort cannot complete those."""
+    assert _engine is not None
+    _engine.native_futures = True
+    _original_builtin(reducer, kind)
 
 
 def _known(init: Callable[..., None]) -> Callable[..., None]:

@@ -52,6 +52,7 @@ class Engine:
         wake: connects a lazy group; when it returns the group is connected or void.
         ledger: this rank's collectives outside of steps.
         ending: all groups are being destroyed: they stay until all ranks have finished.
+        native_futures: works give out the native future, whatever it costs when a peer is lost.
         counts: of collectives issued; that of a group is at ``place(name)``, and ``first()`` is called when one
             begins to count. Read by the agent, see `worker.pulse`.
     """
@@ -68,6 +69,7 @@ class Engine:
         self.wake: Callable[[ElasticProcessGroup], None] = _nobody
         self.ledger = Ledger()
         self.ending = False
+        self.native_futures = False
         self.counts: list[int] | memoryview[int] = [0]
         self.place: Callable[[str], int] = lambda name: 0
         self.first: Callable[[], None] = lambda: None

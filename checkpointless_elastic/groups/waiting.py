@@ -3,7 +3,7 @@
 A gloo pair whose connection fails tells all waiting operations but those whose data stands in its transmit queue: such
 a send waits for the group's whole time limit, half an hour by default (read in gloo's transport/tcp/pair.cc,
 `signalException` and `sendAsyncMode`, 2026). So a wait looks up from time to time whether its group has become void,
-and DDP's reducer, which waits in C++, is given a future that an abort can complete.
+and who waits in C++ is given a future that an abort can complete, or that somebody else completes (see `backward`).
 
 A wait with a time limit is harmless on a collective. On a send or receive it closes every connection of the group when
 the limit passes, so these are awaited without one, on a thread beside. So is a reduce-scatter, whose wait has none.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed import Work
 
+from checkpointless_elastic.groups.backward import asked_by_reducer, ended_with_backward
 from checkpointless_elastic.groups.host import Situation
 from checkpointless_elastic.groups.waiting import AbortableFuture
 
@@ -102,8 +103,10 @@ class ElasticWork(Work):
         native, link = self.native, self.link
         if native is None:
             return _completed(self._outputs())
-        if link is None or link.on_device(self.args, self.kwargs):
+        if link is None or self.group.engine.native_futures or link.on_device(self.args, self.kwargs):
             return native.get_future()
+        if asked_by_reducer():
+            return ended_with_backward(self)
         # holds neither this work nor the native one: a thread of gloo may let go of it last
         outputs = partial(_outputs, self.op, self.args, self.kwargs, self.group.spec)
         return AbortableFuture(native.get_future(), outputs, link).future

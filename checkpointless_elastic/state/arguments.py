@@ -14,6 +14,8 @@ from checkpointless_elastic.errors import StateMismatchError
 __all__ = ["ArgumentGuard"]
 
 _DEPTH = 6
+_PLAIN = (int, float, str, bytes, bool, type(None))
+_WHOLE = (*_PLAIN, nn.Module, torch.optim.Optimizer)  # not looked into
 
 
 class ArgumentGuard:
@@ -44,7 +46,7 @@ class ArgumentGuard:
         """Note the arguments; clones tensors if the function is known to write into them, or not known yet."""
         self._tensors, self._containers = [], []
         self._given, self._attempts = (args, kwargs), 0
-        for value in _walk((args, kwargs)):
+        for value in _walk([*args, *kwargs.values()]):
             if isinstance(value, torch.Tensor):
                 self._tensors.append(value)
             else:
@@ -102,13 +104,13 @@ class ArgumentGuard:
         self._tensors, self._notes, self._clones, self._containers = [], [], None, []
 
 
-def _walk(root: Any) -> Iterator[Any]:
+def _walk(values: list[Any]) -> Iterator[Any]:
     """Each tensor and each mutable container in nested arguments, once."""
     seen: set[int] = set()
-    stack = [(root, 0)]
+    stack = [(value, 2) for value in values if type(value) not in _PLAIN]
     while stack:
         value, depth = stack.pop()
-        if isinstance(value, (int, float, str, bytes, type(None), nn.Module, torch.optim.Optimizer)):
+        if isinstance(value, _WHOLE):
             continue
         if id(value) in seen or depth > _DEPTH:
             continue

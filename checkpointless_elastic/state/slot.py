@@ -78,12 +78,17 @@ class _Cell(NamedTuple):
 
 
 class Slot:
-    """One rank's slot. Every method returns at once; none waits for another process."""
+    """One rank's slot. Every method returns at once; none waits for another process.
+
+    Attributes:
+        sequence: number of the content that was last read or written here, from 1.
+    """
 
     def __init__(self, path: str, blob_fd: int, log_fd: int) -> None:
         self._path = path
         self._blob_fd = blob_fd
         self._log_fd = log_fd
+        self.sequence = 0
         self._log_end: int | None = None
         # What the next write starts from; None and empty until this process, which writes alone, has written.
         self._written: tuple[_Entry, _Entry, int] | None = None  # see `_begin`
@@ -136,6 +141,7 @@ class Slot:
             self._pwrite(self._blob_fd, record, entry.offset)
         self._pwrite(self._blob_fd, _packed(entry) + record if inline else _packed(entry), _position(index))
         self._written = entry, current, 1 - index
+        self.sequence = entry.sequence
         if cells is not self._cells:
             self._release(cell for number, cell in self._cells.items() if number not in cells)
             self._cells, self._table = cells, table
@@ -146,6 +152,7 @@ class Slot:
             for entry, index in sorted(((self._entry(0), 0), (self._entry(1), 1)), reverse=True):
                 content = self._content(entry, index) if entry.sequence else None
                 if content is not None:
+                    self.sequence = entry.sequence
                     return content
             if self._never_written(0) and self._never_written(1):
                 return None

@@ -13,7 +13,7 @@ import msgspec
 
 from checkpointless_elastic.data.cursor import Cursor
 from checkpointless_elastic.state.slot import Slot
-from checkpointless_elastic.worker.packing import pack, unpack
+from checkpointless_elastic.worker.packing import unpack
 from checkpointless_elastic.worker.rng import RngState
 
 
@@ -61,11 +61,6 @@ def slot_path(run_dir: str, rank: int) -> str:
 def lifeline_path(run_dir: str, rank: int, incarnation: int) -> str:
     """Where the lifeline of a worker is until its agent has taken it up."""
     return os.path.join(run_dir, f"lifeline-{rank}-{incarnation}")
-
-
-def write_state(slot: Slot, state: PrivateState) -> None:
-    """Replace the private state in the slot, whole or not at all."""
-    slot.write(*pack(state))
 
 
 def read_state(slot: Slot) -> PrivateState | None:

@@ -3,7 +3,8 @@
 Writing costs a few stores to memory and no message, and it can be read of a process that is stopped. Each word is
 written in one piece; a reader may meet words of two moments, and takes nothing as certain that it saw only once.
 
-Small return values of calls stand there too: a store to memory in place of a write to the slot.
+What most often follows a call stands there too, in place of writes to the slot: that it has returned, with what small
+value, and that its loop has gone on.
 
 A limit is learned for each kind of thing that takes time, the calls of one function, or the items of one loop: how long
 it takes at most, forgotten slowly. What was learned outlives the worker, its replacement goes on with it.
@@ -29,8 +30,9 @@ _COUNTS = _NAMES + _GROUPS
 _LEARNED = _COUNTS + _GROUPS + 1  # then number, samples and nanoseconds of each kind
 _RETURNED = (
     _LEARNED + 3 * _KINDS
-)  # the step whose call has returned, or -1; the length of the value; the value
-_VALUE = 8 * (_RETURNED + 2)
+)  # the record of the slot whose call has returned; the length of its value, below
+_ADVANCED = _RETURNED + 2  # the record after which the loop went to its next iteration
+_VALUE = 8 * (_ADVANCED + 1)
 _VALUE_BYTES = 256
 _SIZE = _VALUE + _VALUE_BYTES
 ENOUGH = 3
@@ -142,28 +144,32 @@ class Pulse:
         words[_SINCE] = time.monotonic_ns()
         words[_ACTIVITY] = activity
 
-    def keep(self, step: int, value: bytes | None) -> bool:
-        """The call of this step has returned; None: its value is not kept anyway. False: the value is too large.
+    def keep(self, record: int, value: bytes | None) -> bool:
+        """The call whose rank was ready as this record of its slot says has returned; None: its value is not kept.
 
-        Whole at every moment: the step is written last.
+        False: the value is too large. Whole at every moment: the record's number is written last.
         """
         if value is not None:
             if len(value) > _VALUE_BYTES:
                 return False
             self._memory[_VALUE : _VALUE + len(value)] = value
             self._words[_RETURNED + 1] = len(value)
-            self._words[_RETURNED] = step
+            self._words[_RETURNED] = record
         return True
 
-    def kept(self, step: int) -> bytes | None:
-        """The value that the call of this step has returned, perhaps in the worker that this one replaces."""
+    def kept(self, record: int) -> bytes | None:
+        """The value that the call has returned, perhaps in the worker that this one replaces."""
         words = self._words
         end = _VALUE + words[_RETURNED + 1]
-        return self._memory[_VALUE:end] if words[_RETURNED] == step else None
+        return self._memory[_VALUE:end] if words[_RETURNED] == record else None
 
-    def forget_kept(self) -> None:
-        """The call of a step is ready, and has not returned."""
-        self._words[_RETURNED] = -1
+    def advance(self, record: int) -> None:
+        """It has returned, then its loop has gone to the next iteration, and nothing else has happened."""
+        self._words[_ADVANCED] = record
+
+    def advanced(self, record: int) -> bool:
+        """Whether that was so, perhaps in the worker that this one replaces."""
+        return self._words[_ADVANCED] == record
 
     def _pace(self, took: int) -> None:
         """Averages over some steps of this rank's own part and of the whole, see `protocol.pace`."""

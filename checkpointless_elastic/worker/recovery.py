@@ -29,6 +29,7 @@ from checkpointless_elastic.protocol.resize import NOT_OWN
 from checkpointless_elastic.state import pipelines
 from checkpointless_elastic.state.pieces import is_gradient
 from checkpointless_elastic.state.segment import Segment
+from checkpointless_elastic.state.slot import Content
 from checkpointless_elastic.worker import mirror, resize, rng
 from checkpointless_elastic.worker.blocks import Shared
 from checkpointless_elastic.worker.exchange import (
@@ -44,10 +45,10 @@ from checkpointless_elastic.worker.exchange import (
 )
 from checkpointless_elastic.worker.health import broken_device
 from checkpointless_elastic.worker.network import Network
-from checkpointless_elastic.worker.packing import pack
-from checkpointless_elastic.worker.private import At, PrivateState, read_state, write_state
+from checkpointless_elastic.worker.private import At, PrivateState, read_state
+from checkpointless_elastic.worker.record import Record
 from checkpointless_elastic.worker.session import Session, Superseded
-from checkpointless_elastic.worker.values import decode_value, encode_value
+from checkpointless_elastic.worker.values import decode_value
 from checkpointless_elastic.worker.wire import RebuiltReport, RestoredReport
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class Recovery:
     """Belongs to the Run of this process.
 
     Attributes:
-        last_value: encoded return value of the last committed call, for replacements that have not kept theirs.
+        record: this rank's own state, in its slot.
+        mirror: this rank's mirrors.
     """
 
     def __init__(self, session: Session, run: Run) -> None:
@@ -81,12 +83,9 @@ class Recovery:
         self._begun_at = self._store_at
         self._stale = -1  # the last generation in which workers met in another store
         self._state: PrivateState | None = None
-        self._between: PrivateState | None = None  # what the slot holds, if it was written between steps
-        self._ready: PrivateState | None = None  # what it held when this rank was last ready
         self._groups: dict[int, list[GroupSignature]] = {}
-        self._own: resize.Own | None = None  # when the last call had returned
+        self.record = Record(session, run)
         self.mirror = mirror.Mirror(run, session)
-        self.last_value: bytes | None = None
 
     # ---- following a decision
 
@@ -146,7 +145,7 @@ class Recovery:
             came = session.next_message(Restore, decision.generation).publications
             self._restore(decision, {rank: publication_of(data) for rank, data in came.items()})
         elif decision.resizes:
-            own = resize.keep(self._run, decision, self._here(), self._own, self.last_value)
+            own = resize.keep(self._run, decision, self._here(), self.record.own, self.record.last_value)
             session.report(Stage.PUBLISHED, decision.generation, b"" if own else NOT_OWN)
         else:
             if session.returns:
@@ -159,10 +158,10 @@ class Recovery:
 
     def _publish(self, decision: Decision) -> tuple[Published, list[Segment]]:
         afresh = self._session.returns
-        publication, segments = publish(self._run, decision, self._here(), self.last_value, afresh)
-        if afresh and publication.shared is not None and self._own is not None:
-            own, parts = self._own.blob, dict(self._own.parts)
-            publication = msgspec.structs.replace(publication, own=own, parts=parts)
+        publication, segments = publish(self._run, decision, self._here(), self.record.last_value, afresh)
+        if afresh and publication.shared is not None and self.record.own is not None:
+            own = self.record.own.whole()
+            publication = msgspec.structs.replace(publication, own=own.blob, parts=dict(own.parts))
         said = self._run.said() if decision.pending else b""
         return Published(said, msgspec.msgpack.encode(publication)), segments
 
@@ -176,8 +175,8 @@ class Recovery:
         session, run = self._session, self._run
         state = resize.ready_to_go_on(blob, parts, session.rank)
         run.go_on_from(common)
-        self._replica_value = self.last_value = common.last_value
-        self._state, self._own = state, resize.Own(state.step, blob, parts)
+        self._replica_value = self.record.last_value = common.last_value
+        self._state, self.record.own = state, resize.Own(state.step, Content(blob, parts))
         session.cursor, session.step = state.cursor, step
         session.resume = Resume(state.cursor, real=True)
         session.registry.committed(step)
@@ -335,7 +334,7 @@ class Recovery:
             return
         self._run.adopt(twin, buckets)
         self.mirror.continue_at(decision.step)
-        self._replica_value = self.last_value = twin.last_value
+        self._replica_value = self.record.last_value = twin.last_value
         self._groups = {rank: publication.groups for rank, publication in publications.items()}
         if self._session.resume is None:
             self._take_private(decision.step, kept)
@@ -353,7 +352,9 @@ class Recovery:
             state = kept.private_state()
         cursor = state.cursor
         if state.step == step - 1 and state.at is At.READY:
-            cursor.commit(session.pulse.kept(state.step), state.ready_rng)
+            cursor.commit(session.pulse.kept(session.slot.sequence), state.ready_rng)
+            if session.pulse.advanced(session.slot.sequence):
+                cursor.start(cursor.top, state.ready_rng)
         elif state.step != step:
             raise StateMismatchError(
                 f"rank {session.rank} was lost at step {state.step} ({state.at.value}), the others go on at step {step}"
@@ -380,69 +381,6 @@ class Recovery:
             return state.tensors
         here = {piece.key for piece in self._run.inventory.pieces()}  # gradients may have been dropped since
         return {key: data for key, data in state.ready_tensors.items() if key in here or not is_gradient(key)}
-
-    # ---- the slot
-
-    def save_between(self) -> None:
-        """Write the cursor, between steps."""
-        between, self._between = self._now(At.BETWEEN, None), None
-        write_state(self._session.slot, between)
-        self._between = between
-
-    def save_start(self, state: rng.RngState) -> None:
-        """A step begins with this random state."""
-        self._state = self._now(At.START, state)
-        if not self._says_all(self._state):
-            self._between = None
-            write_state(self._session.slot, self._state)
-        self.mirror.begin(self._state, self.last_value)
-
-    def _says_all(self, start: PrivateState) -> bool:
-        """Whether the slot says already what a replacement must know here; nothing was drawn since then."""
-        kept, frame = self._between, start.cursor.top
-        before = frame.calls[-1].rng if frame.calls else frame.rng_start
-        return (
-            kept is not None
-            and len(start.cursor.stack) > 1
-            and before is start.rng
-            and (kept.step, kept.tensors, kept.issued) == (start.step, start.tensors, start.issued)
-        )
-
-    def _now(self, at: At, state: rng.RngState | None) -> PrivateState:
-        session = self._session
-        issued = session.registry.issued()
-        return PrivateState(session.step, at, session.cursor, state, self._run.private, issued=issued)
-
-    def save_ready(self) -> None:
-        """The step is computed: keep what a replacement needs if it is committed."""
-        assert self._state is not None
-        ready, tensors = rng.capture(), self._run.read_private()
-        self._between = None
-        self._session.pulse.forget_kept()
-        self._ready = msgspec.structs.replace(
-            self._state, at=At.READY, ready_rng=ready, ready_tensors=tensors
-        )
-        write_state(self._session.slot, self._ready)
-
-    def save_end(self, value: Any) -> None:
-        """The call has returned ``value``."""
-        self.last_value = encode_value(value)
-        state = rng.capture()
-        self._session.cursor.commit(self.last_value, state)
-        between, self._between = self._now(At.BETWEEN, None), None
-        content = pack(between)
-        self._own = resize.Own(between.step, *content)
-        if not self._follows_from_ready(state):
-            self._session.slot.write(*content)
-            self._between = between
-
-    def _follows_from_ready(self, state: rng.RngState) -> bool:
-        """Whether all that has changed since this rank was ready is known without another write to the slot."""
-        ready = self._ready
-        if ready is None or len(self._session.cursor.stack) == 1:  # the script may end now, which is no loss
-            return False
-        same = state is ready.ready_rng and self._run.private == ready.ready_tensors
-        return same and self._session.pulse.keep(ready.step, self.last_value)
 
 
 def _open_store(address: str) -> Store:

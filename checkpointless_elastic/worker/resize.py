@@ -10,7 +10,7 @@ rank that speaks has it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,8 +28,8 @@ from checkpointless_elastic.state.transfer import Receiver, in_segment
 from checkpointless_elastic.state.transfer import publish as publish_part
 from checkpointless_elastic.worker.blocks import Block, Stripe, block_name, blocks, holds, layout_of, twins
 from checkpointless_elastic.worker.mirror import Entry
-from checkpointless_elastic.worker.packing import unpack
-from checkpointless_elastic.worker.private import PrivateState
+from checkpointless_elastic.worker.packing import pack, unpack
+from checkpointless_elastic.worker.private import At, PrivateState
 
 if TYPE_CHECKING:
     from checkpointless_elastic.worker.exchange import Here
@@ -41,11 +41,27 @@ logger = logging.getLogger(__name__)
 
 
 class Own(NamedTuple):
-    """A rank's private state of a step, encoded in the moment that it is of, since a cursor changes; and its parts."""
+    """A rank's private state of a step, encoded in the moment that it is of, since a cursor changes.
+
+    Attributes:
+        step: at which it goes on.
+        content: the state; or that when the rank was ready, from which it follows.
+        ready: whether it is that.
+        value: then, what the call has returned.
+    """
 
     step: int
-    blob: bytes
-    parts: Mapping[int, bytes]
+    content: Content
+    ready: bool = False
+    value: bytes | None = None
+
+    def whole(self) -> Content:
+        """The state, as it was when the last call had returned."""
+        if not self.ready:
+            return self.content
+        before = unpack(self.content, PrivateState)
+        before.cursor.commit(self.value, before.ready_rng)
+        return pack(PrivateState(self.step, At.BETWEEN, before.cursor, tensors=before.ready_tensors))
 
 
 # ---- leaving it behind
@@ -58,7 +74,7 @@ def keep(run: Run, decision: Decision, here: Here, own: Own | None, last_value: 
     StateMismatchError if the node's memory has no room.
     """
     whole = own is not None and own.step == decision.step
-    blob, parts = (own.blob, dict(own.parts)) if own is not None and whole else (b"", {})
+    blob, parts = own.whole() if own is not None and whole else Content(b"", {})
     directory = Path(directories.kept(here.run_dir))
     directory.mkdir(mode=0o700, exist_ok=True)
     pieces = run.inventory.pieces()
@@ -69,7 +85,7 @@ def keep(run: Run, decision: Decision, here: Here, own: Own | None, last_value: 
             if _lead(block, decision, here) == here.rank
         ]
         shared = run.shared(twins(pieces), last_value)
-        entry = Entry(decision.step, stripes, shared, [], blob, parts, decision.generation)
+        entry = Entry(decision.step, stripes, shared, [], blob, dict(parts), decision.generation)
         _write(directory / _name(here), msgspec.msgpack.encode(entry))
     except OSError as error:
         raise StateMismatchError(

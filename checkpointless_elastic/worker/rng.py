@@ -16,7 +16,8 @@ import random
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import is_
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,7 +28,9 @@ from checkpointless_elastic.tensor_bytes import to_bytes
 from checkpointless_elastic.worker.rng_memory import (
     GAUSS,
     WORDS_BYTES,
+    Reader,
     clean_torch,
+    glance_torch,
     numpy_reader,
     python_reader,
     read_torch,
@@ -94,26 +97,29 @@ def decoded(encoded: Any, found: Mapping[int, bytes]) -> RngState:
 
 def capture() -> RngState:
     """Take the state of Python, NumPy, torch and the accelerator. Does not wait for a device. Main thread only."""
-    global _last, _seen
-    seen = _read_python(), _read_numpy(), _read_torch(), _device_states()
-    if seen != _seen or _last is None:
-        _last, _seen = _taken(_last, *seen), seen
+    global _last, _glanced
+    devices = _device_states()
+    glanced = _python.glance(), _glance_numpy(), _glance_torch(), *devices.values()
+    if glanced != _glanced or _last is None:
+        _last, _glanced = _taken(glanced, devices), glanced
     return _last
 
 
-def _taken(
-    last: RngState | None, python: bytes, numpy: bytes, torch_cpu: bytes, devices: Mapping[str, bytes]
-) -> RngState:
-    """A new state, with the parts of the last one that are the same."""
-    if _torch_address is not None:
-        torch_cpu = clean_torch(torch_cpu)
-    new = python, numpy, torch_cpu, *devices.values()
-    known = last.parts if last is not None else ()
-    parts = [
-        old if old is not None and data == old.data else Part(next(_numbers()), data)
-        for old, data in itertools.zip_longest(known[: len(new)], new)
-    ]
-    return RngState(tuple(parts), tuple(devices))
+def _taken(glanced: tuple[object, ...], devices: Mapping[str, bytes]) -> RngState:
+    """The state of now, with the parts of the last one that are the same; the last one itself if all of them are."""
+    readers: list[Callable[[], bytes]] = [_python.read, _read_numpy, _read_torch]
+    readers += [functools.partial(bytes, data) for data in devices.values()]
+    known = _last.parts if _last is not None else ()
+    parts = []
+    for number, read in enumerate(readers):
+        part = known[number] if number < len(known) else None
+        if part is None or glanced[number] != _glanced[number]:
+            data = read()
+            part = part if part is not None and part.data == data else Part(next(_numbers()), data)
+        parts.append(part)
+    names = tuple(devices)
+    same = _last is not None and _last.devices == names and all(map(is_, parts, known))
+    return _last if _last is not None and same else RngState(tuple(parts), names)
 
 
 @functools.lru_cache(maxsize=1)
@@ -160,12 +166,26 @@ def _python_state() -> bytes:
     return _WORDS.pack(position, *words) + GAUSS.pack(gauss is not None, gauss or 0.0)
 
 
-def _read_numpy() -> bytes:
+def _numpy() -> Any:
+    """The module, None if it is absent or half imported."""
     module = sys.modules.get("numpy.random")
-    if module is None or not hasattr(module, "get_state"):  # absent, or half imported
+    return module if hasattr(module, "get_state") else None
+
+
+def _read_numpy() -> bytes:
+    module = _numpy()
+    if module is None:
         return b""
-    read = _numpy_reader(module)
-    return (b"" if read is None else read()) or _numpy_state(module)
+    reader = _numpy_reader(module)
+    return (b"" if reader is None else reader.read()) or _numpy_state(module)
+
+
+def _glance_numpy() -> object:
+    module = _numpy()
+    if module is None:
+        return None
+    reader = _numpy_reader(module)
+    return object() if reader is None else reader.glance()
 
 
 _numpy_reader = functools.lru_cache(maxsize=1)(numpy_reader)
@@ -226,10 +246,14 @@ def _device_generator(name: str) -> torch.Generator:
 def _read_torch() -> bytes:
     if _torch_address is None:
         return capture_generator(torch.default_generator)
-    return read_torch(_torch_address)
+    return clean_torch(read_torch(_torch_address))
 
 
-_read_python = python_reader() or _python_state
+def _glance_torch() -> object:
+    return object() if _torch_address is None else glance_torch(_torch_address)
+
+
+_python = python_reader() or Reader(_python_state, object)
 _torch_address = torch_address(torch.default_generator)
 _last: RngState | None = None  # the newest state
-_seen: tuple[bytes, bytes, bytes, Mapping[str, bytes]] | None = None  # what was read for it
+_glanced: tuple[object, ...] = ()  # what was seen of it at a glance

@@ -2,7 +2,8 @@
 
 `random.getstate` makes 625 integers, `numpy.random.get_state` copies word by word and `Generator.get_state` fills a new
 tensor: 50 microseconds in a loop, several times that in a process whose caches are cold, and a step asks four times.
-Their memory holds the same 2,500 bytes each, read here in about one microsecond.
+Their memory holds the same 2,500 bytes each, read here in about one microsecond. Whether anything was drawn since then
+shows in a few of them: a draw moves the position, and where it comes to stand at the same place all words are new.
 
 Found in CPython 3.11 (the object's head, an int for the position, 624 words), NumPy 2.4 (624 words and an int at the
 public `bit_generator.ctypes.state_address`; inside RandomState an int for "has a second Gauss draw" in the eight bytes
@@ -18,7 +19,7 @@ import functools
 import random
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,7 +29,9 @@ __all__ = [
     "GAUSS",
     "TORCH_BYTES",
     "WORDS_BYTES",
+    "Reader",
     "clean_torch",
+    "glance_torch",
     "numpy_reader",
     "python_reader",
     "read_torch",
@@ -46,8 +49,19 @@ _TORCH_WORDS = 20  # where the words begin in it
 TORCH_BYTES = _TORCH.size
 _at = ctypes.string_at
 
-Reader = Callable[[], bytes]
-"""Gives no bytes when the library has to be asked after all."""
+_GLANCE = 64  # bytes: a position and 15 words
+
+
+class Reader(NamedTuple):
+    """Reads one generator.
+
+    Attributes:
+        read: gives its state; no bytes when the library has to be asked after all.
+        glance: gives something that is another one when the state is, or may be.
+    """
+
+    read: Callable[[], bytes]
+    glance: Callable[[], object]
 
 
 def python_reader() -> Reader | None:
@@ -55,13 +69,14 @@ def python_reader() -> Reader | None:
     owner: Any = getattr(random.getstate, "__self__", None)
     if not hasattr(owner, "gauss_next") or not _is_at_head(random.Random(20)):
         return None
-    words = _view(id(owner) + object.__basicsize__, WORDS_BYTES)
+    start = id(owner) + object.__basicsize__
+    words, first = _view(start, WORDS_BYTES), _view(start, _GLANCE)
 
     def read() -> bytes:
         gauss = owner.gauss_next
         return words.raw + GAUSS.pack(gauss is not None, gauss or 0.0)
 
-    return read
+    return Reader(read, lambda: (first.raw, owner.gauss_next))
 
 
 def _view(address: int, length: int) -> ctypes.Array[ctypes.c_char]:
@@ -84,7 +99,9 @@ def numpy_reader(module: Any) -> Reader | None:
     generator = getattr(owner, "_bit_generator", None)
     if offset is None or not isinstance(generator, module.MT19937) or not _has_words(generator):
         return None
-    words, flag = _view(generator.ctypes.state_address, WORDS_BYTES), _view(id(owner) + offset, _FLAG.size)
+    start = generator.ctypes.state_address
+    words, last = _view(start, WORDS_BYTES), _view(start + WORDS_BYTES - _GLANCE, _GLANCE)
+    flag = _view(id(owner) + offset, _FLAG.size)
 
     def read() -> bytes:
         if owner._bit_generator is not generator:  # numpy.random.set_bit_generator put another one in place
@@ -92,7 +109,10 @@ def numpy_reader(module: Any) -> Reader | None:
         has_gauss, gauss = _FLAG.unpack(flag.raw)
         return words.raw + GAUSS.pack(has_gauss, gauss)
 
-    return read
+    def glance() -> object:
+        return (last.raw, flag.raw) if owner._bit_generator is generator else object()
+
+    return Reader(read, glance)
 
 
 def _flag_offset(kind: Any) -> int | None:
@@ -132,9 +152,21 @@ def read_torch(address: int) -> bytes:
     return _torch_view(address).raw
 
 
+def glance_torch(address: int) -> object:
+    """As `Reader.glance`: where the position is and the first words, and the second draws."""
+    first, last = _torch_ends(address)
+    return first.raw, last.raw
+
+
 @functools.lru_cache(maxsize=2)
 def _torch_view(address: int) -> ctypes.Array[ctypes.c_char]:
     return _view(address, TORCH_BYTES)
+
+
+@functools.lru_cache(maxsize=2)
+def _torch_ends(address: int) -> tuple[ctypes.Array[ctypes.c_char], ctypes.Array[ctypes.c_char]]:
+    behind = _TORCH_WORDS + WORDS_BYTES - 4
+    return _view(address, _GLANCE), _view(address + behind, TORCH_BYTES - behind)
 
 
 def clean_torch(state: bytes) -> bytes:

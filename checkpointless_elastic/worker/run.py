@@ -211,7 +211,7 @@ class Run:
         start = rng.capture()
         self._snapshot.begin(name)
         self.private = self.read_private()
-        recovery.save_start(start)
+        recovery.mirror.begin(recovery.record.begin(start), recovery.record.last_value)
         self._verifier.begin(host.step, self._shared_pieces)
         self._communicates = False
         call = gate.Call(
@@ -247,7 +247,7 @@ class Run:
     def _commit(self, host: session.Session, recovery: Recovery) -> None:
         self._snapshot.gate()
         recovery.mirror.wait()
-        recovery.save_ready()
+        recovery.record.ready()
         host.pulse.turn(Activity.GATE)
         if not host.vote(self._verifier.said()):
             raise gate.VoidAttempt
@@ -282,7 +282,7 @@ class Run:
         self.step += call.optimizer_steps > 0
         self._snapshot.returned(call.optimizer_steps > 0)
         self.private = self.read_private()
-        recovery.save_end(value)
+        recovery.record.end(value)
         if first:
             host.learned()
             host.replicas(*self._held())

@@ -400,6 +400,7 @@ class Session:
         """A loop is entered. A replacement blocks until its state is there."""
         if self.recovery is not None:
             self.recovery.prepare()
+            self.recovery.record.loop_entered()
 
     def iteration_started(self) -> None:
         """A batch was fetched."""
@@ -407,7 +408,7 @@ class Session:
     def save(self) -> None:
         """Write the cursor to the slot."""
         if self.recovery is not None and not self.shadow and not self.failed:
-            self.recovery.save_between()
+            self.recovery.record.between()
 
     # ---- the script's life
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from checkpointless_elastic.groups import ElasticProcessGroup, Situation
 from tests.groups.processes import Job, Worker
@@ -30,15 +33,59 @@ def model() -> nn.Module:
     )
 
 
+class Reentrant(nn.Module):
+    """Each layer has a backward of its own inside the backward."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        for layer in self.layers.children():
+            tensor = checkpoint(layer, tensor.requires_grad_(), use_reentrant=True)
+        return tensor
+
+
+def own_hook(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Looks at its future in the middle of the backward."""
+    work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+    work.get_future().wait()
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def collecting_hook(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """As `own_hook`, in C++."""
+    work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+    torch.futures.wait_all([work.get_future()])
+    return torch.futures.collect_all([work.get_future()]).then(lambda done: done.value()[0].value()[0])
+
+
+HOOKS: dict[str, Callable[..., Any]] = {
+    "own": own_hook,
+    "compressed": fp16_compress_hook,
+    "collected": collecting_hook,
+}
+
+
+for hook in HOOKS.values():
+    hook.__annotations__ = {}  # DDP compares them with types, and they are strings here
+
+
 def train_with_ddp(worker: Worker) -> Any:
-    elastic, options = worker.hear()
+    elastic, hook, options = worker.hear()
     start(worker, elastic=elastic)
-    net = DistributedDataParallel(model(), bucket_cap_mb=0.005, **options)
+    worker.host.where = Situation.ATTEMPT
+    inner = Reentrant(model()) if hook == "reentrant" else model()
+    net = DistributedDataParallel(inner, bucket_cap_mb=0.005, **options)
+    if hook in HOOKS:
+        net.register_comm_hook(None, HOOKS[hook])
+    elif hook == "builtin":
+        net._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     torch.manual_seed(worker.rank)
     for step in range(5):
         optimizer.zero_grad()
-        if step == 3:
+        if step == 3 and hook != "reentrant":
             with net.no_sync():
                 net(torch.randn(8, 32)).pow(2).sum().backward()
         net(torch.randn(8, 32)).pow(2).sum().backward()
@@ -54,15 +101,20 @@ def results_of(body: Any, word: Any) -> list[Any]:
 
 
 def test_ddp_trains_to_the_same_bits() -> None:
-    for options in (
-        {},
-        {"gradient_as_bucket_view": True},
-        {"find_unused_parameters": True},
-        {"static_graph": True},
+    for hook, options in (
+        ("", {}),
+        ("", {"gradient_as_bucket_view": True}),
+        ("", {"find_unused_parameters": True}),
+        ("", {"static_graph": True}),
+        ("reentrant", {}),
+        ("builtin", {}),
+        ("own", {}),
+        ("compressed", {}),
+        ("collected", {}),
     ):
-        native = results_of(train_with_ddp, (False, options))
-        elastic = results_of(train_with_ddp, (True, options))
-        assert elastic == native, f"DDP with {options} differs"
+        native = results_of(train_with_ddp, (False, hook, options))
+        elastic = results_of(train_with_ddp, (True, hook, options))
+        assert elastic == native, f"DDP with {hook} {options} differs"
         assert elastic[0][0] == elastic[2][0]
 
 

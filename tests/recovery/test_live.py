@@ -60,6 +60,27 @@ def test_nobody_waits_for_the_end_of_a_process_whose_script_has_ended(
     assert not cause or record["cause"] == cause
 
 
+@pytest.mark.parametrize(
+    "faults",
+    [
+        "1:forward,3:returned,5:forward,6:stepped,7:forward,8:returned,9:forward,11:forward,12:forward",
+        pytest.param("1:top,3:top,5:top,7:top,9:top,11:top,12:top,13:top", marks=pytest.mark.slow),
+        pytest.param("2:stepped,4:top,8:forward,10:stepped,-11:forward,12:returned", marks=pytest.mark.slow),
+    ],
+    ids=["in the next step", "before it", "around it"],
+)
+def test_a_replacement_does_not_do_again_what_followed_the_last_step(faults: str, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("job_iterations.py")
+    whole, ended = (
+        launch(tmp_path / name, which, 2, script) for name, which in (("whole", ""), ("lost", faults))
+    )
+    check(ended, whole)
+    assert len(list(ended.out.glob("died-*"))) == faults.count(",") + 1
+    for rank in range(2):
+        lines, expected = ((one.out / f"after-{rank}.log").read_text().splitlines() for one in (ended, whole))
+        assert lines == expected, f"rank {rank}"
+
+
 def test_survivors_keep_their_processes_and_a_replacement_has_its_own(oracle: Ended, tmp_path: Path) -> None:
     ended = launch(tmp_path, "1:5:forward:kill")
     check(ended, oracle, recoveries=1)

@@ -41,20 +41,20 @@ def test_a_limit_is_known_after_some_calls_and_is_that_of_the_longest(path: str)
 
 
 @pytest.mark.parametrize("value", [b"", b"loss", bytes(256)])
-def test_the_replacement_of_a_worker_finds_what_the_call_of_a_step_has_returned(
+def test_the_replacement_of_a_worker_finds_what_followed_a_record_of_the_slot(
     path: str, value: bytes
 ) -> None:
     pulse = Pulse(path)
+    assert pulse.kept(7) is None and not pulse.advanced(7)
     assert pulse.keep(7, value)
-    assert Pulse(path).kept(7) == value
-    assert Pulse(path).kept(8) is None
-    pulse.forget_kept()
-    assert Pulse(path).kept(7) is None
+    assert Pulse(path).kept(7) == value and not Pulse(path).advanced(7)
+    pulse.advance(7)
+    assert Pulse(path).kept(7) == value and Pulse(path).advanced(7)
+    assert Pulse(path).kept(8) is None and not Pulse(path).advanced(8)
 
 
 def test_a_value_that_is_too_large_is_not_kept_and_one_that_nobody_keeps_need_not_be(path: str) -> None:
     pulse = Pulse(path)
-    pulse.forget_kept()
     assert not pulse.keep(7, bytes(257))
     assert pulse.keep(7, None)
     assert pulse.kept(7) is None

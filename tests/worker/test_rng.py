@@ -105,16 +105,16 @@ def test_all_generators_are_found_in_memory_and_read_as_the_library_says() -> No
     )
     for _ in range(3):
         random.gauss(0, 1), np.random.randn()
-        assert python() == rng._python_state()
-        assert legacy() == rng._numpy_state(np.random)
+        assert python.read() == rng._python_state()
+        assert legacy.read() == rng._numpy_state(np.random)
 
 
-@pytest.mark.parametrize("missing", ["_read_python", "_numpy_reader", "_torch_address"])
+@pytest.mark.parametrize("missing", ["_python", "_numpy_reader", "_torch_address"])
 def test_what_is_not_found_in_memory_is_asked_of_the_library(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = {
-        "_read_python": rng._python_state,
+        "_python": rng_memory.Reader(rng._python_state, object),
         "_numpy_reader": lambda module: None,
         "_torch_address": None,
     }
@@ -133,8 +133,10 @@ DRAWS: dict[str, Callable[[], object]] = {
     "random": random.random,
     "gauss": lambda: random.gauss(0, 1),
     "shuffle": lambda: random.shuffle(list(range(700))),
+    "all words of random": lambda: random.getrandbits(32 * 624),
     "numpy rand": np.random.rand,
     "numpy randn": np.random.randn,
+    "all words of numpy": lambda: np.random.bytes(4 * 624),
     "numpy permutation": lambda: np.random.permutation(2000),
     "torch rand": lambda: torch.rand(1),
     "torch randn": lambda: torch.randn(1),
