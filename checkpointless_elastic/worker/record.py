@@ -40,12 +40,9 @@ class Record:
         self._start: PrivateState | None = None
         self._ready: PrivateState | None = None
         self._content = Content(b"", {})  # the same, as it was written
-        self._iteration: tuple[Frame, int] | None = (
-            None  # where the call has returned, if nothing came after it
-        )
-        self._between: PrivateState | None = (
-            None  # what slot and pulse say, if that is of a moment between steps
-        )
+        # Where that call has returned, if nothing came after it; what slot and pulse say, if it is of between steps.
+        self._iteration: tuple[Frame, int] | None = None
+        self._between: PrivateState | None = None
 
     def begin(self, state: rng.RngState) -> PrivateState:
         """A step begins with this random state."""
