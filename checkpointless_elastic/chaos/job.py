@@ -153,7 +153,7 @@ def training(agent: Agent, rank: int) -> bool:
 
 
 def moved(found: Sequence[Agent], since: float) -> bool:
-    """Whether each rank has begun or ended to compute a step since this time (seconds since the epoch)."""
+    """Whether each rank has begun or computed a step since this time (seconds since the epoch)."""
     return all(written_at(path) > since for agent in found for path in agent.slots().values())
 
 

@@ -136,7 +136,7 @@ def glance_at(path: str) -> PrivateState | None:
 
 
 def written_at(path: str) -> float:
-    """When the rank last began or ended to compute a step, in seconds since the epoch; 0.0 if the slot is gone."""
+    """When the rank was last ready, or began a step, in seconds since the epoch; 0.0 if the slot is gone."""
     try:
         return os.stat(path).st_mtime
     except FileNotFoundError:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +30,7 @@ _backward = torch.autograd.graph._engine_run_backward.__code__
 def asked_by_reducer() -> bool:
     """Whether the caller was called by C++, inside a node of a backward on this thread.
 
-    With static_graph the reducer launches its first buckets in a callback, and waits at once: no node is under way.
+    Where the reducer launches its buckets at the end of the backward and waits at once, `ddp` stands between.
     """
     asks = sys._getframe(1).f_back
     return asks is not None and asks.f_code is _backward and torch._C._current_autograd_node() is not None
@@ -42,35 +41,35 @@ class _Awaited:
 
     Attributes:
         backward: its number.
-        around: gives the same of the backward in which this one runs, whose buckets its reducer may wait for too.
     """
 
-    __slots__ = ("__weakref__", "around", "backward", "works")
+    __slots__ = ("__weakref__", "backward", "works")
 
-    def __init__(self, backward: int, around: Callable[[], _Awaited | None]) -> None:
-        self.backward, self.around = backward, around
+    def __init__(self, backward: int) -> None:
+        self.backward = backward
         self.works: list[tuple[ElasticWork, Any]] = []
 
     def end(self) -> None:
-        """Await the works and complete their futures. A work's error is raised, and ends the backward."""
-        _thread.newest = self.around
-        one: _Awaited | None = self
-        while one is not None:
+        """Await all works, also those of backwards around this one, for which this one's reducer may wait, and
+        complete their futures. A work's error is raised, and ends the backward.
+        """
+        for one in _thread.alive():
             while one.works:
                 work, future = one.works.pop(0)
                 work.wait()
                 future.set_result(flat(work.args[0]))  # C++ gives arguments by position, outputs first
-            one = one.around()
-
-
-def _nothing() -> None:
-    """No backward is under way."""
+        _thread.known = [ref for ref in _thread.known if ref() not in (None, self)]
 
 
 class _Thread(threading.local):
-    """What belongs to one thread: the innermost backward that awaits works."""
+    """What belongs to one thread: its backwards that await works, the innermost last."""
 
-    newest: Callable[[], _Awaited | None] = staticmethod(_nothing)
+    def __init__(self) -> None:
+        self.known: list[weakref.ref[_Awaited]] = []
+
+    def alive(self) -> list[_Awaited]:
+        """Those that neither ended nor failed."""
+        return [one for ref in self.known if (one := ref()) is not None]
 
 
 _thread = _Thread()
@@ -79,10 +78,10 @@ _thread = _Thread()
 def ended_with_backward(work: ElasticWork) -> Any:
     """A future of the outputs of a work, which the end of the present backward awaits and completes."""
     backward = torch._C._current_graph_task_id()
-    awaited = _thread.newest()
-    if awaited is None or awaited.backward != backward:
-        awaited = _Awaited(backward, _thread.newest)
-        _thread.newest = weakref.ref(awaited)
+    awaited = next((one for one in _thread.alive() if one.backward == backward), None)
+    if awaited is None:
+        awaited = _Awaited(backward)
+        _thread.known.append(weakref.ref(awaited))
         Variable._execution_engine.queue_callback(awaited.end)
     future: Any = torch._C.Future([])  # a torch.futures.Future without its Python half
     awaited.works.append((work, future))

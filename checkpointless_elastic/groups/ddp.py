@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -39,12 +40,14 @@ __all__ = [
     "wrappers_of",
 ]
 
-_NEEDED = ("_rebuild_buckets", "_push_all_rebuilt_params", "_reset_state")
+_NEEDED = ("_rebuild_buckets", "_push_all_rebuilt_params", "_reset_state", "_delay_all_reduce")
 _original: Any = None
+_original_delayed: Any = None
 _original_init: Any = None
 _original_builtin: Any = None
 _engine: Engine | None = None
 c10d: Any = dist
+_logger = logging.getLogger(__name__)
 _orders: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
 _made: weakref.WeakValueDictionary[int, DistributedDataParallel] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -55,14 +58,14 @@ def install(engine: Engine) -> None:
 
     Once per process; `uninstall` undoes it.
     """
-    global _original, _original_init, _original_builtin, _engine
+    global _original, _original_delayed, _original_init, _original_builtin, _engine
     uninstall()
     reducer: Any = Reducer
     missing = [name for name in _NEEDED if not hasattr(reducer, name)]
     if missing:
         raise UnsupportedTorchError(f"DDP's Reducer has no {missing}: use torch 2.13, which was read.")
-    _original, _engine = reducer._rebuild_buckets, engine
-    reducer._rebuild_buckets = _rebuild
+    _original, _original_delayed, _engine = reducer._rebuild_buckets, reducer._delay_all_reduce, engine
+    reducer._rebuild_buckets, reducer._delay_all_reduce = _rebuild, _delayed
     _original_init = DistributedDataParallel.__init__
     DistributedDataParallel.__init__ = _known(_original_init)  # type: ignore[method-assign]
     _original_builtin = c10d._register_builtin_comm_hook
@@ -71,17 +74,31 @@ def install(engine: Engine) -> None:
 
 def uninstall() -> None:
     """Puts torch's own methods back."""
-    global _original, _original_init, _original_builtin, _engine
+    global _original, _original_delayed, _original_init, _original_builtin, _engine
     if _original is not None:
-        Reducer._rebuild_buckets = _original  # type: ignore[method-assign]
+        reducer: Any = Reducer
+        reducer._rebuild_buckets, reducer._delay_all_reduce = _original, _original_delayed
         DistributedDataParallel.__init__ = _original_init  # type: ignore[method-assign]
         c10d._register_builtin_comm_hook = _original_builtin
-    _original = _original_init = _original_builtin = _engine = None
+    _original = _original_delayed = _original_init = _original_builtin = _engine = None
+
+
+def _delayed(reducer: Any) -> None:
+    """With static_graph the first backward's buckets are launched at its end, and awaited at once: the reducer is
+    called by Python here, see `backward.asked_by_reducer`.
+    """
+    _original_delayed(reducer)
 
 
 def _builtin(reducer: Any, kind: Any) -> None:
     """A comm hook of torch's in C++ takes only futures that C++ has made; an abort cannot complete those."""
     assert _engine is not None
+    if not _engine.native_futures:
+        _logger.warning(
+            "A comm hook of torch's in C++ (%s) waits in native code: if a peer is lost meanwhile, this rank may have "
+            "to be replaced too. torch.distributed.algorithms.ddp_comm_hooks has the same in Python.",
+            kind,
+        )
     _engine.native_futures = True
     _original_builtin(reducer, kind)
 

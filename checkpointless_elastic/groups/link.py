@@ -45,6 +45,7 @@ class Link:
         device: the accelerator of its NCCL backend, None without one. Its index may be missing: a script may choose its
             device after it has made the group.
         void: a member is lost or left: collectives end at once and give filler. Set once, never cleared.
+        void_since: when that was, in seconds of the monotonic clock.
         lazy: set in a void link whose group has all its members and is connected at its next use.
         in_flight: native works not known to have ended. They are kept so that the last reference to one is never
             dropped by a thread of the group: that thread would wait for the interpreter's lock, which the group's
@@ -60,6 +61,7 @@ class Link:
     limit: timedelta = _NO_LIMIT
     device: torch.device | None = None
     void: bool = False
+    void_since: float = 0.0
     lazy: Lazy | None = None
     in_flight: set[Any] = field(default_factory=set)
     futures: set[AbortableFuture] = field(default_factory=set)

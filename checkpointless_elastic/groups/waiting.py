@@ -24,6 +24,7 @@ import torch
 __all__ = ["AbortableFuture", "end_idle", "give_up_soon", "wait_beside", "wait_in_slices"]
 
 _SLICE = timedelta(milliseconds=50)
+_BRIEFLY = timedelta(milliseconds=1)
 _LOOK_UP_S = 0.05
 GRACE_S = 0.02
 """How long a void group's works are given to end by themselves."""
@@ -34,7 +35,7 @@ def wait_in_slices(native: Any, link: Any, timeout: timedelta) -> bool:
     deadline = time.monotonic() + timeout.total_seconds() if timeout else None
     while True:
         try:
-            done: bool = native.wait(_SLICE)
+            done: bool = native.wait(_last_slice(link) if link.void else _SLICE)
             return done
         except RuntimeError:
             if native.is_completed():
@@ -42,6 +43,11 @@ def wait_in_slices(native: Any, link: Any, timeout: timedelta) -> bool:
                 return ended
             if link.void or (deadline is not None and time.monotonic() >= deadline):
                 raise
+
+
+def _last_slice(link: Any) -> timedelta:
+    """What is left of the time for all works of a void group to end by themselves; zero would mean no limit."""
+    return max(_BRIEFLY, timedelta(seconds=link.void_since + GRACE_S - time.monotonic()))
 
 
 @dataclass(eq=False)

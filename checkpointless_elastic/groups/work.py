@@ -101,12 +101,15 @@ class ElasticWork(Work):
     def get_future(self) -> Any:
         """A future of the outputs. That of a gloo collective in flight ends with them as they are if it is void."""
         native, link = self.native, self.link
-        if native is None:
-            return _completed(self._outputs())
-        if link is None or self.group.engine.native_futures or link.on_device(self.args, self.kwargs):
-            return native.get_future()
-        if asked_by_reducer():
+        by_itself = self.group.engine.native_futures or (
+            link is not None and link.on_device(self.args, self.kwargs)
+        )
+        if asked_by_reducer() and not by_itself:
             return ended_with_backward(self)
+        if native is None or link is None:
+            return _completed(self._outputs())
+        if by_itself:
+            return native.get_future()
         # holds neither this work nor the native one: a thread of gloo may let go of it last
         outputs = partial(_outputs, self.op, self.args, self.kwargs, self.group.spec)
         return AbortableFuture(native.get_future(), outputs, link).future

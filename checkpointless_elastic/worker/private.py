@@ -1,7 +1,7 @@
 """What only one rank knows of its step: data position, random state, tensors that forward writes.
 
-It stands in the rank's slot, in memory of the agent's node, so that it outlives the worker. It is written at the start
-of each step, when the rank is ready, and between steps.
+It stands in the rank's slot, in memory of the agent's node, so that it outlives the worker. `record` says when it is
+written.
 """
 
 from __future__ import annotations

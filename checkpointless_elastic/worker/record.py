@@ -19,10 +19,11 @@ from checkpointless_elastic.worker.resize import Own
 from checkpointless_elastic.worker.values import encode_value
 
 if TYPE_CHECKING:
+    from checkpointless_elastic.worker.pulse import Pulse
     from checkpointless_elastic.worker.run import Run
     from checkpointless_elastic.worker.session import Session
 
-__all__ = ["Record"]
+__all__ = ["Record", "follow"]
 
 
 class Record:
@@ -38,7 +39,7 @@ class Record:
         self.last_value: bytes | None = None
         self.own: Own | None = None
         self._start: PrivateState | None = None
-        self._ready: PrivateState | None = None
+        self._ready: PrivateState | None = None  # until more follows than the pulse can say
         self._content = Content(b"", {})  # the same, as it was written
         # Where that call has returned, if nothing came after it; what slot and pulse say, if it is of between steps.
         self._iteration: tuple[Frame, int] | None = None
@@ -77,7 +78,10 @@ class Record:
         self._iteration = None
 
     def between(self) -> None:
-        """The cursor has changed, between steps."""
+        """The cursor has changed, between steps; or in a call after its gate, which `end` will say."""
+        if self._session.in_call and self._session.committed:
+            self._ready = None
+            return
         between = self._now(At.BETWEEN, None)
         if self._has_only_advanced(between):
             self._session.pulse.advance(self._session.slot.sequence)
@@ -123,4 +127,12 @@ class Record:
         frame, position = self._iteration
         advanced = between.cursor.top is frame and frame.position == position + 1
         drew = frame.rng_start is not self._ready.ready_rng or frame.source_start
-        return advanced and not drew and len(frame.outside) == frame.setup
+        return advanced and not drew
+
+
+def follow(ready: PrivateState, record: int, pulse: Pulse) -> None:
+    """The step of a rank that was ready, as this record of its slot says, is committed: bring its cursor up to date."""
+    cursor = ready.cursor
+    cursor.commit(pulse.kept(record), ready.ready_rng)
+    if pulse.advanced(record):
+        cursor.start(cursor.top, ready.ready_rng)

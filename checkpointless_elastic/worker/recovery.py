@@ -46,7 +46,7 @@ from checkpointless_elastic.worker.exchange import (
 from checkpointless_elastic.worker.health import broken_device
 from checkpointless_elastic.worker.network import Network
 from checkpointless_elastic.worker.private import At, PrivateState, read_state
-from checkpointless_elastic.worker.record import Record
+from checkpointless_elastic.worker.record import Record, follow
 from checkpointless_elastic.worker.session import Session, Superseded
 from checkpointless_elastic.worker.values import decode_value
 from checkpointless_elastic.worker.wire import RebuiltReport, RestoredReport
@@ -352,9 +352,7 @@ class Recovery:
             state = kept.private_state()
         cursor = state.cursor
         if state.step == step - 1 and state.at is At.READY:
-            cursor.commit(session.pulse.kept(session.slot.sequence), state.ready_rng)
-            if session.pulse.advanced(session.slot.sequence):
-                cursor.start(cursor.top, state.ready_rng)
+            follow(state, session.slot.sequence, session.pulse)
         elif state.step != step:
             raise StateMismatchError(
                 f"rank {session.rank} was lost at step {state.step} ({state.at.value}), the others go on at step {step}"

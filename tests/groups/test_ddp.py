@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from checkpointless_elastic.errors import RankLostError, StateMismatchError
 from checkpointless_elastic.groups import Situation, ddp
@@ -202,6 +204,46 @@ def test_a_wholly_void_backward_ends_without_an_error() -> None:
         assert {job.heard(rank) for rank in range(3)} == {"ready"}
         lose(job, 2)
         assert job.results(0, 1) == [(14, True)] * 2
+
+
+class Inside(nn.Module):
+    """Its first layer's backward runs inside the backward of the rest; `between` is called between the two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(40, 40), nn.Linear(40, 40)
+        self.between: Callable[[], None] | None = None
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        value = checkpoint(self.inner, value.requires_grad_(), use_reentrant=True)
+        if self.between is not None:
+            value.register_hook(lambda _: self.between())
+        return self.head(value)
+
+
+def lose_inside_a_backward(worker: Worker) -> Any:
+    """One bucket is launched in the outer backward, one in the inner one, which waits for both; a loss between them."""
+    listener = begin(worker)
+    inside = Inside()
+    net = DistributedDataParallel(inside, bucket_cap_mb=0.002)
+    worker.host.where = Situation.ATTEMPT
+    for number in range(2):
+        step(net, worker.rank, number)
+    assert len(buckets(net)) > 1
+    worker.say("ready")
+
+    def between() -> None:
+        listener.wait() if worker.rank == 2 else listener.frozen.wait(LIMIT)
+
+    inside.between = between
+    return len(step(net, worker.rank, 2))
+
+
+def test_a_loss_between_an_outer_and_an_inner_backward_holds_nobody_up() -> None:
+    with Job(lose_inside_a_backward) as job:
+        assert {job.heard(rank) for rank in range(3)} == {"ready"}
+        lose(job, 2)
+        assert job.results(0, 1) == [4] * 2
 
 
 def adopt_wrongly(worker: Worker) -> Any:

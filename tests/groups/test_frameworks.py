@@ -88,7 +88,9 @@ def train_with_ddp(worker: Worker) -> Any:
         if step == 3 and hook != "reentrant":
             with net.no_sync():
                 net(torch.randn(8, 32)).pow(2).sum().backward()
-        net(torch.randn(8, 32)).pow(2).sum().backward()
+        batch = torch.randn(8, 32)
+        out = checkpoint(net, batch.requires_grad_(), use_reentrant=True) if hook == "around" else net(batch)
+        out.pow(2).sum().backward()
         optimizer.step()
     dist.barrier()
     return [value.numpy().tobytes() for value in net.state_dict().values()]
@@ -107,6 +109,8 @@ def test_ddp_trains_to_the_same_bits() -> None:
         ("", {"find_unused_parameters": True}),
         ("", {"static_graph": True}),
         ("reentrant", {}),
+        ("around", {}),
+        ("around", {"static_graph": True}),
         ("builtin", {}),
         ("own", {}),
         ("compressed", {}),
