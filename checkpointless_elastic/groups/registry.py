@@ -438,7 +438,7 @@ def _void(links: Iterable[Link]) -> list[Link]:
     """Mark those that are connected; their operations are then to be ended. Under the registry's lock."""
     found = [link for link in links if link.native is not None and not link.void]
     for link in found:
-        link.void, link.void_since = True, time.monotonic()
+        link.void_since, link.void = time.monotonic(), True
         for future in [*link.futures]:
             future.void = True
         link.pin()
