@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -36,4 +37,4 @@ def frozen_disk() -> Iterator[Path]:
     finally:
         if server >= 0:
             os.close(server)
-        os.rmdir(folder)
+        shutil.rmtree(folder)  # who waited may have tried once more, and found the folder below
