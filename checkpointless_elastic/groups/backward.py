@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["asked_by_reducer", "ended_with_backward"]
 
-_backward = torch.autograd.graph._engine_run_backward.__code__
+# Where C++ is entered for a backward; without it nobody is taken for the reducer.
+_backward = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
 
 
 def asked_by_reducer() -> bool:
@@ -42,8 +43,6 @@ class _Awaited:
     Attributes:
         backward: its number.
     """
-
-    __slots__ = ("__weakref__", "backward", "works")
 
     def __init__(self, backward: int) -> None:
         self.backward = backward

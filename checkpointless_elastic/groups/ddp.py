@@ -41,12 +41,8 @@ __all__ = [
 ]
 
 _NEEDED = ("_rebuild_buckets", "_push_all_rebuilt_params", "_reset_state", "_delay_all_reduce")
-_original: Any = None
-_original_delayed: Any = None
-_original_init: Any = None
-_original_builtin: Any = None
+_originals: dict[str, tuple[Any, Any]] = {}  # what was exchanged, by name: where it stands, and torch's own
 _engine: Engine | None = None
-c10d: Any = dist
 _logger = logging.getLogger(__name__)
 _orders: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
 _made: weakref.WeakValueDictionary[int, DistributedDataParallel] = weakref.WeakValueDictionary()
@@ -58,36 +54,42 @@ def install(engine: Engine) -> None:
 
     Once per process; `uninstall` undoes it.
     """
-    global _original, _original_delayed, _original_init, _original_builtin, _engine
+    global _engine
     uninstall()
-    reducer: Any = Reducer
-    missing = [name for name in _NEEDED if not hasattr(reducer, name)]
+    missing = [name for name in _NEEDED if not hasattr(Reducer, name)]
     if missing:
         raise UnsupportedTorchError(f"DDP's Reducer has no {missing}: use torch 2.13, which was read.")
-    _original, _original_delayed, _engine = reducer._rebuild_buckets, reducer._delay_all_reduce, engine
-    reducer._rebuild_buckets, reducer._delay_all_reduce = _rebuild, _delayed
-    _original_init = DistributedDataParallel.__init__
-    DistributedDataParallel.__init__ = _known(_original_init)  # type: ignore[method-assign]
-    _original_builtin = c10d._register_builtin_comm_hook
-    c10d._register_builtin_comm_hook = _builtin
+    _engine = engine
+    exchanged: list[tuple[Any, str, Any]] = [
+        (Reducer, "_rebuild_buckets", _rebuild),
+        (Reducer, "_delay_all_reduce", _delayed),
+        (DistributedDataParallel, "__init__", _known(DistributedDataParallel.__init__)),
+        (dist, "_register_builtin_comm_hook", _builtin),
+    ]
+    for place, name, own in exchanged:
+        _originals[name] = place, getattr(place, name)
+        setattr(place, name, own)
 
 
 def uninstall() -> None:
     """Puts torch's own methods back."""
-    global _original, _original_delayed, _original_init, _original_builtin, _engine
-    if _original is not None:
-        reducer: Any = Reducer
-        reducer._rebuild_buckets, reducer._delay_all_reduce = _original, _original_delayed
-        DistributedDataParallel.__init__ = _original_init  # type: ignore[method-assign]
-        c10d._register_builtin_comm_hook = _original_builtin
-    _original = _original_delayed = _original_init = _original_builtin = _engine = None
+    global _engine
+    for name, (place, original) in _originals.items():
+        setattr(place, name, original)
+    _originals.clear()
+    _engine = None
+
+
+def _original(name: str) -> Any:
+    """Torch's own function."""
+    return _originals[name][1]
 
 
 def _delayed(reducer: Any) -> None:
     """With static_graph the first backward's buckets are launched at its end, and awaited at once: the reducer is
     called by Python here, see `backward.asked_by_reducer`.
     """
-    _original_delayed(reducer)
+    _original("_delay_all_reduce")(reducer)
 
 
 def _builtin(reducer: Any, kind: Any) -> None:
@@ -100,7 +102,7 @@ def _builtin(reducer: Any, kind: Any) -> None:
             kind,
         )
     _engine.native_futures = True
-    _original_builtin(reducer, kind)
+    _original("_register_builtin_comm_hook")(reducer, kind)
 
 
 def _known(init: Callable[..., None]) -> Callable[..., None]:
@@ -143,7 +145,7 @@ def force_bucket_order(ddp: DistributedDataParallel) -> bytes | None:
     local = _Local()
     try:
         with _answering(local):
-            rebuilt = _original(ddp.reducer)
+            rebuilt = _original("_rebuild_buckets")(ddp.reducer)
     except RuntimeError:  # an assertion of torch: gradients of only a part of the parameters were seen
         reset(ddp)
         return None
@@ -161,7 +163,7 @@ def adopt_bucket_order(ddp: DistributedDataParallel, order: bytes) -> None:
     ddp.reducer._reset_state()
     ddp.reducer._push_all_rebuilt_params()
     with _answering(_Answers(order)):
-        rebuilt = _original(ddp.reducer)
+        rebuilt = _original("_rebuild_buckets")(ddp.reducer)
     if not rebuilt:
         raise StateMismatchError(
             "DDP does not rebuild its buckets here, but did on a survivor: use one script."
@@ -187,7 +189,7 @@ def _rebuild(reducer: Any) -> bool:
     """What stands in place of `Reducer._rebuild_buckets`."""
     capture = _Capture()
     with _answering(capture):
-        rebuilt: bool = _original(reducer)
+        rebuilt: bool = _original("_rebuild_buckets")(reducer)
     if rebuilt:
         _orders[reducer] = capture.order()
     return rebuilt

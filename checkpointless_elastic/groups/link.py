@@ -17,14 +17,13 @@ from checkpointless_elastic.groups.lazy import Lazy
 from checkpointless_elastic.groups.ops import flat
 from checkpointless_elastic.groups.owed import Place
 from checkpointless_elastic.groups.sockets import Address
-from checkpointless_elastic.groups.waiting import AbortableFuture, wait_beside, wait_in_slices
+from checkpointless_elastic.groups.waiting import BRIEFLY, AbortableFuture, wait_beside, wait_in_slices
 
 __all__ = ["Link", "retire"]
 
 _logger = logging.getLogger(__name__)
 _MANY = 32
 _NO_LIMIT = timedelta(0)
-_BRIEFLY = timedelta(milliseconds=1)
 _POINT_TO_POINT = tuple(map(int, (OpType.SEND, OpType.RECV, OpType.RECVANYSOURCE)))
 _BESIDE = (*_POINT_TO_POINT, int(OpType.UNKNOWN))
 """Awaited on a thread beside. The last is gloo's reduce-scatter: a function that waits for an all-reduce, however long
@@ -148,7 +147,7 @@ def _wait_for_the_end(work: Any, void: bool) -> None:
     try:
         if void and int(work._get_op_type()) in _POINT_TO_POINT:
             if not work.is_completed():
-                work.wait(_BRIEFLY)
+                work.wait(BRIEFLY)
         else:
             work.wait()
     except RuntimeError as error:  # how a work on a shut down connection ends

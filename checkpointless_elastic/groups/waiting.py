@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["AbortableFuture", "end_idle", "give_up_soon", "wait_beside", "wait_in_slices"]
+__all__ = ["BRIEFLY", "AbortableFuture", "end_idle", "give_up_soon", "wait_beside", "wait_in_slices"]
 
 _SLICE = timedelta(milliseconds=50)
-_BRIEFLY = timedelta(milliseconds=1)
+BRIEFLY = timedelta(milliseconds=1)
 _LOOK_UP_S = 0.05
 GRACE_S = 0.02
 """How long a void group's works are given to end by themselves."""
@@ -47,7 +47,7 @@ def wait_in_slices(native: Any, link: Any, timeout: timedelta) -> bool:
 
 def _last_slice(link: Any) -> timedelta:
     """What is left of the time for all works of a void group to end by themselves; zero would mean no limit."""
-    return max(_BRIEFLY, timedelta(seconds=link.void_since + GRACE_S - time.monotonic()))
+    return max(BRIEFLY, timedelta(seconds=link.void_since + GRACE_S - time.monotonic()))
 
 
 @dataclass(eq=False)

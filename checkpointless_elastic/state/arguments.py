@@ -13,7 +13,7 @@ from checkpointless_elastic.errors import StateMismatchError
 
 __all__ = ["ArgumentGuard"]
 
-_DEPTH = 6
+_DEPTH = 4
 _PLAIN = (int, float, str, bytes, bool, type(None))
 _WHOLE = (*_PLAIN, nn.Module, torch.optim.Optimizer)  # not looked into
 
@@ -107,7 +107,7 @@ class ArgumentGuard:
 def _walk(values: list[Any]) -> Iterator[Any]:
     """Each tensor and each mutable container in nested arguments, once."""
     seen: set[int] = set()
-    stack = [(value, 2) for value in values if type(value) not in _PLAIN]
+    stack = [(value, 0) for value in values if type(value) not in _PLAIN]
     while stack:
         value, depth = stack.pop()
         if isinstance(value, _WHOLE):

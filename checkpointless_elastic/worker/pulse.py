@@ -28,9 +28,7 @@ _KINDS = 32
 _NAMES = 8  # then the number of each group, then their counts, the last of which is of all that have no place
 _COUNTS = _NAMES + _GROUPS
 _LEARNED = _COUNTS + _GROUPS + 1  # then number, samples and nanoseconds of each kind
-_RETURNED = (
-    _LEARNED + 3 * _KINDS
-)  # the record of the slot whose call has returned; the length of its value, below
+_RETURNED = _LEARNED + 3 * _KINDS  # record of the slot whose call has returned, length of its value
 _ADVANCED = _RETURNED + 2  # the record after which the loop went to its next iteration
 _VALUE = 8 * (_ADVANCED + 1)
 _VALUE_BYTES = 256

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from checkpointless_elastic.errors import RankLostError, StateMismatchError
-from checkpointless_elastic.groups import Situation, ddp
+from checkpointless_elastic.groups import Situation, ddp, work
 from tests.groups.listener import Listener, begin, lose
 from tests.groups.processes import LIMIT, Job, Worker
 
@@ -183,6 +184,30 @@ def test_a_loss_while_buckets_are_rebuilt_is_an_error_and_a_forced_order_serves_
     assert [sizes for _, sizes, _ in found] == [sizes for _, sizes in whole]
     assert found[0][0] == whole[0][0]
     assert found[2][0] == whole[2][0][1:]
+
+
+def count_abortable_futures(worker: Worker) -> list[int]:
+    """How many a usual step makes, and one whose comm hook asks for a future itself."""
+    begin(worker)
+    made: list[Any] = []
+    abortable = work.AbortableFuture
+    work.AbortableFuture = lambda *given: made.append(given) or abortable(*given)  # type: ignore[assignment, misc, func-returns-value]
+    counts = []
+    for hooked in (False, True):
+        net = wrapped()
+        if hooked:
+            net.register_comm_hook(None, fp16_compress_hook)
+        step(net, worker.rank, 0)
+        counts.append(len(made))
+    dist.barrier()
+    return counts
+
+
+def test_only_the_reducer_gets_futures_that_the_end_of_its_backward_completes() -> None:
+    with Job(count_abortable_futures) as job:
+        for usual, hooked in job.results():
+            assert usual == 0
+            assert hooked > 0
 
 
 def void_forward_and_backward(worker: Worker) -> Any:
