@@ -31,7 +31,6 @@ from harness.memcpy import copy_seconds
 from harness.report import Bar, print_bars, write_json
 
 from checkpointless_elastic.observe.machine import provenance
-from checkpointless_elastic.state import digest
 from checkpointless_elastic.state.pieces import PARAMETER, Piece, piece_of
 from checkpointless_elastic.state.plan import PieceSize, Plan, plan
 from checkpointless_elastic.state.segment import Segment
@@ -68,7 +67,6 @@ def survivor(rank: int, options: argparse.Namespace, folder: str, pipe: Connecti
 def replacement(options: argparse.Namespace, folder: str, pipe: Connection) -> None:
     """Receives, and copies plainly; answers each list of digests with the seconds of the three."""
     torch.set_num_threads(1)
-    digest.get_ready()
     pieces = make_pieces(options.pieces, options.mib, seed=1)
     layout = layout_of(pieces, options.sources)
     segment = None

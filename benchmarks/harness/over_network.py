@@ -25,7 +25,6 @@ import torch
 from torch.distributed import FileStore
 
 from checkpointless_elastic.groups import Registry
-from checkpointless_elastic.state import digest
 from checkpointless_elastic.state.pieces import PARAMETER, Piece, piece_of
 from checkpointless_elastic.state.plan import Chunk
 from checkpointless_elastic.state.segment import Segment
@@ -53,7 +52,6 @@ class _Rank:
 
     def __init__(self, rank: int, sources: int, count: int, mib: int, folder: str) -> None:
         torch.set_num_threads(1)
-        digest.get_ready()
         self.rank, self.sources = rank, tuple(range(sources))
         self.pieces = _pieces(count, mib, seed=1 if rank < sources else 100)
         self.layout = layout_of(self.pieces, self.sources)

@@ -106,14 +106,15 @@ def publish(pieces: Sequence[Piece], plan: Plan, source: int, segment: Segment) 
                 begin = part.segment_offset - chunk.offset
                 data = held[part.piece].data[part.offset : part.offset + part.length]
                 target[begin : begin + part.length].copy_(data)
-            result.append(ChunkDigest(source, chunk.offset, chunk.length, digest_bytes(target)))
+            found = digest_bytes(target, _home(pieces, chunk))
+            result.append(ChunkDigest(source, chunk.offset, chunk.length, found))
     return result
 
 
 def vouch(pieces: Sequence[Piece], plan: Plan, source: int) -> list[ChunkDigest]:
     """The digests of this rank's stripe, where the pieces are. Waits for the device."""
     return [
-        ChunkDigest(source, chunk.offset, chunk.length, digest_bytes(data))
+        ChunkDigest(source, chunk.offset, chunk.length, digest_bytes(data, _home(pieces, chunk)))
         for chunk, data in contents(pieces, plan, source)
     ]
 
@@ -199,13 +200,23 @@ class Receiver:
             )
         sent = self._read(source, chunk)
         if len(chunk.ranges) == 1:
-            self._check(_copied(self._data(chunk.ranges[0]), sent), chunk, promised)
+            self._check(self._copied(self._data(chunk.ranges[0]), sent, chunk), chunk, promised)
             return
         arrived = torch.empty_like(sent)
-        self._check(_copied(arrived, sent), chunk, promised)
+        self._check(self._copied(arrived, sent, chunk), chunk, promised)
         for part in chunk.ranges:
             begin = part.segment_offset - chunk.offset
             self._data(part).copy_(arrived[begin : begin + part.length])
+
+    def _copied(self, target: torch.Tensor, source: torch.Tensor, chunk: Chunk) -> int:
+        """Copy, and give the digest of what has arrived. On the CPU each block is digested while cached."""
+        step = BLOCK_BYTES if target.device.type == "cpu" else max(target.numel(), 1)
+        result = Digest(target.numel(), _home(self._pieces, chunk))
+        for start in range(0, target.numel(), step):
+            part = target[start : start + step]
+            part.copy_(source[start : start + step])
+            result.add(part)
+        return result.value()
 
     def _data(self, part: Range) -> torch.Tensor:
         return self._held[part.piece].data[part.offset : part.offset + part.length]
@@ -224,15 +235,9 @@ class Receiver:
         )
 
 
-def _copied(target: torch.Tensor, source: torch.Tensor) -> int:
-    """Copy, and give the digest of what has arrived. On the CPU in blocks, each digested while it is in the cache."""
-    step = BLOCK_BYTES if target.device.type == "cpu" else max(target.numel(), 1)
-    result = Digest(target.numel())
-    for start in range(0, target.numel(), step):
-        part = target[start : start + step]
-        part.copy_(source[start : start + step])
-        result.add(part)
-    return result.value()
+def _home(pieces: Sequence[Piece], chunk: Chunk) -> str:
+    """The type of the device on which the pieces of a chunk live; it is the same for all of a block."""
+    return pieces[chunk.ranges[0].piece].info.device
 
 
 def _threads() -> int:

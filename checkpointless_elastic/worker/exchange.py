@@ -22,7 +22,7 @@ from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision
 from checkpointless_elastic.protocol.places import Nodes
-from checkpointless_elastic.state import arena, device, digest
+from checkpointless_elastic.state import arena, device
 from checkpointless_elastic.state.pieces import MADE, Piece
 from checkpointless_elastic.state.plan import Plan
 from checkpointless_elastic.state.segment import Segment
@@ -214,7 +214,6 @@ def forget() -> None:
 
 
 def _get_ready(make_pages: Callable[[], None], segments: list[Segment]) -> None:
-    digest.get_ready()
     make_pages()
     for segment in segments:
         for offset in range(0, segment.nbytes, _STRETCH):
