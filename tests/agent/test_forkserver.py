@@ -179,6 +179,59 @@ def test_a_killed_server_takes_its_children_along_and_another_one_serves(small: 
         assert nest.run("script", [script(tmp_path, "print('again')")]).out == "again\n"
 
 
+def spare_beside(pid: int) -> int:
+    """The child that waits beside this one."""
+    server = psutil.Process(server_of(pid))
+    wait_until(lambda: len(server.children()) == 2, "one more child waits")
+    return next(child.pid for child in server.children() if child.pid != pid)
+
+
+def test_the_next_worker_is_forked_ahead_and_is_as_any_other(small: None, tmp_path: Path) -> None:
+    with nursery(tmp_path) as nest:
+        waits = nest.start("script", [script(tmp_path, WAIT)])
+        spare = spare_beside(waits)
+        (tmp_path / "other").mkdir()
+        says = script(
+            tmp_path / "other", "import os, sys; print(os.environ['WORD'], sys.argv[1], os.getsid(0))"
+        )
+        child = nest.start("script", [says, "argument"], {"WORD": "word"})
+        assert child == spare
+        assert nest.finish(child).out == f"word argument {spare}\n"
+        assert nest.statuses == {spare: 0}
+        after = spare_beside(waits)
+        program = nest.start("exec", [sys.executable, "-c", "import os; os._exit(3)"])
+        assert program == after
+        assert nest.finish(program).status == 3
+
+
+def test_a_killed_spare_is_nobodys_loss(small: None, tmp_path: Path) -> None:
+    with nursery(tmp_path) as nest:
+        waits = nest.start("script", [script(tmp_path, WAIT)])
+        spare = spare_beside(waits)
+        os.kill(spare, signal.SIGKILL)
+        wait_until(lambda: not psutil.pid_exists(spare), "it is reaped")
+        assert nest.run("script", [script(tmp_path, "print('fine')")]).out == "fine\n"
+        assert spare not in nest.statuses
+        assert spare_beside(waits) != spare
+
+
+@pytest.mark.parametrize("how", ["killed", "closed", "retired"])
+def test_a_spare_ends_with_its_server(small: None, tmp_path: Path, how: str) -> None:
+    with nursery(tmp_path) as nest:
+        waits = nest.start("script", [script(tmp_path, WAIT)])
+        spare = spare_beside(waits)
+        if how == "killed":
+            os.kill(server_of(waits), signal.SIGKILL)
+        elif how == "retired":
+            nest.servers.learn(["fractions"])
+            until_loaded(nest, "fractions")
+            os.kill(waits, signal.SIGKILL)
+            the_last(nest)
+        else:
+            nest.servers.close()
+        wait_until(lambda: not psutil.pid_exists(spare), "the spare is gone")
+
+
 def test_a_server_that_does_not_end_holds_up_nothing(small: None, tmp_path: Path) -> None:
     with nursery(tmp_path) as nest:
         pid = nest.start("script", [script(tmp_path, WAIT)])

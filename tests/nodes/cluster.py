@@ -182,9 +182,10 @@ class Nodes:
         return left + [f"directory {path}" for agent in self.agents for path in run_dirs(agent.pid)]
 
     def workers_of(self, agent: Agent) -> list[int]:
-        """Processes that its fork server has forked."""
+        """Processes that its fork server has forked; not the one that waits to become a worker."""
         servers = psutil.Process(agent.pid).children()
-        return [child.pid for server in servers for child in server.children()]
+        children = [(child, server) for server in servers for child in server.children()]
+        return [child.pid for child, server in children if child.cmdline() != server.cmdline()]
 
     def processes(self) -> list[psutil.Process]:
         return marked(self.mark)
