@@ -23,6 +23,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -30,6 +31,7 @@ import msgspec
 from checkpointless_elastic import run_dir as run_dirs
 from checkpointless_elastic.agent import preload
 from checkpointless_elastic.protocol.messages import Frames
+from checkpointless_elastic.worker import bootstrap
 
 __all__ = [
     "Dropped",
@@ -199,7 +201,7 @@ class _Server:
                         return mine
                     del self._queue[0]
                 if not ready and lacks_spare:
-                    spare = self._fork()
+                    spare = self._fork(bootstrap.rehearse)
                     if isinstance(spare, SpawnRequest):
                         return spare
                     self._spare = spare
@@ -232,8 +234,8 @@ class _Server:
             pipe.write(msgspec.msgpack.encode(request))
         return None
 
-    def _fork(self) -> _Spare | SpawnRequest:
-        """Fork a child that waits for a request; returns in the child when that has come."""
+    def _fork(self, first: Callable[[], None] = lambda: None) -> _Spare | SpawnRequest:
+        """Fork a child that does this first, then waits for a request; returns in the child when that has come."""
         source, target = os.pipe()
         server = os.getpid()
         pid = os.fork()
@@ -242,6 +244,7 @@ class _Server:
             return _Spare(pid, target)
         os.close(target)
         self._leave(server)
+        first()
         with open(source, "rb") as pipe:
             data = pipe.read()
         if not data:
@@ -341,8 +344,6 @@ def main() -> None:
     server.load(modules)
     request = server.serve()
     del server
-    from checkpointless_elastic.worker import bootstrap
-
     bootstrap.prepare(request.env, request.stdout, request.stderr, request.append, request.cpus)
     if request.mode == "exec":
         bootstrap.replace_process(request.argv)

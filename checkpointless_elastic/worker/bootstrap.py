@@ -27,11 +27,23 @@ from typing import NoReturn, TextIO
 from checkpointless_elastic.process_stat import ARG_END, ARG_START, stat_fields
 from checkpointless_elastic.worker.unwind import Unwinding
 
-__all__ = ["keep_sockets_in", "prepare", "replace_process", "run", "set_title"]
+__all__ = ["keep_sockets_in", "prepare", "rehearse", "replace_process", "run", "set_title"]
 
 _CANNOT_START = 2
 _SOCKET_PATH = 108  # bytes of sun_path, its end among them
 _HERE = os.path.abspath(__file__)
+
+
+def rehearse() -> None:
+    """In a fork that waits for its request: touch what its start will touch.
+
+    A fork shares memory with its server until it writes there, and to look at an object is to count it: some 2000
+    pages are copied before the script begins.
+    """
+    if "checkpointless_elastic.worker.rerun" in sys.modules:  # else the server has not loaded torch either
+        from checkpointless_elastic.worker.rerun import rehearse
+
+        rehearse()
 
 
 def prepare(env: Mapping[str, str], stdout: str, stderr: str, append: bool, cpus: list[int]) -> None:

@@ -37,7 +37,7 @@ from checkpointless_elastic.worker.script_end import script_ended
 from checkpointless_elastic.worker.session import Session, connect_from_env
 from checkpointless_elastic.worker.unwind import Unwinder, Unwinding
 
-__all__ = ["Process"]
+__all__ = ["Process", "rehearse"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,12 @@ NEWS_S = 1.0
 """How long a script without a Run that failed, perhaps because a peer was lost, waits for the news of that."""
 
 Script = Callable[[Callable[[BaseException], None]], tuple[BaseException | None, int]]
+
+
+def rehearse() -> None:
+    """Look at what a `Process` will note, see `bootstrap.rehearse`."""
+    Modules()
+    surroundings.look()
 
 
 class Process:

@@ -29,7 +29,7 @@ from torch.optim import optimizer as optimizer_hooks
 
 from checkpointless_elastic.worker.purge import is_library
 
-__all__ = ["flush", "keep"]
+__all__ = ["flush", "keep", "look"]
 
 Restore = Callable[[], None]
 
@@ -43,6 +43,13 @@ def keep() -> Restore:
             one()
 
     return restore
+
+
+def look() -> None:
+    """Read what `keep` notes."""
+    for keeper in _KEEPERS:
+        if keeper is not _exits:  # which does more than to read
+            keeper()
 
 
 def _attributes(owner: Any, *names: str) -> Restore:
