@@ -230,7 +230,7 @@ class _Server:
         self._spare = None
         self._children.add(child.pid)
         self._tell(Spawned(request.id, child.pid))
-        with open(child.pipe, "wb") as pipe, contextlib.suppress(BrokenPipeError):  # its end will be reported
+        with contextlib.suppress(BrokenPipeError), open(child.pipe, "wb") as pipe:  # its end will be reported
             pipe.write(msgspec.msgpack.encode(request))
         return None
 
