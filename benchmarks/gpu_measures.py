@@ -117,7 +117,7 @@ def target(folder: str, mib: int, repeats: int, pipe: Connection) -> None:
 
 
 def receive(receiver: Receiver, digests: Any) -> None:
-    receiver.receive(0, digests)
+    receiver.receive(digests)
     receiver.finish()
     accelerator.settle()
 

@@ -129,8 +129,8 @@ def contents(pieces: Sequence[Piece], plan: Plan, source: int) -> Iterator[tuple
 class Receiver:
     """Fills a replacement's tensors, chunk by chunk as they are published or arrive, by one caller.
 
-    ``read(source, chunk)`` gives the bytes of a chunk, as they were published. The order of calls: `receive` once for
-    each source (in any order), or `taking` for all of them, then `finish`.
+    ``read(source, chunk)`` gives the bytes of a chunk, as they were published. The order of calls: `receive`, or
+    `taking` for the chunks of all sources, then `finish`.
     """
 
     def __init__(
@@ -144,15 +144,16 @@ class Receiver:
         self._nbytes = 0
         self._seconds = 0.0
 
-    def receive(self, source: int, digests: Iterable[ChunkDigest]) -> None:
-        """Copy the stripe of `source` into the live tensors and check it.
+    def receive(self, digests: Iterable[ChunkDigest]) -> None:
+        """Copy the stripes of all sources into the live tensors and check them.
 
         Raises StateMismatchError that names piece and source if a chunk is damaged or was not published.
         """
         started = perf_counter()
         with self.taking(digests) as take:
-            for chunk in chunks(self._plan.stripes.get(source, ())):
-                take(source, chunk)
+            for source, stripe in self._plan.stripes.items():
+                for chunk in chunks(stripe):
+                    take(source, chunk)
         self._seconds += perf_counter() - started
 
     @contextmanager
@@ -254,6 +255,5 @@ def restore(
 ) -> TransferReport:
     """Fill the live tensors in place from a segment that all sources have published."""
     receiver = Receiver(pieces, plan, in_segment(segment))
-    for source in plan.stripes:
-        receiver.receive(source, digests)
+    receiver.receive(digests)
     return receiver.finish()

@@ -350,6 +350,5 @@ def _fill(
 
 
 def _receive(receiver: Receiver, parts: dict[int, Stripe]) -> TransferReport:
-    for rank, part in parts.items():
-        receiver.receive(rank, part.digests)
+    receiver.receive(item for part in parts.values() for item in part.digests)
     return receiver.finish()

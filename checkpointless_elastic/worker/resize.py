@@ -187,7 +187,7 @@ def _fill(held: list[Piece], stripe: Stripe | None) -> None:
     layout = layout_of(held, [_KEEPER])
     with Segment.open(Path(stripe.path), layout.segment_bytes) as segment:
         receiver = Receiver(held, layout, in_segment(segment))
-        receiver.receive(_KEEPER, stripe.digests)
+        receiver.receive(stripe.digests)
         receiver.finish()
 
 

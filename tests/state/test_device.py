@@ -34,8 +34,7 @@ def test_stripes_read_in_place_fill_a_replacement_bit_by_bit() -> None:
     sources, target, whole = pieces(), pieces(seed=1), layout([0, 3])
     data = [piece.tensor.view(torch.uint8) for piece in sources]
     receiver = Receiver(target, whole, lambda _, chunk: gathered(data, chunk))
-    for rank in (0, 3):
-        receiver.receive(rank, vouch(sources, whole, rank))
+    receiver.receive(digest for rank in (0, 3) for digest in vouch(sources, whole, rank))
     assert receiver.finish().nbytes == 4 * sum(SIZES)
     for mine, theirs in zip(target, sources, strict=True):
         assert torch.equal(mine.tensor, theirs.tensor)
@@ -51,7 +50,7 @@ def test_a_source_that_changed_after_its_digest_is_found() -> None:
         return gathered(data, chunk)
 
     with pytest.raises(StateMismatchError, match="was damaged on its way"):
-        Receiver(target, whole, read).receive(0, digests)
+        Receiver(target, whole, read).receive(digests)
 
 
 def test_memory_of_the_cpu_is_not_shared_in_this_way() -> None:
@@ -77,7 +76,7 @@ def test_the_memory_of_a_device_is_read_from_another_process() -> None:
     digests, memory = msgspec.msgpack.decode(mine.recv_bytes(), type=kind)
     target, opened = pieces("cuda", seed=1), Opened(memory)
     receiver = Receiver(target, layout([0]), lambda _, chunk: opened.read(chunk))
-    receiver.receive(0, digests)
+    receiver.receive(digests)
     receiver.finish()
     mine.send_bytes(b"read")
     process.join(LIMIT_S)

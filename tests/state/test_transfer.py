@@ -15,7 +15,7 @@ from torch import nn, optim
 from checkpointless_elastic.errors import StateMismatchError
 from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.pieces import Manifest, Piece
-from checkpointless_elastic.state.plan import PieceSize, Plan, plan
+from checkpointless_elastic.state.plan import PieceSize, Plan, chunks, plan
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.transfer import ChunkDigest, Receiver, in_segment, publish, restore
 from tests.state.worlds import World, batches, bits, build
@@ -113,10 +113,12 @@ def test_a_transfer_is_not_finished_before_all_sources_are_received(tmp_path: Pa
     layout, segment, digests = _published(tmp_path, [1, 4])
     with segment:
         receiver = Receiver(_large(), layout, in_segment(segment))
-        receiver.receive(4, digests)
-        with pytest.raises(StateMismatchError, match=r"ranks \[1\] never arrived"):
-            receiver.finish()
-        receiver.receive(1, digests)
+        for source in (4, 1):
+            with pytest.raises(StateMismatchError, match=r"1.* never arrived"):
+                receiver.finish()
+            with receiver.taking(digests) as take:
+                for chunk in chunks(layout.stripes[source]):
+                    take(source, chunk)
         assert receiver.finish().nbytes == 12_000_407
 
 
