@@ -94,8 +94,8 @@ def _words(mesh: Any, placements: tuple[Any, ...]) -> tuple[tuple[str, ...], str
 
 def forget() -> None:
     """The script is run again: its meshes are not kept."""
-    _words.cache_clear()
-    same_place.cache_clear()
+    for cached in (_words, _ranks_of, _same_shard, same_place):
+        cached.cache_clear()
 
 
 def wrap(data: torch.Tensor, wanted: Sharding, near: torch.Tensor | None, key: str) -> torch.Tensor:

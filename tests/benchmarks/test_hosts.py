@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,19 @@ def test_a_process_is_found_on_its_host(three: Hosts) -> None:
     wait_for(lambda: three.where(child.pid) is not None)
     assert three.where(child.pid) is three[1]
     assert three.where(os.getpid()) is None
+
+
+def test_a_program_that_has_just_been_started_is_killed_with_its_host(
+    three: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "ip"  # enters the namespace after a while
+    slow.write_text(f'#!/bin/sh\nsleep 1\nexec {shutil.which("ip", path=hosts._path())} "$@"\n')
+    slow.chmod(0o755)
+    with monkeypatch.context() as before:
+        before.setattr(hosts, "_inside", lambda namespace: [str(slow), "netns", "exec", namespace])
+        child = three[0].run(["sleep", "100"])
+    three[0].kill()
+    assert child.poll() == -signal.SIGKILL
 
 
 def left_of(hosts: Hosts) -> list[str]:
