@@ -4,8 +4,9 @@ Times are seconds. Phases, in the order of the path: *detect* (first sign to dec
 have said where they stand), *fork* (the replacement has a process id), *setup* (it has run the script up to its first
 loop or step), *transfer* (state copied and verified), *forward* (it has gone on to the survivors' step), *rebuild*
 (affected groups), *replay* (first committed step). Freeze runs beside fork and set-up, the others follow each other.
-Where the number of ranks changes: *keep* (state is left behind), *rerun* (all have run the script up to its first loop
-or step, and have their state again). A fault during the recovery starts it over: the time until then is *repeated*.
+Where the number of ranks changes: *keep* (state is left behind). Where all run the script again: *rerun* (up to its
+first loop or step, with their state; if none comes back, up to the first committed step). A fault during the recovery
+starts it over: the time until then is *repeated*.
 
 Numbers of groups (rebuilt, kept, lazy: left to their next use) are each that of the rank with most; ranks belong to
 different groups.
@@ -66,18 +67,19 @@ class Recovery:
 
     def mark(self, point: str, now: float) -> None:
         """Note that ``point`` was reached; a fault during the recovery moves it later."""
-        self.marks.setdefault("acted", now)
+        self.marks.setdefault("acted", self.marks.get("restarted", now))
         self.marks[point] = now
 
     def phases(self) -> dict[str, float]:
         """Seconds of each phase that was reached."""
         at = {"seen": self.seen, **self.marks}
+        rerun = ("kept" if "kept" in at else "restarted", "restored" if "restored" in at else "committed")
         spans = {
             "detect": ("seen", "acted"),
             "repeated": ("acted", "opened"),
             "freeze": ("opened", "frozen"),
             "keep": ("frozen", "kept"),
-            "rerun": ("kept", "restored"),
+            "rerun": rerun,
             "fork": ("opened", "forked"),
             "setup": ("forked", "arrived"),
             "forward": ("arrived", "restored"),

@@ -27,6 +27,18 @@ def test_records_are_there_in_order_once_the_agent_has_ended(tmp_path: Path) -> 
     assert [json.loads(line)["generation"] for line in lines] == list(range(1, 21))
 
 
+def test_a_script_that_is_run_again_is_a_phase_of_its_own(tmp_path: Path) -> None:
+    it = Recoveries(str(tmp_path / "records"), str, {})
+    for generation, committed in ((1, True), (2, False)):
+        it.noticed(0, "was lost", 10.0)
+        it.restarting(3, "no replicas", generation, 5, 10.5)
+        if committed:
+            it.mark("committed", 12.5)
+    it.end()
+    lines = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
+    assert [line["phases"] for line in lines] == [{"detect": 0.5, "rerun": 2.0}, {}]
+
+
 def test_an_agent_does_not_wait_for_a_file_system_that_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
