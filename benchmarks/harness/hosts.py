@@ -105,9 +105,8 @@ class Host:
         """Power off: cut first, so that no closing connection is heard of, then every process is killed."""
         self.cut()
         if self.is_on:
-            for (
-                child
-            ) in self._children:  # one that was started just now may not have entered the namespace yet
+            # One that was started just now may not have entered the namespace yet.
+            for child in self._children:
                 with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
             _kill_all(self._namespace)

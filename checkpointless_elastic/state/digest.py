@@ -68,7 +68,7 @@ class Digest:
         if not data.numel():
             return
         if self._hash is None:
-            self._fold(data)
+            self._add_words(data)
         else:
             self._hash.update((ctypes.c_char * data.numel()).from_address(data.data_ptr()))
 
@@ -76,7 +76,7 @@ class Digest:
         """The digest of all bytes."""
         return self._hash.intdigest() if self._hash is not None else _mix(self._state)
 
-    def _fold(self, data: torch.Tensor) -> None:
+    def _add_words(self, data: torch.Tensor) -> None:
         if data.data_ptr() % 8 or data.storage_offset() % 8:
             data = data.clone()
         whole = data.numel() // 8
