@@ -146,7 +146,7 @@ def test_memory_is_left_alone_where_a_flip_would_not_be_put_right(
     every: str, ranks: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CHECKPOINTLESS_VERIFY_EVERY", every)
-    found = chaos(tmp_path, "--faults", 2, "--seed", 3, steps=60, ranks=ranks)
+    found = chaos(tmp_path, "--faults", 2, "--seed", 3, "--stop-seconds", 1, steps=150, ranks=ranks)
     assert "corrupted-memory" not in {fault["kind"] for fault in found["fault_list"]}
     assert f"corrupted-memory is not done: {'the job' if every == '0' else 'no parameter'}" in found["text"]
     assert why in found["text"]
