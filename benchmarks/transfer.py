@@ -34,7 +34,7 @@ from checkpointless_elastic.observe.machine import provenance
 from checkpointless_elastic.state.pieces import PARAMETER, Piece, piece_of
 from checkpointless_elastic.state.plan import PieceSize, Plan, plan
 from checkpointless_elastic.state.segment import Segment
-from checkpointless_elastic.state.transfer import ChunkDigest, Receiver, _threads, in_segment, publish
+from checkpointless_elastic.state.transfer import ChunkDigest, _threads, publish, restore
 
 NAME = "state"
 
@@ -82,9 +82,8 @@ def receive(
     pieces: list[Piece], layout: Plan, segment: Segment, digests: dict[int, list[ChunkDigest]]
 ) -> float:
     """As worker/exchange.py does it."""
-    receiver = Receiver(pieces, layout, in_segment(segment))
-    receiver.receive(item for promised in digests.values() for item in promised)
-    return receiver.finish().seconds
+    promised = [item for stripe in digests.values() for item in stripe]
+    return restore(pieces, layout, segment, promised).seconds
 
 
 def plain(pieces: list[Piece], segment: Segment, threads: int) -> float:

@@ -167,7 +167,7 @@ class Recoveries:
             )
             self._current.causes.update(self._noted)
         self._current.generation, self._current.rung, self._current.reason = generation, rung, reason
-        self._current.step, self._current.marks = step, {"restarted": now}
+        self._current.step, self._current.marks = step, {"opened": now, "restarted": now}
         self._ends = {}
 
     def resized(self, action: Resized, now: float) -> None:

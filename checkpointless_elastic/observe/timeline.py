@@ -73,13 +73,13 @@ class Recovery:
     def phases(self) -> dict[str, float]:
         """Seconds of each phase that was reached."""
         at = {"seen": self.seen, **self.marks}
-        rerun = ("kept" if "kept" in at else "restarted", "restored" if "restored" in at else "committed")
+        anew = "restarted" in at and "restored" not in at
         spans = {
             "detect": ("seen", "acted"),
             "repeated": ("acted", "opened"),
             "freeze": ("opened", "frozen"),
             "keep": ("frozen", "kept"),
-            "rerun": rerun,
+            "rerun": ("restarted", "committed") if anew else ("kept", "restored"),
             "fork": ("opened", "forked"),
             "setup": ("forked", "arrived"),
             "forward": ("arrived", "restored"),

@@ -27,7 +27,7 @@ from checkpointless_elastic.state.pieces import MADE, Piece
 from checkpointless_elastic.state.plan import Plan
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks
-from checkpointless_elastic.state.transfer import Receiver, TransferReport, in_segment, vouch
+from checkpointless_elastic.state.transfer import Receiver, TransferReport, in_segment, restore, vouch
 from checkpointless_elastic.state.transfer import publish as publish_stripe
 from checkpointless_elastic.worker import mirror
 from checkpointless_elastic.worker.blocks import (
@@ -334,21 +334,19 @@ def _fill(
     pieces: list[Piece], layout: Plan, parts: dict[int, Stripe], arrived: Segment | None
 ) -> TransferReport:
     """Copy one block: what has arrived over the network, or from one segment, or from the devices of the sources."""
+    digests = [item for part in parts.values() for item in part.digests]
     if arrived is not None:
-        return _receive(Receiver(pieces, layout, in_segment(arrived)), parts)
+        return restore(pieces, layout, arrived, digests)
     paths = {part.path for part in parts.values()}
     if len(paths) != 1:
         raise StateMismatchError(f"the survivors published in different places: {sorted(paths)}")
     path = paths.pop()
     if path in _mapped:
-        return _receive(Receiver(pieces, layout, in_segment(_mapped[path])), parts)
+        return restore(pieces, layout, _mapped[path], digests)
     if path:
         with Segment.open(Path(path), layout.segment_bytes) as segment:
-            return _receive(Receiver(pieces, layout, in_segment(segment)), parts)
+            return restore(pieces, layout, segment, digests)
     opened = {rank: device.Opened(part.memory) for rank, part in parts.items()}
-    return _receive(Receiver(pieces, layout, lambda source, chunk: opened[source].read(chunk)), parts)
-
-
-def _receive(receiver: Receiver, parts: dict[int, Stripe]) -> TransferReport:
-    receiver.receive(item for part in parts.values() for item in part.digests)
+    receiver = Receiver(pieces, layout, lambda source, chunk: opened[source].read(chunk))
+    receiver.receive(digests)
     return receiver.finish()

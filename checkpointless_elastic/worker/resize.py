@@ -24,8 +24,8 @@ from checkpointless_elastic.state.pieces import Manifest, Piece, PieceInfo
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks
 from checkpointless_elastic.state.slot import Content
-from checkpointless_elastic.state.transfer import Receiver, in_segment
 from checkpointless_elastic.state.transfer import publish as publish_part
+from checkpointless_elastic.state.transfer import restore
 from checkpointless_elastic.worker.blocks import Block, Stripe, block_name, blocks, holds, layout_of, twins
 from checkpointless_elastic.worker.mirror import Entry
 from checkpointless_elastic.worker.packing import pack, unpack
@@ -186,9 +186,7 @@ def _fill(held: list[Piece], stripe: Stripe | None) -> None:
         raise StateMismatchError(f"{held[0].key} was not kept for another number of ranks")
     layout = layout_of(held, [_KEEPER])
     with Segment.open(Path(stripe.path), layout.segment_bytes) as segment:
-        receiver = Receiver(held, layout, in_segment(segment))
-        receiver.receive(stripe.digests)
-        receiver.finish()
+        restore(held, layout, segment, stripe.digests)
 
 
 def _read(path: Path, step: int) -> Entry:

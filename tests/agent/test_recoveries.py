@@ -29,14 +29,21 @@ def test_records_are_there_in_order_once_the_agent_has_ended(tmp_path: Path) -> 
 
 def test_a_script_that_is_run_again_is_a_phase_of_its_own(tmp_path: Path) -> None:
     it = Recoveries(str(tmp_path / "records"), str, {})
-    for generation, committed in ((1, True), (2, False)):
+    with_state = {"forked": 10.75, "arrived": 11.25, "restored": 11.5, "resumed": 12.0, "committed": 12.5}
+    for generation, marks in enumerate(({"committed": 12.5}, {}, with_state)):
         it.noticed(0, "was lost", 10.0)
         it.restarting(3, "no replicas", generation, 5, 10.5)
-        if committed:
-            it.mark("committed", 12.5)
+        for point, at in marks.items():
+            it.mark(point, at)
+        it.close()
     it.end()
     lines = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
-    assert [line["phases"] for line in lines] == [{"detect": 0.5, "rerun": 2.0}, {}]
+    followed = {"fork": 0.25, "setup": 0.5, "transfer": 0.0, "forward": 0.25, "rebuild": 0.5, "replay": 0.5}
+    assert [line["phases"] for line in lines] == [
+        {"detect": 0.5, "rerun": 2.0},
+        {},
+        {"detect": 0.5, **followed},
+    ]
 
 
 def test_an_agent_does_not_wait_for_a_file_system_that_does_not_answer(
