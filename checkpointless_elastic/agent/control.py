@@ -43,11 +43,13 @@ from checkpointless_elastic.protocol.between import (
     Spare,
     Standing,
 )
+from checkpointless_elastic.protocol.checks import next_due
 from checkpointless_elastic.protocol.events import Action
 from checkpointless_elastic.protocol.guarding import Kept
 from checkpointless_elastic.protocol.messages import (
     Afresh,
     Commit,
+    Decision,
     Explained,
     Failed,
     Freeze,
@@ -68,6 +70,7 @@ from checkpointless_elastic.protocol.requests import Dismissed, Took, Warm
 from checkpointless_elastic.protocol.rules import Rules
 from checkpointless_elastic.protocol.station import Station
 from checkpointless_elastic.state.slot import Slot
+from checkpointless_elastic.worker.ballot import Ballot, ballot_path
 from checkpointless_elastic.worker.mirror import newest
 from checkpointless_elastic.worker.private import in_loop, lifeline_path, slot_path
 
@@ -106,6 +109,7 @@ class AgentControl(Tenant):
         self._running = False  # workers of a seat may live: no other seat can be taken before they have ended
         self._deferred: list[Word] = []  # words about the seat that is taken then
         self._station: Station | None = None
+        self._ballot: Ballot | None = None
         self._wards: Wards | None = None
 
     def attach(self, loop: EventLoop, workers: Workforce, size: int) -> None:
@@ -151,7 +155,8 @@ class AgentControl(Tenant):
         if seat.kept >= 0:
             self._report(Took(seat.generation))
         self._renumber(seat)
-        self._station = station = Station(seat)
+        self._ballot = None
+        self._station = station = Station(seat, self._voted)
         self._wards = self._membership.take_seat(
             seat,
             station.ranks,
@@ -172,6 +177,7 @@ class AgentControl(Tenant):
         run_dir.empty(self.run_dir, kept=seat.kept >= 0)
         for rank in self._station.ranks:
             Slot.create(slot_path(self.run_dir, rank)).close()
+        self._ballot = Ballot.create(ballot_path(self.run_dir), len(self._station.ranks))
         self._hangs.begin(self.run_dir, self._station)
 
     def _offer(self, seat: Seated) -> None:
@@ -209,9 +215,16 @@ class AgentControl(Tenant):
         """See Office."""
         return self._station.standing() if self._station is not None else None
 
+    def _voted(self) -> int:
+        return self._ballot.committed() if self._ballot is not None else 0
+
     def _report(self, message: Between | None) -> None:
-        if message is not None:
-            self._membership.report(message)
+        if message is None:
+            return
+        counted = self._station.counted() if self._station is not None else None
+        if counted is not None:
+            self._membership.report(counted)
+        self._membership.report(message)
 
     # ---- what the agent tells
 
@@ -389,9 +402,13 @@ class AgentControl(Tenant):
 
     def _deliver(self, station: Station, message: Ordered) -> None:
         """For this node's workers."""
+        if isinstance(message, Decision) and self._ballot is not None:
+            self._ballot.end()
         if not station.obey(message):
             return
         self._membership.ordered(message)
+        if isinstance(message, Commit) and self._ballot is not None and self._rules.max_nodes == 1:
+            self._ballot.begin(next_due(message.step, self._settings.verify_every))
         ranks = sorted(station.pending if isinstance(message, Restore) else station.ranks)
         channel = "control" if isinstance(message, Freeze) else "vote"
         data = encode(message)

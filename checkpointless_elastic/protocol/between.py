@@ -117,6 +117,13 @@ class Gathered(Message, frozen=True):
     reports: dict[int, bytes]
 
 
+class Among(Message, frozen=True):
+    """What ranks have committed among themselves, see `events.Counted`."""
+
+    generation: int
+    step: int
+
+
 class Answers(Message, frozen=True):
     """What ranks of this agent answered to Freeze.
 
@@ -382,6 +389,7 @@ Ordered = (
 Between = (
     Join
     | Gathered
+    | Among
     | Answers
     | RankStarted
     | RankGone

@@ -10,6 +10,7 @@ copies it: else what has changed in one rank would come to two, and be the major
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -25,6 +26,7 @@ __all__ = [
     "compare",
     "is_due",
     "judge",
+    "next_due",
     "pack",
     "published",
     "sentences",
@@ -91,6 +93,11 @@ class Judgement(NamedTuple):
 def is_due(step: int, every: int) -> bool:
     """Is the state of this step compared? That of step 0 never is: optimizers have made none yet."""
     return every > 0 and step > 0 and step % every == 0
+
+
+def next_due(step: int, every: int) -> int:
+    """The first step after this one whose state is compared."""
+    return (step // every + 1) * every if every > 0 else sys.maxsize
 
 
 def pack(pieces: Mapping[tuple[int, ...], Mapping[str, int]]) -> bytes:

@@ -21,6 +21,7 @@ from checkpointless_elastic.protocol.events import (
     AllFrozen,
     Broadcast,
     Chosen,
+    Counted,
     Deadline,
     End,
     Event,
@@ -127,14 +128,22 @@ class Coordinator(Comparing):
         if self.ended or self.state is not State.RUNNING:
             return told
         commit = Commit(self.generation, self.step)
-        self.step += 1
-        self._faults_since_commit = self._endings = 0
-        self.blamed = {}
+        self._advanced(self.step + 1)
         actions = [*told, Broadcast(commit)]
         if self.resumed:
             self.resumed = False
             actions.append(Reached(self.generation, "committed", {"step": commit.step}))
         return actions
+
+    def _counted(self, event: Counted) -> list[Action]:
+        if event.generation == self._ran_in and event.step > self.step:
+            self._advanced(event.step)
+        return []
+
+    def _advanced(self, step: int) -> None:
+        self.step = step
+        self._faults_since_commit = self._endings = 0
+        self.blamed = {}
 
     def _finish(self) -> list[Action]:
         self.state, self.released = State.ENDED, True
@@ -421,6 +430,8 @@ def _table() -> dict[tuple[State, type[Event]], _Handler]:
         rows[state, Overdue] = Coordinator._overdue if state in _RECOVERING else Coordinator._nothing
         waits = state in _RECOVERING and state is not State.REBUILDING  # nobody waits for a peer there
         answered = Coordinator._answered if waits else Coordinator._nothing
+        runs = state in (State.RUNNING, State.FREEZING)
+        rows[state, Counted] = Coordinator._counted if runs else Coordinator._nothing
         rows[state, AllFrozen] = Coordinator._all_frozen if state is State.FREEZING else answered
         rows[state, LeftEarly] = Coordinator._left_early if waits else Coordinator._nothing
     return rows

@@ -23,6 +23,17 @@ class Tally(Event):
 
 
 @dataclass(frozen=True)
+class Counted(Event):
+    """All ranks of the job are of one agent, and have committed the steps below ``step`` among themselves.
+
+    ``generation``: in which they ran.
+    """
+
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True)
 class AllFrozen(Event):
     """Answers to Freeze of some ranks, all of one agent or subtree. ``mirrored``: see `between.Answers`."""
 

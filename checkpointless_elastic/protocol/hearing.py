@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from checkpointless_elastic.protocol.between import (
+    Among,
     Answers,
     Between,
     Gathered,
@@ -13,6 +14,7 @@ from checkpointless_elastic.protocol.between import (
 )
 from checkpointless_elastic.protocol.events import (
     AllFrozen,
+    Counted,
     Event,
     ExitedEarly,
     Late,
@@ -30,6 +32,8 @@ def event_of(message: Between) -> Event | None:
     """The event that it is; None: the coordinator of ranks need not decide about it."""
     if isinstance(message, Gathered):
         return Tally(message.stage, message.generation, message.step, message.reports)
+    if isinstance(message, Among):
+        return Counted(message.generation, message.step)
     if isinstance(message, Answers):
         return AllFrozen(message.generation, message.reports, message.mirrored)
     if isinstance(message, RankGone):

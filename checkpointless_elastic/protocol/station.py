@@ -6,11 +6,12 @@ also what a new coordinator is told when the last one is gone (`standing`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
 from checkpointless_elastic.protocol.between import (
+    Among,
     Answers,
     Between,
     Gathered,
@@ -51,14 +52,13 @@ __all__ = ["Station"]
 
 
 class Station:
-    """One run of the script in one seat.
+    """One run of the script in one seat. ``voted()``: the steps that its ranks have committed among themselves.
 
     Attributes:
         seat: what the coordinator said.
         ranks: of this seat.
         guardian: its address; empty while that seat is vacant.
         generation: of the membership in force.
-        step: the next step to be committed, as far as is known here.
         decision: in force while a recovery goes on, for workers that connect late.
         pending: ranks that are replacements and have not joined.
         gone: exit codes of workers that are gone and were not replaced.
@@ -68,12 +68,13 @@ class Station:
         stopped: nothing counts any more: the script is run again, or the job ends.
     """
 
-    def __init__(self, seat: Seated) -> None:
+    def __init__(self, seat: Seated, voted: Callable[[], int] = lambda: 0) -> None:
         self.seat = seat
         self.ranks = frozenset(ranks(seat.seat, seat.bases, seat.world))
         self.guardian = seat.guardian
         self.generation = seat.generation
-        self.step = max(0, seat.kept)
+        self._step = max(0, seat.kept)
+        self._voted = voted
         self.keepers: frozenset[int] = frozenset()
         self.decision: Decision | None = None
         self.pending: set[int] = set(self.ranks) if seat.taken else set()
@@ -102,6 +103,11 @@ class Station:
         if before == self.seat.seat:
             return frozenset()
         return frozenset(ranks(before, self.seat.bases, self.seat.world))
+
+    @property
+    def step(self) -> int:
+        """The next step to be committed, as far as is known here."""
+        return max(self._step, self._voted())
 
     @property
     def recovering(self) -> bool:
@@ -143,6 +149,13 @@ class Station:
         if isinstance(message, Mismatch):
             self._unfit[rank] = message.reason
         return RankSays(rank, message) if isinstance(message, (Protected, Replicas, Left, Mismatch)) else None
+
+    def counted(self) -> Among | None:
+        """What the coordinator is to know, before anything else, of steps that ranks have committed; None: nothing."""
+        if self.step == self._step:
+            return None
+        self._step = self.step
+        return Among(self._ran, self._step)
 
     def recall(self, held: Mapping[int, Replicas]) -> None:
         """What ranks of a taken seat said to the agent that had it before."""
@@ -216,11 +229,11 @@ class Station:
         if self._was_overtaken(message):
             return False
         if isinstance(message, Commit):
-            self.step = max(self.step, message.step + 1)
+            self._step = max(self._step, message.step + 1)
         elif isinstance(message, Freeze):
             self._opened(message)
         elif isinstance(message, Decision):
-            self.decision, self.step = message, message.step  # all may have gone back
+            self.decision, self._step = message, message.step  # all may have gone back
             self.pending = set(message.pending) & self.ranks
             if self.fresh and not message.resizes:
                 self.keepers = self.ranks - self.pending

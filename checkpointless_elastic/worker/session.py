@@ -52,6 +52,7 @@ from checkpointless_elastic.protocol.messages import Resume as Resumed
 from checkpointless_elastic.protocol.places import Nodes
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker import lifeline
+from checkpointless_elastic.worker.ballot import Ballot, ballot_path
 from checkpointless_elastic.worker.channel import Channel
 from checkpointless_elastic.worker.exchange import expect
 from checkpointless_elastic.worker.private import lifeline_path, slot_path
@@ -153,6 +154,7 @@ class Session:
         self._news = threading.Condition(self.lock)
         self.nodes = Nodes(channel.welcome.bases)
         self.freeze_seen = threading.Event()
+        self._ballot = Ballot.open(ballot_path(run_dir), rank - self.nodes.base_of(rank))
         self.registry = Registry(self, shadow=self.shadow)
         self.pulse = Pulse(pulse_path(run_dir, rank))
         engine, pulse = self.registry.engine, self.pulse
@@ -185,6 +187,7 @@ class Session:
         with self.lock:
             self.frozen = max(self.frozen, self.generation) + 1
             self._news.notify_all()
+        self._ballot.ring()
         self.registry.abandon()
         self.freeze_seen.set()
         self._leave()
@@ -195,6 +198,7 @@ class Session:
             self._news.notify_all()
             whole, protected = not self.shadow, self.recovery is not None
             answer = Frozen(message.generation, self.step, self.phase, whole, protected)
+        self._ballot.ring()
         self.registry.supersede(message.generation)
         if message.store_lost:
             self.registry.forget_lazy()
@@ -225,10 +229,15 @@ class Session:
         ``said``: what this rank says of its state, see `protocol.checks`.
         """
         with self.lock:
-            if self.frozen > self.generation:
+            if self.is_frozen():
                 return False  # our answer to Freeze was "computing", so nobody can have committed this step
             self.phase = Phase.READY
-        self.channel.vote.send(Report(Stage.READY, self.generation, self.step, said))
+            counts = self._ballot.cast(self.step)
+        if counts:
+            if self._ballot.wait(self.step, self.is_frozen) and self._commit():
+                return True
+        else:
+            self.channel.vote.send(Report(Stage.READY, self.generation, self.step, said))
         while True:
             message = self.channel.vote.receive()
             if isinstance(message, Commit) and self._committed_by(message):
@@ -238,12 +247,13 @@ class Session:
                 return self._advance(message.step)
 
     def _committed_by(self, message: Commit) -> bool:
+        ours = (message.generation, message.step) == (self.generation, self.step)
+        return ours and self._commit()
+
+    def _commit(self) -> bool:
         with self.lock:
-            if (message.generation, message.step) != (
-                self.generation,
-                self.step,
-            ) or self.frozen > self.generation:
-                return False  # frozen first: the decision will say the same
+            if self.is_frozen():
+                return False  # first: the decision will say the same
             self.step += 1
             self.phase = Phase.COMPUTING
             return True

@@ -1,7 +1,8 @@
 """The protocol under random schedules: losses, delays and any order of delivery between channels, in one process.
 
 Workers are modelled as the session behaves: a listener that answers Freeze, and a main thread that votes and recovers.
-With mirrors each rank holds state of its own, and its mirrors outlive it.
+With mirrors each rank holds state of its own, and its mirrors outlive it. Votes are messages, or stores to memory that
+all ranks see (`worker.ballot`).
 A worker's weights are the list of the steps it applied, so that a step lost, doubled or out of order shows.
 """
 
@@ -13,23 +14,25 @@ from collections import deque
 import msgspec
 import pytest
 
+from checkpointless_elastic.protocol.between import Seated
 from checkpointless_elastic.protocol.checks import Published
 from checkpointless_elastic.protocol.coordinator import Coordinator, State
 from checkpointless_elastic.protocol.events import (
     Action,
     Broadcast,
     End,
-    LeftEarly,
+    Event,
     Lost,
-    Opened,
     Replace,
     Restart,
     Stop,
 )
+from checkpointless_elastic.protocol.hearing import event_of
 from checkpointless_elastic.protocol.messages import (
     Commit,
     Decision,
     Freeze,
+    FromWorker,
     Frozen,
     Left,
     Message,
@@ -43,18 +46,36 @@ from checkpointless_elastic.protocol.messages import (
     Stage,
 )
 from checkpointless_elastic.protocol.mirrors import is_due
-from checkpointless_elastic.protocol.node import Node
+from checkpointless_elastic.protocol.station import Station
 
 STEPS = 12
+
+
+class Ballot:
+    """Votes in memory; ``usable``: never open if not."""
+
+    def __init__(self, ranks: int, usable: bool) -> None:
+        self.cells = [0] * ranks
+        self.usable = usable
+        self.is_open = False
+
+    def committed(self) -> int:
+        return min(self.cells) if self.is_open else 0
 
 
 class Worker:
     """One incarnation of one rank."""
 
     def __init__(
-        self, rank: int, generation: int, shadow: bool, mirrors: dict[int, list[int]], every: int = 0
+        self,
+        rank: int,
+        generation: int,
+        shadow: bool,
+        ballot: Ballot,
+        mirrors: dict[int, list[int]],
+        every: int = 0,
     ) -> None:
-        self.rank, self.shadow = rank, shadow
+        self.rank, self.shadow, self.ballot = rank, shadow, ballot
         self.mirrors, self.every = mirrors, every
         self.generation = -1 if shadow else generation
         self.frozen = generation
@@ -96,8 +117,17 @@ class Worker:
         else:
             self.mirror()
             self.phase = Phase.READY
-            self._report(Stage.READY, self.generation)
+            self.counts = self.ballot.is_open
+            self.ballot.cells[self.rank] = self.step + self.counts
+            if not self.counts:
+                self._report(Stage.READY, self.generation)
             self.waiting = Commit
+
+    @property
+    def sees_all(self) -> bool:
+        """It waits until all have voted in memory, and they have."""
+        waits = self.waiting is Commit and self.counts and self.frozen == self.generation
+        return waits and min(self.ballot.cells) > self.step
 
     def receive(self) -> None:
         message = self.votes.popleft()
@@ -109,7 +139,7 @@ class Worker:
                 self.generation,
                 self.step,
             ) and self.frozen == self.generation:
-                self._apply()
+                self.apply()
         elif self.decision is not None and message.generation == self.decision.generation:  # type: ignore[attr-defined]
             self._recover(message, self.decision.generation)
         elif (
@@ -117,7 +147,7 @@ class Worker:
         ):
             self.done = True
 
-    def _apply(self) -> None:
+    def apply(self) -> None:
         self.weights.append(self.step)
         self.phase, self.waiting = Phase.COMPUTING, None
 
@@ -129,7 +159,7 @@ class Worker:
             return
         if decision.step == self.step + 1:
             assert self.phase is Phase.READY, "only a rank that was ready may roll forward"
-            self._apply()
+            self.apply()
         assert decision.step == self.step
         self.phase = Phase.COMPUTING
         published = msgspec.msgpack.encode(Published(b"", bytes(self.weights)))
@@ -164,17 +194,22 @@ class Worker:
 class World:
     """Agent, coordinator and workers, moved on one random action at a time."""
 
-    def __init__(self, ranks: int, seed: int, losses: int, every: int = 0) -> None:
+    def __init__(self, ranks: int, seed: int, losses: int, memory: bool, every: int = 0) -> None:
         self.random = random.Random(seed)
         self.every = every
         self.mirrors: dict[int, dict[int, list[int]]] = {rank: {} for rank in range(ranks)}
         self.ending: list[int] = []
         self.went_back = 0
+        self.by_memory = 0
         self.coordinator = Coordinator(
             frozenset(range(ranks)), max_faults_per_step=10_000, mirror_every=every
         )
-        self.node = Node(frozenset(range(ranks)), 0)
-        self.workers = {rank: Worker(rank, 0, False, self.mirrors[rank], every) for rank in range(ranks)}
+        self.ballot = Ballot(ranks, memory)
+        seat = Seated(0, 0, [0], ranks, "", "", 0, 0, False)
+        self.station = Station(seat, self.ballot.committed)
+        self.workers = {
+            rank: Worker(rank, 0, False, self.ballot, self.mirrors[rank], every) for rank in range(ranks)
+        }
         self.losses = losses
         self.committed: list[int] = []
         self.ended: Action | None = None
@@ -202,6 +237,8 @@ class World:
                 yield worker.listen
             if worker.votes and worker.waiting is not None:
                 yield worker.receive
+            if worker.sees_all:
+                yield worker.apply
             if worker.waiting is None and not worker.done:
                 yield lambda worker=worker: worker.compute(self.random.random() < 0.3)
             for channel, queue in worker.out.items():
@@ -220,7 +257,7 @@ class World:
         if (
             self.losses
             and alive
-            and max(self.coordinator.step, len(self.committed)) >= first
+            and max(self.station.step, len(self.committed)) >= first
             and possible
             and self.random.random() < 0.05
         ):
@@ -230,37 +267,37 @@ class World:
         if self.coordinator.whole == {rank} and not self.every:
             return
         self.losses -= 1
-        self._do(
-            self.coordinator.handle(Lost(rank, "was lost", mirrored=max(self.mirrors[rank], default=-1)))
-        )
+        self._tell(Lost(rank, "was lost", mirrored=max(self.mirrors[rank], default=-1)))
 
     def _ended(self, rank: int) -> None:
         self.ending.remove(rank)
-        self._do(
-            self.coordinator.handle(Lost(rank, "was ended", mirrored=max(self.mirrors[rank], default=-1)))
-        )
+        self._tell(Lost(rank, "was ended", mirrored=max(self.mirrors[rank], default=-1)))
 
-    def _take(self, rank: int, message: Message) -> None:
-        if isinstance(message, Report):
-            tally = self.node.report(rank, message)
-            if tally is not None:
-                self._do(self.coordinator.handle(tally))
-        elif isinstance(message, Frozen):
-            answers = self.node.frozen(rank, message)
-            if answers is not None:
-                self._do(self.coordinator.handle(answers))
-        elif isinstance(message, Left):
-            self._do(self.coordinator.handle(LeftEarly(rank, message.generation)))
+    def _take(self, rank: int, message: FromWorker) -> None:
+        said = self.station.said(rank, message)
+        event = event_of(said) if said is not None else None
+        if event is not None:
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        counted = self.station.counted()
+        if counted is not None:
+            self.by_memory += 1
+            self.committed.extend(range(len(self.committed), counted.step))
+            news = event_of(counted)
+            assert news is not None
+            self._do(self.coordinator.handle(news))
+        self._do(self.coordinator.handle(event))
 
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Replace):
                 generation, mirrors = self.coordinator.generation, self.mirrors[action.rank]
-                self.workers[action.rank] = Worker(action.rank, generation, True, mirrors, self.every)
+                self.workers[action.rank] = Worker(
+                    action.rank, generation, True, self.ballot, mirrors, self.every
+                )
             elif isinstance(action, End):
                 self.ending.append(action.rank)
-            elif isinstance(action, Opened):
-                self.node.opened(action.generation, action.lost)
             elif isinstance(action, (Restart, Stop)):
                 self.ended = action
             elif isinstance(action, Broadcast):
@@ -268,7 +305,11 @@ class World:
 
     def _send(self, message: Message) -> None:
         if isinstance(message, Decision):
-            self.node.decided(message)
+            self.ballot.is_open = False
+        assert self.station.obey(message)  # type: ignore[arg-type]
+        if isinstance(message, Commit):
+            self.ballot.is_open = self.ballot.usable
+        if isinstance(message, Decision):
             if message.step < len(self.committed):
                 assert len(self.committed) - message.step <= self.every, "more steps are lost than allowed"
                 del self.committed[message.step :]
@@ -283,24 +324,31 @@ class World:
                 worker.votes.append(message)
 
 
+@pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize("first_seed", range(0, 2000, 250))
-def test_any_schedule_of_losses_ends_with_every_step_applied_once_on_every_rank(first_seed: int) -> None:
+def test_any_schedule_of_losses_ends_with_every_step_applied_once_on_every_rank(
+    first_seed: int, memory: bool
+) -> None:
+    by_memory = 0
     for seed in range(first_seed, first_seed + 250):
-        world = World(ranks=2 + seed % 4, seed=seed, losses=seed % 7)
+        world = World(ranks=2 + seed % 4, seed=seed, losses=seed % 7, memory=memory)
         world.run()
         assert world.ended is None, f"seed {seed}: {world.ended}"
         assert world.coordinator.state is State.ENDED, f"seed {seed}"
         for worker in world.workers.values():
             assert worker.weights == list(range(STEPS)), f"seed {seed}, rank {worker.rank}"
+        by_memory += world.by_memory
+    assert bool(by_memory) is memory
 
 
+@pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize("first_seed", range(0, 1200, 200))
 def test_any_schedule_of_losses_of_shards_without_replicas_ends_the_same_with_mirrors(
-    first_seed: int,
+    first_seed: int, memory: bool
 ) -> None:
     went_back = 0
     for seed in range(first_seed, first_seed + 200):
-        world = World(ranks=1 + seed % 4, seed=seed, losses=seed % 6, every=1 + seed % 3)
+        world = World(ranks=1 + seed % 4, seed=seed, losses=seed % 6, memory=memory, every=1 + seed % 3)
         world.run()
         assert world.ended is None, f"seed {seed}: {world.ended}"
         assert world.coordinator.state is State.ENDED, f"seed {seed}"

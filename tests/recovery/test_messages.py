@@ -12,16 +12,16 @@ SCRIPT = Path(__file__).with_name("job_messages.py")
 FIRST = "1:5:forward:kill"
 """The loss that opens the recovery in which the second one falls: rank 1, in its sixth step."""
 
-IN_A_STEP = ["0:0:sent:Report.ready:6", "0:0:taken:Commit:6"]
+IN_A_STEP = ["0:0:sent:vote:5", "0:0:sent:last vote:4", "0:0:taken:count:5"]
 SURVIVOR = [
     "0:0:taken:Freeze:1", "0:0:sent:Frozen:1", "0:0:taken:Decision:1", "0:0:sent:Report.published:1",
-    "0:0:taken:Rebuild:1", "0:0:sent:Report.rebuilt:1", "0:0:taken:Resume:1", "0:0:sent:Report.ready:7",
-    "0:0:taken:Commit:6",
+    "0:0:taken:Rebuild:1", "0:0:sent:Report.rebuilt:1", "0:0:taken:Resume:1", "0:0:sent:Report.ready:2",
+    "0:0:taken:Commit:2", "0:0:sent:vote:7",
 ]  # fmt: skip
 REPLACEMENT = [
     "1:1:sent:Protected:1", "1:1:taken:Decision:1", "1:1:sent:Report.arrived:1", "1:1:taken:Restore:1",
     "1:1:sent:Report.restored:1", "1:1:taken:Rebuild:1", "1:1:sent:Report.rebuilt:1", "1:1:taken:Resume:1",
-    "1:1:sent:Report.ready:1", "1:1:taken:Commit:1",
+    "1:1:sent:Report.ready:1", "1:1:taken:Commit:1", "1:1:sent:vote:1",
 ]  # fmt: skip
 AT_THE_START = ["0:0:sent:Protected:1", "0:0:sent:Replicas:1"]
 

@@ -18,6 +18,7 @@ from checkpointless_elastic.protocol.messages import (
     encode,
 )
 from checkpointless_elastic.state.slot import Slot
+from checkpointless_elastic.worker.ballot import Ballot, ballot_path
 from checkpointless_elastic.worker.channel import Channel
 from checkpointless_elastic.worker.private import slot_path
 from checkpointless_elastic.worker.session import Session
@@ -55,6 +56,7 @@ class Agent:
 def both(tmp_path: Path) -> Iterator[tuple[Session, Agent]]:
     """A worker's session, and its agent."""
     Slot.create(slot_path(str(tmp_path), 0))
+    Ballot.create(ballot_path(str(tmp_path)), 1)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "agent.sock"))
         listener.listen()

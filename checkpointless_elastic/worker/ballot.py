@@ -1,0 +1,130 @@
+"""Votes in memory, for a job whose ranks are all on one node: who votes last sees that all have, and nobody is asked.
+
+Each rank of the node has a cell with the number of steps for which it has voted. While the ballot is open, a step is
+committed once all cells are above it, whoever sees it first. A rank that is frozen does not look any more: the agent,
+which has the answers of all survivors before it decides, reads the cells and tells them. What a lost rank left there
+counts.
+
+The agent opens the ballot with the first commit of a generation, so that all cells are of that generation, and closes
+it when all ranks that live are frozen. With several nodes it stays closed: votes are messages.
+
+Ranks wait on the *bell*, a futex(2): whoever has news for them changes that word and wakes those that sleep. A wake-up
+may be missed where stores to different words become visible in another order (other processors than x86); LOOK_S bounds
+what that costs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
+
+__all__ = ["LOOK_S", "Ballot", "ballot_path"]
+
+LOOK_S = 0.05
+"""How long a rank sleeps at most before it looks again."""
+_LIMIT, _BELL, _CELLS = range(3)  # in words; of the bell's word the first 4 bytes are used
+_WORD = 8
+_WAIT, _WAKE = 0, 1
+_ALL = 2**31 - 1
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine, 0)
+_syscall = ctypes.CDLL(None).syscall
+_syscall.restype = ctypes.c_long
+_syscall.argtypes = [
+    ctypes.c_long,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_uint32,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_int,
+]
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+_LOOK = _Timespec(0, int(LOOK_S * 1e9))
+_LOOK_AT = ctypes.addressof(_LOOK)
+
+
+def ballot_path(run_dir: str) -> str:
+    """Where the ballot of this node's ranks is."""
+    return os.path.join(run_dir, "ballot")
+
+
+class Ballot:
+    """Of the ranks of one node in one run of the script. But for the bell, each word is written by one process.
+
+    ``place``: of this process's rank among them. ``descriptor``: of the file; it is closed.
+    """
+
+    def __init__(self, descriptor: int, place: int = -1) -> None:
+        self._place = place
+        try:
+            memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
+        self._words = memoryview(memory).cast("q")
+        self._cells = self._words[_CELLS:]
+        self._bell = self._words[_BELL : _BELL + 1].cast("B").cast("I")[:1]
+        self._bell_at = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + _BELL * _WORD
+
+    @classmethod
+    def create(cls, path: str, ranks: int) -> Ballot:
+        """A closed one for this number of ranks; there must be none at this path."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.ftruncate(descriptor, _WORD * (_CELLS + ranks))
+        return cls(descriptor)
+
+    @classmethod
+    def open(cls, path: str, place: int) -> Ballot:
+        """The one at this path, for the rank at this place."""
+        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), place)
+
+    # ---- a rank
+
+    def cast(self, step: int) -> bool:
+        """Vote for this step. False: it is decided by messages, and the vote has to be sent."""
+        counts = step < self._words[_LIMIT]
+        self._cells[self._place] = step + counts
+        return counts
+
+    def wait(self, step: int, given_up: Callable[[], bool]) -> bool:
+        """Wait until all have voted for this step: True. False when it was given up before."""
+        last = True
+        while True:
+            bell = self._bell[0]  # before the look: what rings after it ends the sleep
+            if min(self._cells) > step:
+                break
+            if given_up():
+                return False
+            last = False
+            _syscall(_FUTEX, self._bell_at, _WAIT, bell, _LOOK_AT, None, 0)
+        if last:
+            self.ring()
+        return True
+
+    def ring(self) -> None:
+        """There may be news for ranks that wait."""
+        if not _FUTEX:
+            return  # it is never open
+        self._bell[0] = (self._bell[0] + 1) % 2**32
+        _syscall(_FUTEX, self._bell_at, _WAKE, _ALL, None, None, 0)
+
+    # ---- the agent
+
+    def begin(self, limit: int) -> None:
+        """Steps below ``limit`` are committed so from now on, if this machine has a futex that is known here."""
+        if _FUTEX:
+            self._words[_LIMIT] = limit
+
+    def end(self) -> None:
+        """All ranks that live are frozen."""
+        self._words[_LIMIT] = 0
+
+    def committed(self) -> int:
+        """Steps for which all ranks have voted; 0 while the ballot is closed."""
+        return min(self._cells) if self._words[_LIMIT] else 0
