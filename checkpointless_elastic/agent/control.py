@@ -177,7 +177,7 @@ class AgentControl(Tenant):
         run_dir.empty(self.run_dir, kept=seat.kept >= 0)
         for rank in self._station.ranks:
             Slot.create(slot_path(self.run_dir, rank)).close()
-        self._ballot = Ballot.create(ballot_path(self.run_dir), len(self._station.ranks))
+        self._ballot = Ballot.create(ballot_path(self.run_dir), seat.world)
         self._hangs.begin(self.run_dir, self._station)
 
     def _offer(self, seat: Seated) -> None:

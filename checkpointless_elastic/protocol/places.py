@@ -21,7 +21,3 @@ class Nodes(msgspec.Struct, frozen=True):
     def of(self, rank: int) -> int:
         """The node of a rank."""
         return bisect_right(self.bases, rank) - 1
-
-    def base_of(self, rank: int) -> int:
-        """The lowest rank of that node."""
-        return self.bases[self.of(rank)]

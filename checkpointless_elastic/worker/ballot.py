@@ -1,6 +1,6 @@
 """Votes in memory, for a job whose ranks are all on one node: who votes last sees that all have, and nobody is asked.
 
-Each rank of the node has a cell with the number of steps for which it has voted. While the ballot is open, a step is
+Each rank has a cell with the number of steps for which it has voted. While the ballot is open, a step is
 committed once all cells are above it, whoever sees it first. A rank that is frozen does not look any more: the agent,
 which has the answers of all survivors before it decides, reads the cells and tells them. What a lost rank left there
 counts.
@@ -56,13 +56,13 @@ def ballot_path(run_dir: str) -> str:
 
 
 class Ballot:
-    """Of the ranks of one node in one run of the script. But for the bell, each word is written by one process.
+    """Of one run of the script. But for the bell, each word is written by one process.
 
-    ``place``: of this process's rank among them. ``descriptor``: of the file; it is closed.
+    ``descriptor``: of the file; it is closed. ``rank``: of this process; -1 in the agent.
     """
 
-    def __init__(self, descriptor: int, place: int = -1) -> None:
-        self._place = place
+    def __init__(self, descriptor: int, rank: int = -1) -> None:
+        self._rank = rank
         try:
             memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
         finally:
@@ -80,16 +80,16 @@ class Ballot:
         return cls(descriptor)
 
     @classmethod
-    def open(cls, path: str, place: int) -> Ballot:
-        """The one at this path, for the rank at this place."""
-        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), place)
+    def open(cls, path: str, rank: int) -> Ballot:
+        """The one at this path, for a rank."""
+        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), rank)
 
     # ---- a rank
 
     def cast(self, step: int) -> bool:
         """Vote for this step. False: it is decided by messages, and the vote has to be sent."""
         counts = step < self._words[_LIMIT]
-        self._cells[self._place] = step + counts
+        self._cells[self._rank] = step + counts
         return counts
 
     def wait(self, step: int, given_up: Callable[[], bool]) -> bool:

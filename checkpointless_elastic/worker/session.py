@@ -154,7 +154,7 @@ class Session:
         self._news = threading.Condition(self.lock)
         self.nodes = Nodes(channel.welcome.bases)
         self.freeze_seen = threading.Event()
-        self._ballot = Ballot.open(ballot_path(run_dir), rank - self.nodes.base_of(rank))
+        self._ballot = Ballot.open(ballot_path(run_dir), rank)
         self.registry = Registry(self, shadow=self.shadow)
         self.pulse = Pulse(pulse_path(run_dir, rank))
         engine, pulse = self.registry.engine, self.pulse

@@ -37,7 +37,7 @@ def agent(path: str) -> Ballot:
 
 @pytest.fixture
 def ranks(agent: Ballot, path: str) -> list[Ballot]:
-    return [Ballot.open(path, place) for place in range(RANKS)]
+    return [Ballot.open(path, number) for number in range(RANKS)]
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def test_a_vote_of_an_earlier_generation_does_not_count(agent: Ballot, ranks: li
     assert not ranks[0].wait(6, lambda: True)
 
 
-def walk(path: str, place: int, steps: int, at: Synchronized[int], ahead: Synchronized[int]) -> None:
+def walk(path: str, number: int, steps: int, at: Synchronized[int], ahead: Synchronized[int]) -> None:
     """A rank that votes as fast as it can. ``at``: steps that no rank has left yet are seen as passed."""
-    rank = Ballot.open(path, place)
+    rank = Ballot.open(path, number)
     for step in range(1, steps):
         with at.get_lock():
             at.value += 1  # votes cast by all
@@ -95,8 +95,8 @@ def test_no_rank_passes_a_step_before_all_have_voted_for_it(
 ) -> None:
     steps, at, ahead = 2000, FORK.Value("q", 0), FORK.Value("q", 0)
     agent.begin(steps)
-    for place in range(RANKS):
-        started.append(FORK.Process(target=walk, args=(path, place, steps, at, ahead)))
+    for number in range(RANKS):
+        started.append(FORK.Process(target=walk, args=(path, number, steps, at, ahead)))
         started[-1].start()
     for process in started:
         process.join(LIMIT_S)
@@ -105,8 +105,8 @@ def test_no_rank_passes_a_step_before_all_have_voted_for_it(
     assert agent.committed() == steps
 
 
-def vote_and_die(path: str, place: int, step: int) -> None:
-    Ballot.open(path, place).cast(step)
+def vote_and_die(path: str, number: int, step: int) -> None:
+    Ballot.open(path, number).cast(step)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
