@@ -17,14 +17,15 @@ from torch.distributed import TCPStore, run  # type: ignore[attr-defined]
 from checkpointless_elastic.agent import agent, control
 from checkpointless_elastic.agent.context import Child
 from checkpointless_elastic.agent.workforce import LocalWorkforce
-from checkpointless_elastic.protocol.between import Ordered
+from checkpointless_elastic.protocol.between import Ordered, Seated
 from checkpointless_elastic.protocol.messages import Decision, Freeze, Hello, Message, Welcome
 from checkpointless_elastic.protocol.places import Nodes
 from checkpointless_elastic.protocol.station import Station
+from checkpointless_elastic.worker.ballot import Ballot, ballot_path
 
 NODES = Nodes(tuple(map(int, os.environ["NODES"].split(","))))
 DIES, MOVES = (os.environ.get(name, "") for name in ("NODE_DIES", "MOVES"))
-KEPT = ("slot-", "lifeline-")
+KEPT = ("slot-", "lifeline-", "ballot")
 _known: dict[str, Any] = {name: getattr(control, name) for name in ("slot_path", "lifeline_path", "newest")}
 
 
@@ -49,6 +50,11 @@ class Pretending(control.AgentControl):
         self.store = self.first = self._open()
         self.first_port = self.first.port
         self._moved = False
+
+    def _lay_out(self, seat: Seated) -> None:
+        super()._lay_out(seat)
+        for base in NODES.bases:  # it is never open there, as with several nodes
+            Ballot.create(ballot_path(folder(self.run_dir, base)), seat.world)
 
     def _open(self) -> TCPStore:
         return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
