@@ -1,9 +1,10 @@
 """Futures that DDP's reducer is given in the middle of a backward, and looks at when the backward ends.
 
-An `AbortableFuture` takes a thread of gloo through the interpreter for each bucket. The reducer needs less: it waits
-for all its futures in a callback that it queues, with its last bucket, for the end of the backward (read in torch 2.13,
-`reducer.cpp`). One that is queued with its first bucket runs before that: it awaits the works as Python does, on the
-backward's own thread, and completes the futures. No other caller is known to look later, so none gets such a future.
+An `AbortableFuture` takes a thread of gloo through the interpreter for each bucket. The reducer needs less: it looks
+at its futures in a callback that it queues, with its last bucket, for the end of the backward (read in torch 2.13,
+`reducer.cpp`). One that is queued with its first bucket runs before that, and awaits the works as Python does, on the
+backward's own thread. By then the buckets hold the result, so the reducer is given completed futures of them, made
+once: to make one costs more than all the rest. No other caller is known to look later, so none gets such a future.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from checkpointless_elastic.groups.ops import flat
 if TYPE_CHECKING:
     from checkpointless_elastic.groups.work import ElasticWork
 
-__all__ = ["asked_by_reducer", "ended_with_backward"]
+__all__ = ["asked_by_reducer", "ended_with_backward", "forget_buckets"]
 
 # Where C++ is entered for a backward; without it nobody is taken for the reducer.
 _backward = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
@@ -38,7 +39,7 @@ def asked_by_reducer() -> bool:
 
 
 class _Awaited:
-    """Works of one backward, and their futures. Its callback holds it: a backward that fails lets go of it.
+    """Works of one backward. Its callback holds it: a backward that fails lets go of it.
 
     Attributes:
         backward: its number.
@@ -46,17 +47,17 @@ class _Awaited:
 
     def __init__(self, backward: int) -> None:
         self.backward = backward
-        self.works: list[tuple[ElasticWork, Any]] = []
+        self.works: list[ElasticWork] = []
 
     def end(self) -> None:
-        """Await all works, also those of backwards around this one, for which this one's reducer may wait, and
-        complete their futures. A work's error is raised, and ends the backward.
+        """Await all works, also those of backwards around this one, at which this one's reducer may look.
+
+        A work's error is raised, and ends the backward.
         """
         for one in _thread.alive():
-            while one.works:
-                work, future = one.works.pop(0)
+            works, one.works = one.works, []
+            for work in works:
                 work.wait()
-                future.set_result(flat(work.args[0]))  # C++ gives arguments by position, outputs first
         _thread.known = [ref for ref in _thread.known if ref() not in (None, self)]
 
 
@@ -72,16 +73,27 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+_completed: dict[int, Any] = {}
 
 
 def ended_with_backward(work: ElasticWork) -> Any:
-    """A future of the outputs of a work, which the end of the present backward awaits and completes."""
+    """A completed future of the outputs of a work, which the end of the present backward awaits."""
     backward = torch._C._current_graph_task_id()
     awaited = next((one for one in _thread.alive() if one.backward == backward), None)
     if awaited is None:
         awaited = _Awaited(backward)
         _thread.known.append(weakref.ref(awaited))
         Variable._execution_engine.queue_callback(awaited.end)
-    future: Any = torch._C.Future([])  # a torch.futures.Future without its Python half
-    awaited.works.append((work, future))
+    awaited.works.append(work)
+    outputs = flat(work.args[0])  # C++ gives arguments by position, outputs first
+    key = outputs[0]._cdata  # of the bucket, which its future keeps: no other one has this address
+    future = _completed.get(key)
+    if future is None:
+        # outside of tracing it runs the function at once, and infers a type that C++ reads without the interpreter
+        future = _completed[key] = torch._C.fork(lambda: outputs)
     return future
+
+
+def forget_buckets() -> None:
+    """A reducer has other buckets now, or is gone: let go of the memory of the old ones."""
+    _completed.clear()

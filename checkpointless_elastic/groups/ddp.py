@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import Reducer
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpointless_elastic.errors import StateMismatchError, UnsupportedTorchError
+from checkpointless_elastic.groups.backward import forget_buckets
 from checkpointless_elastic.groups.ops import Call
 from checkpointless_elastic.tensor_bytes import to_bytes
 
@@ -110,6 +111,7 @@ def _known(init: Callable[..., None]) -> Callable[..., None]:
     def remember(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         _made[next(_numbers)] = self
+        weakref.finalize(self, forget_buckets)
 
     return remember
 
@@ -180,18 +182,26 @@ def reset(ddp: DistributedDataParallel) -> None:
 
 
 def _taken(ddp: DistributedDataParallel, order: bytes) -> bytes:
-    _orders[ddp.reducer] = order
+    _has(ddp.reducer, order)
     ddp._has_rebuilt_buckets = True
     return order
 
 
+def _has(reducer: Any, order: bytes) -> None:
+    _orders[reducer] = order
+    forget_buckets()
+
+
 def _rebuild(reducer: Any) -> bool:
     """What stands in place of `Reducer._rebuild_buckets`."""
+    original = _original("_rebuild_buckets")
+    if reducer in _orders:
+        return bool(original(reducer))  # it rebuilds once; what else it looks at stays
     capture = _Capture()
     with _answering(capture):
-        rebuilt: bool = _original("_rebuild_buckets")(reducer)
+        rebuilt: bool = original(reducer)
     if rebuilt:
-        _orders[reducer] = capture.order()
+        _has(reducer, capture.order())
     return rebuilt
 
 

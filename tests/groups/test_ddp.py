@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from checkpointless_elastic.errors import RankLostError, StateMismatchError
-from checkpointless_elastic.groups import Situation, ddp, work
+from checkpointless_elastic.groups import Situation, backward, ddp, work
 from tests.groups.listener import Listener, begin, lose
 from tests.groups.processes import LIMIT, Job, Worker
 
@@ -203,11 +205,52 @@ def count_abortable_futures(worker: Worker) -> list[int]:
     return counts
 
 
-def test_only_the_reducer_gets_futures_that_the_end_of_its_backward_completes() -> None:
+def test_only_the_reducer_gets_futures_that_the_end_of_its_backward_makes_true() -> None:
     with Job(count_abortable_futures) as job:
         for usual, hooked in job.results():
             assert usual == 0
             assert hooked > 0
+
+
+def come_late_in_turn(worker: Worker) -> list[list[bytes]]:
+    """Each rank is late for the reduction of one step: the buckets of the others are long waiting then."""
+    begin(worker)
+    net = wrapped()
+    grads = []
+    for number in range(2 * 3):
+        late = net.register_forward_hook(lambda *_: time.sleep(0.2)) if number % 3 == worker.rank else None
+        grads.append(step(net, worker.rank, number))
+        if late is not None:
+            late.remove()
+    dist.barrier()
+    return grads
+
+
+def test_a_backward_ends_when_its_last_peer_has_come() -> None:
+    with Job(come_late_in_turn) as job:
+        first, *others = job.results()
+    assert others == [first] * 2
+
+
+def futures_of_buckets(worker: Worker) -> tuple[list[int], int]:
+    """How many completed futures are kept after each step, and when the model is gone."""
+    begin(worker)
+    net = wrapped()
+    counts = []
+    for number in range(4):
+        step(net, worker.rank, number)
+        counts.append(len(backward._completed))
+    del net
+    gc.collect()
+    dist.barrier()
+    return counts, len(backward._completed)
+
+
+def test_a_future_is_made_once_for_each_bucket_and_let_go_of_with_it() -> None:
+    with Job(futures_of_buckets) as job:
+        for counts, left in job.results():
+            assert counts == [1, 3, 3, 3], "it has one bucket before it rebuilds them"
+            assert left == 0
 
 
 def void_forward_and_backward(worker: Worker) -> Any:
