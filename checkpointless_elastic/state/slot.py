@@ -143,7 +143,7 @@ class Slot:
         self._written = entry, current, 1 - index
         self.sequence = entry.sequence
         if cells is not self._cells:
-            self._release(cell for number, cell in self._cells.items() if number not in cells)
+            self._release([cell for number, cell in self._cells.items() if number not in cells])
             self._cells, self._table = cells, table
 
     def read(self) -> Content | None:
@@ -312,7 +312,7 @@ def _gaps(taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _table(cells: Collection[_Cell]) -> bytes:
-    return b"".join((_COUNT.pack(len(cells)), *(cell.row for cell in cells)))
+    return b"".join([_COUNT.pack(len(cells)), *[cell.row for cell in cells]])
 
 
 def _split(record: bytes) -> tuple[list[tuple[int, ...]], bytes]:

@@ -29,12 +29,10 @@ from checkpointless_elastic.worker.rng_memory import (
     GAUSS,
     WORDS_BYTES,
     Reader,
-    clean_torch,
-    glance_torch,
     numpy_reader,
     python_reader,
-    read_torch,
     torch_address,
+    torch_reader,
     write_torch,
 )
 
@@ -98,8 +96,11 @@ def decoded(encoded: Any, found: Mapping[int, bytes]) -> RngState:
 def capture() -> RngState:
     """Take the state of Python, NumPy, torch and the accelerator. Does not wait for a device. Main thread only."""
     global _last, _glanced
-    devices = _device_states()
-    glanced = _python.glance(), _glance_numpy(), _glance_torch(), *devices.values()
+    if sys.modules.get("numpy.random") is not _numpy_module:
+        _look_for_numpy()
+    accelerator = _accelerator()
+    devices = _NO_DEVICES if accelerator is None else _device_states(*accelerator)
+    glanced = _python.glance(), _numpy.glance(), _torch.glance(), *devices.values()
     if glanced != _glanced or _last is None:
         _last, _glanced = _taken(glanced, devices), glanced
     return _last
@@ -107,7 +108,7 @@ def capture() -> RngState:
 
 def _taken(glanced: tuple[object, ...], devices: Mapping[str, bytes]) -> RngState:
     """The state of now, with the parts of the last one that are the same; the last one itself if all of them are."""
-    readers: list[Callable[[], bytes]] = [_python.read, _read_numpy, _read_torch]
+    readers: list[Callable[[], bytes]] = [_python.read, _numpy.read, _torch.read]
     readers += [functools.partial(bytes, data) for data in devices.values()]
     known = _last.parts if _last is not None else ()
     parts = []
@@ -166,29 +167,14 @@ def _python_state() -> bytes:
     return _WORDS.pack(position, *words) + GAUSS.pack(gauss is not None, gauss or 0.0)
 
 
-def _numpy() -> Any:
-    """The module, None if it is absent or half imported."""
+def _look_for_numpy() -> None:
+    """The script has imported it. Perhaps only by half: then it is looked for again."""
+    global _numpy_module, _numpy
     module = sys.modules.get("numpy.random")
-    return module if hasattr(module, "get_state") else None
-
-
-def _read_numpy() -> bytes:
-    module = _numpy()
-    if module is None:
-        return b""
-    reader = _numpy_reader(module)
-    return (b"" if reader is None else reader.read()) or _numpy_state(module)
-
-
-def _glance_numpy() -> object:
-    module = _numpy()
-    if module is None:
-        return None
-    reader = _numpy_reader(module)
-    return object() if reader is None else reader.glance()
-
-
-_numpy_reader = functools.lru_cache(maxsize=1)(numpy_reader)
+    if hasattr(module, "get_state"):
+        ask = functools.partial(_numpy_state, module)
+        reader = numpy_reader(module) or Reader(ask, object)
+        _numpy_module, _numpy = module, Reader(lambda: reader.read() or ask(), reader.glance)
 
 
 def _numpy_state(module: Any) -> bytes:
@@ -218,11 +204,9 @@ def _accelerator() -> tuple[str, Any] | None:
     return None if device is None else (device.type, torch.get_device_module(device.type))
 
 
-def _device_states() -> Mapping[str, bytes]:
-    found = _accelerator()
-    if found is None or not _is_initialised(found[1]):
+def _device_states(name: str, module: Any) -> Mapping[str, bytes]:
+    if not _is_initialised(module):
         return _NO_DEVICES
-    name, module = found
     return {f"{name}:{index}": capture_generator(one) for index, one in enumerate(module.default_generators)}
 
 
@@ -243,17 +227,14 @@ def _device_generator(name: str) -> torch.Generator:
     return generator
 
 
-def _read_torch() -> bytes:
-    if _torch_address is None:
-        return capture_generator(torch.default_generator)
-    return clean_torch(read_torch(_torch_address))
-
-
-def _glance_torch() -> object:
-    return object() if _torch_address is None else glance_torch(_torch_address)
-
-
 _python = python_reader() or Reader(_python_state, object)
+_numpy_module: Any = None
+_numpy = Reader(bytes, bytes)
 _torch_address = torch_address(torch.default_generator)
+_torch = (
+    Reader(functools.partial(capture_generator, torch.default_generator), object)
+    if _torch_address is None
+    else torch_reader(_torch_address)
+)
 _last: RngState | None = None  # the newest state
 _glanced: tuple[object, ...] = ()  # what was seen of it at a glance

@@ -15,7 +15,6 @@ finds something else, and the library is asked each time instead.
 from __future__ import annotations
 
 import ctypes
-import functools
 import random
 import struct
 from collections.abc import Callable
@@ -30,12 +29,10 @@ __all__ = [
     "TORCH_BYTES",
     "WORDS_BYTES",
     "Reader",
-    "clean_torch",
-    "glance_torch",
     "numpy_reader",
     "python_reader",
-    "read_torch",
     "torch_address",
+    "torch_reader",
     "write_torch",
 ]
 
@@ -147,29 +144,15 @@ def torch_address(generator: torch.Generator) -> int | None:
     return generator._cdata + offset if _can_be_put_back(trial, start + offset) else None  # type: ignore[attr-defined]
 
 
-def read_torch(address: int) -> bytes:
-    """What is at this address."""
-    return _torch_view(address).raw
-
-
-def glance_torch(address: int) -> object:
-    """As `Reader.glance`: where the position is and the first words, and the second draws."""
-    first, last = _torch_ends(address)
-    return first.raw, last.raw
-
-
-@functools.lru_cache(maxsize=2)
-def _torch_view(address: int) -> ctypes.Array[ctypes.c_char]:
-    return _view(address, TORCH_BYTES)
-
-
-@functools.lru_cache(maxsize=2)
-def _torch_ends(address: int) -> tuple[ctypes.Array[ctypes.c_char], ctypes.Array[ctypes.c_char]]:
+def torch_reader(address: int) -> Reader:
+    """Reads torch's generator at this address; at a glance: position, first words, second draws."""
     behind = _TORCH_WORDS + WORDS_BYTES - 4
-    return _view(address, _GLANCE), _view(address + behind, TORCH_BYTES - behind)
+    whole, first = _view(address, TORCH_BYTES), _view(address, _GLANCE)
+    last = _view(address + behind, TORCH_BYTES - behind)
+    return Reader(lambda: _clean_torch(whole.raw), lambda: (first.raw, last.raw))
 
 
-def clean_torch(state: bytes) -> bytes:
+def _clean_torch(state: bytes) -> bytes:
     """What was read, the same for equal states: padding and absent second draws are zero."""
     *engine, single, has_single, double, has_double = _TORCH.unpack(state)
     single, double = single if has_single else b"", double if has_double else b""
@@ -188,6 +171,6 @@ def write_torch(address: int, state: bytes) -> bool:
 def _can_be_put_back(trial: torch.Generator, address: int) -> bool:
     """Whether the bytes at this address are all that the next draws depend on."""
     torch.randn(1, generator=trial)  # the second draw of the pair takes nothing from the words
-    kept, state = clean_torch(read_torch(address)), trial.get_state()
+    kept, state = torch_reader(address).read(), trial.get_state()
     torch.randn(2, generator=trial), torch.rand(700, generator=trial)
     return write_torch(address, kept) and torch.equal(trial.get_state(), state)

@@ -308,7 +308,8 @@ class Run:
 
     def read_private(self) -> dict[str, bytes]:
         """Raw bytes of the pieces that forward writes, by key."""
-        return private_tensors.read(self._snapshot.written_before_gate())
+        pieces = self._snapshot.written_before_gate()
+        return private_tensors.read(pieces) if pieces else {}
 
     def restore_private(self, tensors: dict[str, bytes]) -> None:
         """Put a lost rank's own tensors back."""

@@ -109,16 +109,19 @@ def test_all_generators_are_found_in_memory_and_read_as_the_library_says() -> No
         assert legacy.read() == rng._numpy_state(np.random)
 
 
-@pytest.mark.parametrize("missing", ["_python", "_numpy_reader", "_torch_address"])
+@pytest.mark.parametrize("missing", ["python", "numpy", "torch"])
 def test_what_is_not_found_in_memory_is_asked_of_the_library(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    rng.capture()  # it has looked for NumPy now
     library = {
-        "_python": rng_memory.Reader(rng._python_state, object),
-        "_numpy_reader": lambda module: None,
-        "_torch_address": None,
+        "python": rng._python_state,
+        "numpy": lambda: rng._numpy_state(np.random),
+        "torch": lambda: rng.capture_generator(torch.default_generator),
     }
-    monkeypatch.setattr(rng, missing, library[missing])
+    monkeypatch.setattr(rng, f"_{missing}", rng_memory.Reader(library[missing], object))
+    if missing == "torch":
+        monkeypatch.setattr(rng, "_torch_address", None)
     draws()
     state = rng.capture()
     first = draws()
