@@ -55,9 +55,9 @@ class _Awaited:
         A work's error is raised, and ends the backward.
         """
         for one in _thread.alive():
-            works, one.works = one.works, []
-            for work in works:
-                work.wait()
+            while one.works:
+                one.works[0].wait()  # one that fails stays: nobody must take its outputs to be reduced
+                one.works.pop(0)
         _thread.known = [ref for ref in _thread.known if ref() not in (None, self)]
 
 
@@ -73,7 +73,7 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_completed: dict[int, Any] = {}
+_buckets: dict[int, Any] = {}  # by address, the completed future of a bucket
 
 
 def ended_with_backward(work: ElasticWork) -> Any:
@@ -86,14 +86,19 @@ def ended_with_backward(work: ElasticWork) -> Any:
         Variable._execution_engine.queue_callback(awaited.end)
     awaited.works.append(work)
     outputs = flat(work.args[0])  # C++ gives arguments by position, outputs first
+    if outputs[0].layout is not torch.strided:  # a sparse gradient is another tensor in each backward
+        return _completed(outputs)
     key = outputs[0]._cdata  # of the bucket, which its future keeps: no other one has this address
-    future = _completed.get(key)
-    if future is None:
-        # outside of tracing it runs the function at once, and infers a type that C++ reads without the interpreter
-        future = _completed[key] = torch._C.fork(lambda: outputs)
-    return future
+    if key not in _buckets:
+        _buckets[key] = _completed(outputs)
+    return _buckets[key]
+
+
+def _completed(outputs: list[torch.Tensor]) -> Any:
+    """Outside of tracing `fork` runs the function at once, and infers a type that C++ reads without the interpreter."""
+    return torch._C.fork(lambda: outputs)
 
 
 def forget_buckets() -> None:
     """A reducer has other buckets now, or is gone: let go of the memory of the old ones."""
-    _completed.clear()
+    _buckets.clear()

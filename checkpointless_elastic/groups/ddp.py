@@ -14,8 +14,7 @@ import itertools
 import json
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,8 +144,9 @@ def force_bucket_order(ddp: DistributedDataParallel) -> bytes | None:
     if order is not None:
         return order
     local = _Local()
+    forget_buckets()
     try:
-        with _answering(local):
+        with _Answering(local):
             rebuilt = _original("_rebuild_buckets")(ddp.reducer)
     except RuntimeError:  # an assertion of torch: gradients of only a part of the parameters were seen
         reset(ddp)
@@ -164,7 +164,8 @@ def adopt_bucket_order(ddp: DistributedDataParallel, order: bytes) -> None:
     _orders.pop(ddp.reducer, None)
     ddp.reducer._reset_state()
     ddp.reducer._push_all_rebuilt_params()
-    with _answering(_Answers(order)):
+    forget_buckets()
+    with _Answering(_Answers(order)):
         rebuilt = _original("_rebuild_buckets")(ddp.reducer)
     if not rebuilt:
         raise StateMismatchError(
@@ -194,12 +195,9 @@ def _has(reducer: Any, order: bytes) -> None:
 
 def _rebuild(reducer: Any) -> bool:
     """What stands in place of `Reducer._rebuild_buckets`."""
-    original = _original("_rebuild_buckets")
-    if reducer in _orders:
-        return bool(original(reducer))  # it rebuilds once; what else it looks at stays
     capture = _Capture()
-    with _answering(capture):
-        rebuilt: bool = original(reducer)
+    with _Answering(capture):
+        rebuilt: bool = _original("_rebuild_buckets")(reducer)
     if rebuilt:
         _has(reducer, capture.order())
     return rebuilt
@@ -208,17 +206,25 @@ def _rebuild(reducer: Any) -> bool:
 _rebuild._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-@contextmanager
-def _answering(region: Region) -> Iterator[None]:
-    if _engine is None:
-        raise UnsupportedTorchError("DDP's rebuild is asked for before Registry.install(): call that first.")
-    before, _engine.region = _engine.region, region
-    _engine.look()
-    try:
-        yield
-    finally:
-        _engine.region = before
-        _engine.look()
+class _Answering:
+    """A region in force. Each forward passes one: what contextlib makes of a generator would cost more."""
+
+    def __init__(self, region: Region) -> None:
+        if _engine is None:
+            raise UnsupportedTorchError(
+                "DDP's rebuild is asked for before Registry.install(): call that first."
+            )
+        self._engine = _engine
+        self._region: Region | None = region
+
+    def __enter__(self) -> None:
+        engine = self._engine
+        self._region, engine.region = engine.region, self._region
+        engine.look()
+
+    def __exit__(self, *exception: object) -> None:
+        self._engine.region = self._region
+        self._engine.look()
 
 
 class _Capture:

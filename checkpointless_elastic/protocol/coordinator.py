@@ -136,8 +136,12 @@ class Coordinator(Comparing):
         return actions
 
     def _counted(self, event: Counted) -> list[Action]:
-        if event.generation == self._ran_in and event.step > self.step:
+        if event.generation != self._ran_in or event.step <= self.step:
+            return []
+        if self.state is State.RUNNING:
             self._advanced(event.step)
+        else:  # the fault that is being answered came before it was seen
+            self.step = event.step
         return []
 
     def _advanced(self, step: int) -> None:

@@ -1,16 +1,17 @@
 """Votes in memory, for a job whose ranks are all on one node: who votes last sees that all have, and nobody is asked.
 
-Each rank has a cell with the number of steps for which it has voted. While the ballot is open, a step is
-committed once all cells are above it, whoever sees it first. A rank that is frozen does not look any more: the agent,
-which has the answers of all survivors before it decides, reads the cells and tells them. What a lost rank left there
-counts.
+Each rank has a cell: the step at which it is, and one more once it has voted for that step here. While the ballot is
+open, a step is committed once all cells are above it, whoever sees it first. A rank that is frozen does not look any
+more: the agent, which has the answers of all survivors before it decides, reads the cells and tells them. What a lost
+rank left there counts.
 
-The agent opens the ballot with the first commit of a generation, so that all cells are of that generation, and closes
-it when all ranks that live are frozen. With several nodes it stays closed: votes are messages.
+The agent opens the ballot with the first commit of a generation, for which each rank has voted by a message and set its
+cell, and closes it before it passes a decision on: all ranks that live are frozen then. In a job that may get more
+nodes it stays closed.
 
 Ranks wait on the *bell*, a futex(2): whoever has news for them changes that word and wakes those that sleep. A wake-up
-may be missed where stores to different words become visible in another order (other processors than x86); LOOK_S bounds
-what that costs.
+can be missed, if two ring at once, or if the votes of two ranks are not yet seen by each other, which the lock that a
+rank lets go of between `cast` and `wait` all but excludes; LOOK_S bounds what that costs.
 """
 
 from __future__ import annotations
@@ -76,7 +77,13 @@ class Ballot:
     def create(cls, path: str, ranks: int) -> Ballot:
         """A closed one for this number of ranks; there must be none at this path."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.ftruncate(descriptor, _WORD * (_CELLS + ranks))
+        try:
+            os.posix_fallocate(
+                descriptor, 0, _WORD * (_CELLS + ranks)
+            )  # OSError now, and no SIGBUS at a store
+        except OSError:
+            os.close(descriptor)
+            raise
         return cls(descriptor)
 
     @classmethod

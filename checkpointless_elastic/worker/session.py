@@ -228,7 +228,7 @@ class Session:
 
         ``said``: what this rank says of its state, see `protocol.checks`.
         """
-        with self.lock:
+        with self.lock:  # a Freeze is answered before this vote or after it
             if self.is_frozen():
                 return False  # our answer to Freeze was "computing", so nobody can have committed this step
             self.phase = Phase.READY
@@ -253,7 +253,7 @@ class Session:
     def _commit(self) -> bool:
         with self.lock:
             if self.is_frozen():
-                return False  # first: the decision will say the same
+                return False  # the decision says the same
             self.step += 1
             self.phase = Phase.COMPUTING
             return True

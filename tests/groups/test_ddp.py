@@ -239,11 +239,32 @@ def futures_of_buckets(worker: Worker) -> tuple[list[int], int]:
     counts = []
     for number in range(4):
         step(net, worker.rank, number)
-        counts.append(len(backward._completed))
+        counts.append(len(backward._buckets))
     del net
     gc.collect()
     dist.barrier()
-    return counts, len(backward._completed)
+    return counts, len(backward._buckets)
+
+
+def step_with_sparse_gradients(worker: Worker) -> tuple[int, list[bytes]]:
+    """Their bucket is another tensor in each backward."""
+    begin(worker)
+    torch.manual_seed(worker.rank)
+    net = DistributedDataParallel(nn.Sequential(nn.Embedding(50, 4, sparse=True), nn.Linear(4, 4)))
+    for _ in range(4):
+        net.zero_grad()
+        net(torch.randint(0, 50, (8,))).sum().backward()
+    dist.barrier()
+    grads = [param.grad for param in net.parameters() if param.grad is not None]
+    return len(backward._buckets), [grad.to_dense().numpy().tobytes() for grad in grads]
+
+
+def test_sparse_gradients_are_reduced_and_nothing_of_them_is_kept() -> None:
+    with Job(step_with_sparse_gradients) as job:
+        found = job.results()
+    assert found == [found[0]] * 3
+    assert found[0][0] == 1, "the bucket of the linear layer"
+    assert len(found[0][1]) == 3
 
 
 def test_a_future_is_made_once_for_each_bucket_and_let_go_of_with_it() -> None:

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from checkpointless_elastic.protocol.between import Seated
-from checkpointless_elastic.protocol.checks import Published
+from checkpointless_elastic.protocol.checks import Published, next_due
 from checkpointless_elastic.protocol.coordinator import Coordinator, State
 from checkpointless_elastic.protocol.events import (
     Action,
@@ -49,18 +49,22 @@ from checkpointless_elastic.protocol.mirrors import is_due
 from checkpointless_elastic.protocol.station import Station
 
 STEPS = 12
+VERIFY = 4
 
 
 class Ballot:
-    """Votes in memory; ``usable``: never open if not."""
+    """Votes in memory; ``usable``: never open if not. At every VERIFY-th step votes are messages."""
 
     def __init__(self, ranks: int, usable: bool) -> None:
         self.cells = [0] * ranks
         self.usable = usable
-        self.is_open = False
+        self.limit = 0
+
+    def begin(self, after: int) -> None:
+        self.limit = next_due(after, VERIFY) if self.usable else 0
 
     def committed(self) -> int:
-        return min(self.cells) if self.is_open else 0
+        return min(self.cells) if self.limit else 0
 
 
 class Worker:
@@ -117,7 +121,7 @@ class Worker:
         else:
             self.mirror()
             self.phase = Phase.READY
-            self.counts = self.ballot.is_open
+            self.counts = self.step < self.ballot.limit
             self.ballot.cells[self.rank] = self.step + self.counts
             if not self.counts:
                 self._report(Stage.READY, self.generation)
@@ -305,10 +309,10 @@ class World:
 
     def _send(self, message: Message) -> None:
         if isinstance(message, Decision):
-            self.ballot.is_open = False
+            self.ballot.limit = 0
         assert self.station.obey(message)  # type: ignore[arg-type]
         if isinstance(message, Commit):
-            self.ballot.is_open = self.ballot.usable
+            self.ballot.begin(message.step)
         if isinstance(message, Decision):
             if message.step < len(self.committed):
                 assert len(self.committed) - message.step <= self.every, "more steps are lost than allowed"

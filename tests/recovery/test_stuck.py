@@ -9,11 +9,14 @@ import pytest
 
 from tests.recovery.launching import Ended, difference, launch
 
+HELD = "none of its threads gets to run"
+
 HANGS = {
     "stopped": ("1:4:backward:freeze", "stopped by a signal"),
     "stopped in a collective": ("0:8:backward:pause,1:8:backward:freezesoon", "stopped by a signal"),
-    "endless loop": ("1:12:forward:spin", "in a call, job.py"),
-    "interpreter held": ("1:16:forward:block", "none of its threads gets to run"),
+    # on a busy machine its listener may not get to answer in time
+    "endless loop": ("1:12:forward:spin", f"in a call, job.py|in a call: {HELD}"),
+    "interpreter held": ("1:16:forward:block", HELD),
     "deadlock in the loader": ("1:20:fetch:deadlock", "waiting for data, job.py"),
 }
 
@@ -33,7 +36,7 @@ def check(names: list[str], ended: Ended, oracle: Ended) -> None:
     for name, record in zip(names, ended.recoveries(), strict=True):
         assert record["lost_ranks"] == [1], ended.text
         assert record["cause"].startswith("was stuck for"), record
-        assert HANGS[name][1] in record["cause"], record
+        assert re.search(HANGS[name][1], record["cause"]), record
         assert record["stuck_seconds"] > 0, record
 
 
