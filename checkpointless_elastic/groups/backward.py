@@ -23,7 +23,7 @@ from checkpointless_elastic.groups.ops import flat
 if TYPE_CHECKING:
     from checkpointless_elastic.groups.work import ElasticWork
 
-__all__ = ["asked_by_reducer", "ended_with_backward", "forget_buckets"]
+__all__ = ["asked_by_reducer", "completed", "ended_with_backward", "forget_buckets"]
 
 # Where C++ is entered for a backward; without it nobody is taken for the reducer.
 _backward = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
@@ -87,16 +87,24 @@ def ended_with_backward(work: ElasticWork) -> Any:
     awaited.works.append(work)
     outputs = flat(work.args[0])  # C++ gives arguments by position, outputs first
     if outputs[0].layout is not torch.strided:  # a sparse gradient is another tensor in each backward
-        return _completed(outputs)
+        return completed(outputs)
     key = outputs[0]._cdata  # of the bucket, which its future keeps: no other one has this address
     if key not in _buckets:
-        _buckets[key] = _completed(outputs)
+        _buckets[key] = completed(outputs)
     return _buckets[key]
 
 
-def _completed(outputs: list[torch.Tensor]) -> Any:
-    """Outside of tracing `fork` runs the function at once, and infers a type that C++ reads without the interpreter."""
-    return torch._C.fork(lambda: outputs)
+def completed(outputs: list[torch.Tensor]) -> Any:
+    """A completed future of a list of tensors, as C++ expects it: a future made in Python would hold an object.
+
+    `torch._C.fork` outside of tracing runs the function at once and infers the type of its result; an empty list has
+    no type to infer, and no C++ caller reads it.
+    """
+    if outputs:
+        return torch._C.fork(lambda: outputs)
+    future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+    future.set_result(outputs)
+    return future
 
 
 def forget_buckets() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed import Work
 
-from checkpointless_elastic.groups.backward import asked_by_reducer, ended_with_backward
+from checkpointless_elastic.groups.backward import asked_by_reducer, completed, ended_with_backward
 from checkpointless_elastic.groups.host import Situation
 from checkpointless_elastic.groups.waiting import AbortableFuture
 
@@ -107,7 +107,7 @@ class ElasticWork(Work):
         if asked_by_reducer() and not by_itself:
             return ended_with_backward(self)
         if native is None or link is None:
-            return _completed(self._outputs())
+            return completed(self._outputs())
         if by_itself:
             return native.get_future()
         # holds neither this work nor the native one: a thread of gloo may let go of it last
@@ -168,16 +168,3 @@ class ElasticWork(Work):
 
 def _outputs(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], spec: GroupSpec) -> list[torch.Tensor]:
     return op.call(args, kwargs, spec.rank, spec.size).tensors(0)
-
-
-def _completed(outputs: list[torch.Tensor]) -> Any:
-    """A completed future of a list of tensors, as C++ expects it: a future made in Python would hold an object.
-
-    `torch._C.fork` outside of tracing runs the function at once and infers the type of its result; an empty list has
-    no type to infer, and no C++ caller reads it.
-    """
-    if outputs:
-        return torch._C.fork(lambda: outputs)
-    future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
-    future.set_result(outputs)
-    return future
