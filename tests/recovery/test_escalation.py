@@ -40,7 +40,9 @@ def root_cause(ended: Ended) -> tuple[str, str]:
 def test_a_survivor_that_is_stuck_in_a_recovery_is_replaced_and_the_others_stay(
     calm: Ended, tmp_path: Path
 ) -> None:
-    ended = launch(tmp_path, "2:5:start:freeze,1:5:forward:kill", options=settings("settle_timeout=4"))
+    # rank 1 waits, so that rank 2 is stopped before it can hear of the loss
+    faults = "2:5:start:freeze,1:5:start:pause,1:5:forward:kill"
+    ended = launch(tmp_path, faults, options=settings("settle_timeout=4"))
     check(ended, calm)
     (record,) = ended.recoveries()
     assert (record["rung"], record["lost_ranks"]) == (1, [1, 2]), ended.text
