@@ -79,11 +79,11 @@ def test_a_vote_of_an_earlier_generation_does_not_count(agent: Ballot, ranks: li
 
 
 def walk(path: str, number: int, steps: int, at: Synchronized[int], ahead: Synchronized[int]) -> None:
-    """A rank that votes as fast as it can. ``at``: steps that no rank has left yet are seen as passed."""
+    """A rank that votes as fast as it can. ``at``: votes of all so far; ``ahead``: counts passes that came too early."""
     rank = Ballot.open(path, number)
     for step in range(1, steps):
         with at.get_lock():
-            at.value += 1  # votes cast by all
+            at.value += 1
         assert rank.cast(step)
         assert rank.wait(step, never)
         if at.value < step * RANKS:
