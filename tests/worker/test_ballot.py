@@ -79,7 +79,7 @@ def test_a_vote_of_an_earlier_generation_does_not_count(agent: Ballot, ranks: li
 
 
 def walk(path: str, number: int, steps: int, at: Synchronized[int], ahead: Synchronized[int]) -> None:
-    """A rank that votes as fast as it can. ``at``: votes of all so far; ``ahead``: counts passes that came too early."""
+    """A rank that votes as fast as it can. ``at``: votes of all so far; ``ahead``: passes that came too early."""
     rank = Ballot.open(path, number)
     for step in range(1, steps):
         with at.get_lock():
