@@ -136,7 +136,8 @@ class Frame(msgspec.Struct, array_like=True):
         self.position += 1
         if self.position == 0:
             self.setup = outside_from
-        self.outside = self.outside[: self.setup] + self.outside[outside_from:]
+        if self.outside:
+            self.outside = self.outside[: self.setup] + self.outside[outside_from:]
         self.calls, self.children, self.kept, self.earlier = [], [], 0, 0
 
     def ended(self, child: Frame) -> None:
@@ -234,6 +235,8 @@ class Cursor(msgspec.Struct, array_like=True, dict=True):
         frame.rng_end = rng
 
     def _forget_inside(self, frame: Frame) -> None:
+        if self.stack[-1] is frame:
+            return
         for depth, one in enumerate(self.stack):
             if one is frame:
                 del self.stack[depth + 1 :]

@@ -1,10 +1,11 @@
-"""Futures that DDP's reducer is given in the middle of a backward, and looks at when the backward ends.
+"""What DDP's reducer is given for its buckets in the middle of a backward, and looks at when the backward ends.
 
-An `AbortableFuture` takes a thread of gloo through the interpreter for each bucket. The reducer needs less: it looks
-at its futures in a callback that it queues, with its last bucket, for the end of the backward (read in torch 2.13,
-`reducer.cpp`). One that is queued with its first bucket runs before that, and awaits the works as Python does, on the
-backward's own thread. By then the buckets hold the result, so the reducer is given completed futures of them, made
-once: to make one costs more than all the rest. No other caller is known to look later, so none gets such a future.
+An `AbortableFuture` takes a thread of gloo through the interpreter for each bucket. The reducer needs less: it asks for
+the future of each work at once, and looks at it in a callback that it queues, with its last bucket, for the end of the
+backward (read in torch 2.13, `reducer.cpp`). A callback that is queued with its first bucket runs before that, and
+awaits the works as Python does, on the backward's own thread. By then the buckets hold the result, so the reducer is
+given completed works and futures of them, made once: to make one costs more than all the rest. No other caller is known
+to look later, so none gets such a one.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.autograd.graph
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.autograd import Variable
+from torch.distributed import Work
 
-from checkpointless_elastic.groups.ops import flat
-
-if TYPE_CHECKING:
-    from checkpointless_elastic.groups.work import ElasticWork
-
-__all__ = ["asked_by_reducer", "completed", "ended_with_backward", "forget_buckets"]
+__all__ = [
+    "asked_by_reducer",
+    "await_at_end",
+    "buckets",
+    "completed",
+    "ended_with_backward",
+    "forget_buckets",
+]
 
 # Where C++ is entered for a backward; without it nobody is taken for the reducer.
 _backward = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
@@ -43,11 +49,12 @@ class _Awaited:
 
     Attributes:
         backward: its number.
+        waits: each awaits one work.
     """
 
     def __init__(self, backward: int) -> None:
         self.backward = backward
-        self.works: list[ElasticWork] = []
+        self.waits: list[Callable[[], object]] = []
 
     def end(self) -> None:
         """Await all works, also those of backwards around this one, at which this one's reducer may look.
@@ -55,9 +62,9 @@ class _Awaited:
         A work's error is raised, and ends the backward.
         """
         for one in _thread.alive():
-            while one.works:
-                one.works[0].wait()  # one that fails stays: nobody must take its outputs to be reduced
-                one.works.pop(0)
+            while one.waits:
+                one.waits[0]()  # one that fails stays: nobody must take its outputs to be reduced
+                del one.waits[0]
         _thread.known = [ref for ref in _thread.known if ref() not in (None, self)]
 
 
@@ -73,25 +80,33 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_buckets: dict[int, Any] = {}  # by address, the completed future of a bucket
+buckets: dict[int, Work] = {}
+"""By address, a completed work of each bucket that the reducer has asked for."""
 
 
-def ended_with_backward(work: ElasticWork) -> Any:
-    """A completed future of the outputs of a work, which the end of the present backward awaits."""
+def await_at_end(wait: Callable[[], object]) -> None:
+    """Call ``wait()`` on this thread when the present backward ends."""
     backward = torch._C._current_graph_task_id()
-    awaited = next((one for one in _thread.alive() if one.backward == backward), None)
-    if awaited is None:
-        awaited = _Awaited(backward)
-        _thread.known.append(weakref.ref(awaited))
-        Variable._execution_engine.queue_callback(awaited.end)
-    awaited.works.append(work)
-    outputs = flat(work.args[0])  # C++ gives arguments by position, outputs first
+    for ref in reversed(_thread.known):
+        awaited = ref()
+        if awaited is not None and awaited.backward == backward:
+            awaited.waits.append(wait)
+            return
+    awaited = _Awaited(backward)
+    awaited.waits.append(wait)
+    _thread.known.append(weakref.ref(awaited))
+    Variable._execution_engine.queue_callback(awaited.end)
+
+
+def ended_with_backward(outputs: list[torch.Tensor], wait: Callable[[], object]) -> Any:
+    """A completed future of the outputs of a work, which ``wait()`` awaits at the end of the present backward."""
+    await_at_end(wait)
     if outputs[0].layout is not torch.strided:  # a sparse gradient is another tensor in each backward
         return completed(outputs)
-    key = outputs[0]._cdata  # of the bucket, which its future keeps: no other one has this address
-    if key not in _buckets:
-        _buckets[key] = completed(outputs)
-    return _buckets[key]
+    key = outputs[0]._cdata  # of the bucket, which its work keeps: no other one has this address
+    if key not in buckets:
+        buckets[key] = _create_work_from_future(completed(outputs))
+    return buckets[key].get_future()
 
 
 def completed(outputs: list[torch.Tensor]) -> Any:
@@ -109,4 +124,4 @@ def completed(outputs: list[torch.Tensor]) -> Any:
 
 def forget_buckets() -> None:
     """A reducer has other buckets now, or is gone: let go of the memory of the old ones."""
-    _buckets.clear()
+    buckets.clear()

@@ -102,6 +102,7 @@ def _builtin(reducer: Any, kind: Any) -> None:
             kind,
         )
     _engine.native_futures = True
+    forget_buckets()
     _original("_register_builtin_comm_hook")(reducer, kind)
 
 
@@ -194,7 +195,9 @@ def _has(reducer: Any, order: bytes) -> None:
 
 
 def _rebuild(reducer: Any) -> bool:
-    """What stands in place of `Reducer._rebuild_buckets`."""
+    """What stands in place of `Reducer._rebuild_buckets`, which each forward calls."""
+    if reducer in _orders:  # it does so once, and only checks something from then on
+        return bool(_original("_rebuild_buckets")(reducer))
     capture = _Capture()
     with _Answering(capture):
         rebuilt: bool = _original("_rebuild_buckets")(reducer)

@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C._distributed_c10d import ProcessGroup, Store
+from torch._C._distributed_c10d import ProcessGroup, Store, Work
 
 from checkpointless_elastic.errors import RankLostError
+from checkpointless_elastic.groups.backward import asked_by_reducer, await_at_end, buckets
 from checkpointless_elastic.groups.host import Situation
 from checkpointless_elastic.groups.ops import OPS, Op
-from checkpointless_elastic.groups.work import ElasticWork
+from checkpointless_elastic.groups.work import ElasticWork, wait_for
 
 if TYPE_CHECKING:
     from checkpointless_elastic.groups.issue import Engine
@@ -235,10 +237,12 @@ def _batch_op(batch: list[ElasticWork]) -> Op:
     )
 
 
-def _collective(method: str, op: Op) -> Callable[..., ElasticWork | None]:
+def _collective(method: str, op: Op) -> Callable[..., Work | None]:
     """The method that issues one collective: on the native group if nothing is to be minded."""
 
-    def issue(self: ElasticProcessGroup, *args: Any, **kwargs: Any) -> ElasticWork | None:
+    reduces = method == "allreduce"  # what the reducer asks for
+
+    def issue(self: ElasticProcessGroup, *args: Any, **kwargs: Any) -> Work | None:
         link, engine = self.link, self.engine
         self.stamp = engine.calls
         counts, place = engine.counts, self._counted
@@ -262,6 +266,14 @@ def _collective(method: str, op: Op) -> Callable[..., ElasticWork | None]:
             link.track(native)
         else:
             in_flight.add(native)
+        if (
+            buckets
+            and reduces
+            and asked_by_reducer()
+            and (done := buckets.get(args[0][0]._cdata)) is not None
+        ):
+            await_at_end(partial(wait_for, link, native, self, op, method, args, kwargs))
+            return done
         return ElasticWork(self, link, native, op, method, args, kwargs)
 
     issue.__name__ = method

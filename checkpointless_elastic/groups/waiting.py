@@ -21,7 +21,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["BRIEFLY", "AbortableFuture", "end_idle", "give_up_soon", "wait_beside", "wait_in_slices"]
+__all__ = [
+    "BRIEFLY",
+    "AbortableFuture",
+    "end_idle",
+    "give_up_soon",
+    "wait_beside",
+    "wait_briefly",
+    "wait_in_slices",
+]
 
 _SLICE = timedelta(milliseconds=50)
 BRIEFLY = timedelta(milliseconds=1)
@@ -43,6 +51,11 @@ def wait_in_slices(native: Any, link: Any, timeout: timedelta) -> bool:
                 return ended
             if link.void or (deadline is not None and time.monotonic() >= deadline):
                 raise
+
+
+def wait_briefly(native: Any) -> None:
+    """For one slice. RuntimeError if it has not ended well by then."""
+    native.wait(_SLICE)
 
 
 def _last_slice(link: Any) -> timedelta:

@@ -15,7 +15,7 @@ from torch.distributed import Work
 
 from checkpointless_elastic.groups.backward import asked_by_reducer, completed, ended_with_backward
 from checkpointless_elastic.groups.host import Situation
-from checkpointless_elastic.groups.waiting import AbortableFuture
+from checkpointless_elastic.groups.waiting import AbortableFuture, wait_briefly
 
 if TYPE_CHECKING:
     from checkpointless_elastic.groups.elastic import ElasticProcessGroup
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from checkpointless_elastic.groups.owed import Kept
     from checkpointless_elastic.groups.spec import GroupSpec
 
-__all__ = ["ElasticWork"]
+__all__ = ["ElasticWork", "wait_for"]
 
 _NO_TIMEOUT = timedelta(0)
 
@@ -105,7 +105,7 @@ class ElasticWork(Work):
             link is not None and link.on_device(self.args, self.kwargs)
         )
         if asked_by_reducer() and not by_itself:
-            return ended_with_backward(self)
+            return ended_with_backward(self._outputs(), self.wait)
         if native is None or link is None:
             return completed(self._outputs())
         if by_itself:
@@ -164,6 +164,16 @@ class ElasticWork(Work):
 
     def _get_duration(self) -> float:
         return 0.0 if self.native is None else float(self.native._get_duration())
+
+
+def wait_for(link: Link, native: Any, group: ElasticProcessGroup, *call: Any) -> None:
+    """What `ElasticWork.wait` does for a collective inside a replayable function, whose work need not be made then."""
+    try:
+        wait_briefly(native)
+    except RuntimeError:
+        ElasticWork(group, link, native, *call).wait()
+    else:
+        link.in_flight.discard(native)
 
 
 def _outputs(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], spec: GroupSpec) -> list[torch.Tensor]:

@@ -44,17 +44,18 @@ class ArgumentGuard:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the arguments; clones tensors if the function is known to write into them, or not known yet."""
-        self._tensors, self._containers = [], []
+        self._let_go()
         self._given, self._attempts = (args, kwargs), 0
         for value in _walk([*args, *kwargs.values()]):
             if isinstance(value, torch.Tensor):
                 self._tensors.append(value)
             else:
                 self._containers.append((value, _content(value)))
-        self._notes = [(tensor._version, tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
-                       for tensor in self._tensors]  # fmt: skip
-        wanted = self._writes or (not self._calls and self._size() <= self._limit)
-        self._clones = [tensor.detach().clone() for tensor in self._tensors] if wanted else None
+        if self._tensors:
+            self._notes = [(tensor._version, tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
+                           for tensor in self._tensors]  # fmt: skip
+            if self._writes or (not self._calls and self._size() <= self._limit):
+                self._clones = [tensor.detach().clone() for tensor in self._tensors]
         self._calls += 1
 
     def _size(self) -> int:
@@ -62,6 +63,8 @@ class ArgumentGuard:
 
     def gate(self) -> bool:
         """Learn whether the function writes into its arguments. True if it did and there are no clones."""
+        if not self._tensors:
+            return False
         if any(tensor._version != note[0] for tensor, note in zip(self._tensors, self._notes, strict=True)):
             self._writes = True
             return self._clones is None
@@ -100,6 +103,9 @@ class ArgumentGuard:
     def end(self) -> None:
         """Learn, and let go of the arguments, so that their memory is not held."""
         self.gate()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._given = ((), {})
         self._tensors, self._notes, self._clones, self._containers = [], [], None, []
 

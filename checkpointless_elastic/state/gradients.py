@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import repeat
+from operator import attrgetter, is_not
 
 import torch
 from torch.optim import Optimizer
@@ -72,7 +73,10 @@ class GradientNote(Observer):
         self._backward_seen = False
         self.stepped = []
         self._starts = {}
-        for index, grad in enumerate(map(_grad, self._params)):
+        grads = list(map(_grad, self._params))
+        if not any(map(is_not, grads, repeat(None))):
+            return
+        for index, grad in enumerate(grads):
             if grad is not None:
                 zero = self._zeroed.get(index) == (id(grad), _version(grad))
                 self._starts[index] = _Start(index, grad, _version(grad), zero=zero)

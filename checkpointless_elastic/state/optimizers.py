@@ -8,7 +8,8 @@ every tensor and runs the user's hooks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from operator import is_
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from checkpointless_elastic.state.sharding import Ranks, is_sharded, replicas
 from checkpointless_elastic.state.tree import pack, tensors_of, unpack
 
 __all__ = ["OptimizerHolder"]
+
+_params = itemgetter("params")
 
 
 class OptimizerHolder(Holder):
@@ -37,9 +40,10 @@ class OptimizerHolder(Holder):
         self._keeper = keeper or optimizer
         self._names = names
         self._seen: list[Any] = []
+        self._values: list[Any] = []  # all that the groups held when that was last seen; cheaper to look at
 
     def tensors(self) -> Iterator[Found]:
-        self._seen = self._watched()
+        self._seen, self._values = self._watched(), []
         for number, group in enumerate(self._optimizer.param_groups):
             for index, param in enumerate(group["params"]):
                 if self._names.key(param) is None:
@@ -84,8 +88,14 @@ class OptimizerHolder(Holder):
         yield from (value for value in self._keeper.state.values() if isinstance(value, dict))
 
     def stale(self) -> bool:
-        now = self._watched()
-        return len(now) != len(self._seen) or not all(map(is_, now, self._seen))
+        groups = self._optimizer.param_groups
+        values = list(chain.from_iterable([*map(dict.values, groups), *map(_params, groups)]))
+        if _identical(values, self._values):
+            return False
+        if not _identical(self._watched(), self._seen):
+            return True
+        self._values = values  # a learning rate
+        return False
 
     def _watched(self) -> list[Any]:
         """What the groups hold that can be a piece: parameters, and hyperparameters that are tensors."""
@@ -167,6 +177,10 @@ class OptimizerHolder(Holder):
 
     def load(self, plain: Any, live: Mapping[str, torch.Tensor]) -> None:
         """Nothing is left to do: `adopt` has set all values that are not tensors."""
+
+
+def _identical(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(is_, one, other))
 
 
 def _hyper(group: dict[str, Any]) -> dict[str, Any]:

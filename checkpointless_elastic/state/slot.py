@@ -24,7 +24,8 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from operator import attrgetter
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ _CELL_ALIGNMENT = 64
 _NO_PARTS: Mapping[int, bytes] = MappingProxyType({})
 _RECORD = struct.Struct("<QI")
 _RECORD_BYTES = _RECORD.size + _CRC.size
+_row = attrgetter("row")
 _READ_ATTEMPTS = 100  # a reader that meets a writer this often in a row is not given bytes that may be mixed
 
 
@@ -128,8 +130,13 @@ class Slot:
         """
         current, spare, index = self._written or self._begin()
         cells, table = self._cells, self._table
+        dropped: list[_Cell] = []
         if parts.keys() != cells.keys():
-            cells = {number: cells.get(number) or self._place(number, part) for number, part in parts.items()}
+            cells = dict(cells)
+            for number in self._cells.keys() - parts.keys():
+                dropped.append(cells.pop(number))
+            for number in parts.keys() - cells.keys():
+                cells[number] = self._place(number, parts[number])
             table = _table(cells.values())
         record = table + blob
         where, inline = spare, len(record) <= _INLINE
@@ -142,9 +149,9 @@ class Slot:
         self._pwrite(self._blob_fd, _packed(entry) + record if inline else _packed(entry), _position(index))
         self._written = entry, current, 1 - index
         self.sequence = entry.sequence
-        if cells is not self._cells:
-            self._release([cell for number, cell in self._cells.items() if number not in cells])
-            self._cells, self._table = cells, table
+        self._cells, self._table = cells, table
+        for cell in dropped:  # the current record does not name them any more
+            self._free.setdefault(_aligned(cell.length), []).append(cell.offset)
 
     def read(self) -> Content | None:
         """The last content that was written whole; None if there is none."""
@@ -221,11 +228,6 @@ class Slot:
         self._pwrite(self._blob_fd, part, offset)
         return _Cell(offset, len(part), _ROW.pack(number, offset, len(part), zlib.crc32(part)))
 
-    def _release(self, cells: Iterable[_Cell]) -> None:
-        """Their room is free: the current record does not name them."""
-        for cell in cells:
-            self._free.setdefault(_aligned(cell.length), []).append(cell.offset)
-
     def _extend(self, length: int) -> tuple[int, int]:
         """Offset and capacity of a piece of the file that was not handed out yet."""
         wanted = _aligned(length)
@@ -285,10 +287,10 @@ class Slot:
             yield at, payload
 
     def _pwrite(self, fd: int, data: bytes, offset: int) -> None:
-        done = 0
         try:
+            done = os.pwrite(fd, data, offset)
             while done < len(data):
-                done += os.pwrite(fd, data[done:] if done else data, offset + done)
+                done += os.pwrite(fd, data[done:], offset + done)
         except OSError as error:
             advice = "make the file system larger, or choose another directory for the job's run files"
             raise OSError(
@@ -312,7 +314,7 @@ def _gaps(taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _table(cells: Collection[_Cell]) -> bytes:
-    return b"".join([_COUNT.pack(len(cells)), *[cell.row for cell in cells]])
+    return b"".join([_COUNT.pack(len(cells)), *map(_row, cells)])
 
 
 def _split(record: bytes) -> tuple[list[tuple[int, ...]], bytes]:

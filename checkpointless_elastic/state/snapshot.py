@@ -132,7 +132,7 @@ class AttemptSnapshot:
         if not self._is_current():
             self._view = self._look()
             self._is_current()
-        known = self._functions.setdefault(function, _Function(function))
+        known = self._functions.get(function) or self._functions.setdefault(function, _Function(function))
         if known.scan is not self._view.scan:
             self._prepare(known)
         self._function = known
@@ -154,7 +154,7 @@ class AttemptSnapshot:
             self._inventory.settle()
         known, pieces = self._function, self._view.pieces
         changed = self._changed()
-        missed = sorted(changed.difference(known.indices))
+        missed = sorted(changed.difference(known.indices)) if changed else []
         self._unprepared = [pieces[number].key for number in missed]
         self._unprepared += [
             gradient_key(self._view.scan.params[index][0]) for index in self._gradients.gate()

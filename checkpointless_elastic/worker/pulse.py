@@ -123,13 +123,16 @@ class Pulse:
     def end(self, stretch: int, *, learn: bool = True) -> None:
         """It has ended; ``learn`` if it went as usual."""
         words, now, at = self._words, time.monotonic_ns(), self._kind
-        if learn and at and not self._fresh:
-            words[at + 1] = min(words[at + 1] + 1, ENOUGH)
-            words[at + 2] = max(now - self._began, int(words[at + 2] * _KEEP))
         if learn:
-            self._pace(now - self._began)
-        self._usual = words[_EXPECTED] or self._usual
-        words[_EXPECTED] = 0
+            took = now - self._began
+            if at and not self._fresh:
+                if words[at + 1] < ENOUGH:
+                    words[at + 1] += 1
+                words[at + 2] = max(took, int(words[at + 2] * _KEEP))
+            self._pace(took)
+        expected = words[_EXPECTED]
+        if expected:
+            self._usual, words[_EXPECTED] = expected, 0
         self._stretch(stretch)
         words[_SINCE] = now
         words[_ACTIVITY] = Activity.OUTSIDE

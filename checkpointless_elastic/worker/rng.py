@@ -16,8 +16,8 @@ import random
 import struct
 import sys
 import time
-from collections.abc import Callable, Mapping
-from operator import is_
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_, itemgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ from checkpointless_elastic.worker.rng_memory import (
     GAUSS,
     WORDS_BYTES,
     Reader,
+    asked,
+    glance,
     numpy_reader,
     python_reader,
     torch_address,
@@ -43,6 +45,7 @@ _NUMPY = struct.Struct("<2496si")
 _PYTHON_VERSION = 3  # of random.getstate(), the same from Python 3.2 on
 _NUMPY_KIND = "MT19937"
 _NO_DEVICES: Mapping[str, bytes] = MappingProxyType({})
+_number = itemgetter(0)  # of a Part
 
 
 class Part(NamedTuple):
@@ -72,7 +75,7 @@ class RngState:
 
     def __init__(self, parts: tuple[Part, ...], devices: tuple[str, ...] = ()) -> None:
         self.parts, self.devices = parts, devices
-        self.encoded = tuple(part.number for part in parts), devices
+        self.encoded = tuple(map(_number, parts)), devices
 
     def __eq__(self, other: object) -> bool:
         """Equal bytes, whatever their numbers."""
@@ -95,32 +98,34 @@ def decoded(encoded: Any, found: Mapping[int, bytes]) -> RngState:
 
 def capture() -> RngState:
     """Take the state of Python, NumPy, torch and the accelerator. Does not wait for a device. Main thread only."""
-    global _last, _glanced
-    if sys.modules.get("numpy.random") is not _numpy_module:
-        _look_for_numpy()
+    global _last, _seen
+    if _glance is None or sys.modules.get("numpy.random") is not _numpy_module:
+        _look_around()
+    assert _glance is not None
     accelerator = _accelerator()
     devices = _NO_DEVICES if accelerator is None else _device_states(*accelerator)
-    glanced = _python.glance(), _numpy.glance(), _torch.glance(), *devices.values()
-    if glanced != _glanced or _last is None:
-        _last, _glanced = _taken(glanced, devices), glanced
+    seen = _glance(), *devices.items()
+    if seen != _seen or _last is None:
+        _last, _seen = _taken(seen[0], devices), seen
     return _last
 
 
-def _taken(glanced: tuple[object, ...], devices: Mapping[str, bytes]) -> RngState:
+def _taken(signs: tuple[object, ...], devices: Mapping[str, bytes]) -> RngState:
     """The state of now, with the parts of the last one that are the same; the last one itself if all of them are."""
-    readers: list[Callable[[], bytes]] = [_python.read, _numpy.read, _torch.read]
-    readers += [functools.partial(bytes, data) for data in devices.values()]
-    known = _last.parts if _last is not None else ()
-    parts = []
-    for number, read in enumerate(readers):
-        part = known[number] if number < len(known) else None
-        if part is None or glanced[number] != _glanced[number]:
-            data = read()
-            part = part if part is not None and part.data == data else Part(next(_numbers()), data)
-        parts.append(part)
-    names = tuple(devices)
-    same = _last is not None and _last.devices == names and all(map(is_, parts, known))
-    return _last if _last is not None and same else RngState(tuple(parts), names)
+    names, before = tuple(devices), _seen[0]
+    same_devices = _last is not None and _last.devices == names
+    known: Sequence[Any] = _last.parts if _last is not None and same_devices else [None] * (3 + len(names))
+    parts = list(known)
+    for number, start, end in _places:
+        if signs[start:end] != before[start:end] or parts[number] is None:
+            parts[number] = _part(parts[number], _readers[number].read())
+    if names:
+        parts[3:] = map(_part, parts[3:], devices.values())
+    return _last if _last is not None and all(map(is_, parts, known)) else RngState(tuple(parts), names)
+
+
+def _part(known: Part | None, data: bytes) -> Part:
+    return known if known is not None and known.data == data else Part(next(_numbers()), data)
 
 
 @functools.lru_cache(maxsize=1)
@@ -167,14 +172,31 @@ def _python_state() -> bytes:
     return _WORDS.pack(position, *words) + GAUSS.pack(gauss is not None, gauss or 0.0)
 
 
-def _look_for_numpy() -> None:
-    """The script has imported it. Perhaps only by half: then it is looked for again."""
-    global _numpy_module, _numpy
+def _look_around() -> None:
+    """Find the generators. The script has imported NumPy; perhaps only by half: then it is looked for again."""
+    global _numpy_module, _numpy, _glance, _readers, _places, _seen
     module = sys.modules.get("numpy.random")
-    if hasattr(module, "get_state"):
-        ask = functools.partial(_numpy_state, module)
-        reader = numpy_reader(module) or Reader(ask, object)
-        _numpy_module, _numpy = module, Reader(lambda: reader.read() or ask(), reader.glance)
+    if module is not _numpy_module and hasattr(module, "get_state"):
+        _numpy_module, _numpy = module, _numpy_reader(module)
+    _readers = _python, _numpy, _torch
+    ends = list(itertools.accumulate(len(reader.signs) for reader in _readers))
+    _places = list(zip(range(3), [0, *ends], ends, strict=False))
+    _glance, _seen = glance(_readers), ((),)
+
+
+def _numpy_reader(module: Any) -> Reader:
+    reader = numpy_reader(module)
+    if reader is None:
+        return asked(functools.partial(_numpy_state, module))
+
+    def read() -> bytes:
+        global _numpy_module
+        state = reader.read()
+        if not state:
+            _numpy_module = None  # another generator was put in place: look for it next time
+        return state or _numpy_state(module)
+
+    return Reader(read, reader.signs)
 
 
 def _numpy_state(module: Any) -> bytes:
@@ -227,14 +249,17 @@ def _device_generator(name: str) -> torch.Generator:
     return generator
 
 
-_python = python_reader() or Reader(_python_state, object)
+_python = python_reader() or asked(_python_state)
 _numpy_module: Any = None
-_numpy = Reader(bytes, bytes)
+_numpy = Reader(bytes, ())
 _torch_address = torch_address(torch.default_generator)
 _torch = (
-    Reader(functools.partial(capture_generator, torch.default_generator), object)
+    asked(functools.partial(capture_generator, torch.default_generator))
     if _torch_address is None
     else torch_reader(_torch_address)
 )
+_readers = _python, _numpy, _torch
+_places: list[tuple[int, int, int]] = []  # of each: number, begin and end of its signs among those of all
+_glance: Callable[[], tuple[object, ...]] | None = None  # gives the signs of all
 _last: RngState | None = None  # the newest state
-_glanced: tuple[object, ...] = ()  # what was seen of it at a glance
+_seen: tuple[Any, ...] = ((),)  # their signs then, and the states of devices

@@ -17,7 +17,10 @@ from __future__ import annotations
 import ctypes
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +32,8 @@ __all__ = [
     "TORCH_BYTES",
     "WORDS_BYTES",
     "Reader",
+    "asked",
+    "glance",
     "numpy_reader",
     "python_reader",
     "torch_address",
@@ -53,12 +58,33 @@ class Reader(NamedTuple):
     """Reads one generator.
 
     Attributes:
-        read: gives its state; no bytes when the library has to be asked after all.
-        glance: gives something that is another one when the state is, or may be.
+        read: gives its state; no bytes when the generator is not where it was.
+        signs: attributes of objects, one of which at least is not equal to what it was if the state is another one.
     """
 
     read: Callable[[], bytes]
-    glance: Callable[[], object]
+    signs: tuple[tuple[object, str], ...]
+
+
+class _Restless:
+    """For a state of which nothing shows whether it is the same."""
+
+    @property
+    def sign(self) -> object:
+        return object()
+
+
+def asked(read: Callable[[], bytes]) -> Reader:
+    """A reader that asks the library each time."""
+    return Reader(read, ((_Restless(), "sign"),))
+
+
+def glance(readers: Iterable[Reader]) -> Callable[[], tuple[object, ...]]:
+    """Gives all their signs, in one call."""
+    signs = [sign for reader in readers for sign in reader.signs]
+    seen = SimpleNamespace(**{f"of{number}": held for number, (held, _) in enumerate(signs)})
+    look = attrgetter(*[f"of{number}.{name}" for number, (_, name) in enumerate(signs)])
+    return partial(look, seen)
 
 
 def python_reader() -> Reader | None:
@@ -73,7 +99,7 @@ def python_reader() -> Reader | None:
         gauss = owner.gauss_next
         return words.raw + GAUSS.pack(gauss is not None, gauss or 0.0)
 
-    return Reader(read, lambda: (first.raw, owner.gauss_next))
+    return Reader(read, ((first, "raw"), (owner, "gauss_next")))
 
 
 def _view(address: int, length: int) -> ctypes.Array[ctypes.c_char]:
@@ -106,10 +132,7 @@ def numpy_reader(module: Any) -> Reader | None:
         has_gauss, gauss = _FLAG.unpack(flag.raw)
         return words.raw + GAUSS.pack(has_gauss, gauss)
 
-    def glance() -> object:
-        return (last.raw, flag.raw) if owner._bit_generator is generator else object()
-
-    return Reader(read, glance)
+    return Reader(read, ((last, "raw"), (flag, "raw"), (owner, "_bit_generator")))
 
 
 def _flag_offset(kind: Any) -> int | None:
@@ -149,10 +172,10 @@ def torch_reader(address: int) -> Reader:
     behind = _TORCH_WORDS + WORDS_BYTES - 4
     whole, first = _view(address, TORCH_BYTES), _view(address, _GLANCE)
     last = _view(address + behind, TORCH_BYTES - behind)
-    return Reader(lambda: _clean_torch(whole.raw), lambda: (first.raw, last.raw))
+    return Reader(partial(_clean_torch, whole), ((first, "raw"), (last, "raw")))
 
 
-def _clean_torch(state: bytes) -> bytes:
+def _clean_torch(state: ctypes.Array[ctypes.c_char]) -> bytes:
     """What was read, the same for equal states: padding and absent second draws are zero."""
     *engine, single, has_single, double, has_double = _TORCH.unpack(state)
     single, double = single if has_single else b"", double if has_double else b""

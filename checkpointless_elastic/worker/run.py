@@ -98,6 +98,11 @@ class Run:
             rank, every = self._session.rank, self._session.channel.welcome.verify_every
             self._verifier, self._damage = Verifier(rank, every), Damage(self._session.run_dir, rank, every)
             self._recovery = Recovery(self._session, self)
+            self._hooks = (
+                functools.partial(self._commit, self._session, self._recovery),
+                functools.partial(self._before_update, self._recovery),
+                functools.partial(self._applied, self._session),
+            )
             self._session.protect(self._recovery)
         _run = self
 
@@ -178,7 +183,7 @@ class Run:
             skipped, value = recovery.enter_call()
             if skipped:
                 return value
-        guard = self._guards.setdefault(name, ArgumentGuard(name))
+        guard = self._guards.get(name) or self._guards.setdefault(name, ArgumentGuard(name))
         guard.begin(args, kwargs)
         try:
             while True:
@@ -214,12 +219,7 @@ class Run:
         recovery.mirror.begin(recovery.record.begin(start), recovery.record.last_value)
         self._verifier.begin(host.step, self._shared_pieces)
         self._communicates = False
-        call = gate.Call(
-            self._gates.get(name, 1),
-            functools.partial(self._commit, host, recovery),
-            functools.partial(self._before_update, recovery),
-            functools.partial(self._applied, host),
-        )
+        call = gate.Call(self._gates.get(name, 1), *self._hooks)
         host.in_call, host.committed, host.late, host.void_memory = True, False, False, set()
         host.pulse.begin(Activity.CALL, name, host.stretch)
         as_usual = False

@@ -239,11 +239,11 @@ def futures_of_buckets(worker: Worker) -> tuple[list[int], int]:
     counts = []
     for number in range(4):
         step(net, worker.rank, number)
-        counts.append(len(backward._buckets))
+        counts.append(len(backward.buckets))
     del net
     gc.collect()
     dist.barrier()
-    return counts, len(backward._buckets)
+    return counts, len(backward.buckets)
 
 
 def step_with_sparse_gradients(worker: Worker) -> tuple[int, list[bytes]]:
@@ -256,7 +256,7 @@ def step_with_sparse_gradients(worker: Worker) -> tuple[int, list[bytes]]:
         net(torch.randint(0, 50, (8,))).sum().backward()
     dist.barrier()
     grads = [param.grad for param in net.parameters() if param.grad is not None]
-    return len(backward._buckets), [grad.to_dense().numpy().tobytes() for grad in grads]
+    return len(backward.buckets), [grad.to_dense().numpy().tobytes() for grad in grads]
 
 
 def test_sparse_gradients_are_reduced_and_nothing_of_them_is_kept() -> None:

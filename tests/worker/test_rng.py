@@ -119,9 +119,10 @@ def test_what_is_not_found_in_memory_is_asked_of_the_library(
         "numpy": lambda: rng._numpy_state(np.random),
         "torch": lambda: rng.capture_generator(torch.default_generator),
     }
-    monkeypatch.setattr(rng, f"_{missing}", rng_memory.Reader(library[missing], object))
+    monkeypatch.setattr(rng, f"_{missing}", rng_memory.asked(library[missing]))
     if missing == "torch":
         monkeypatch.setattr(rng, "_torch_address", None)
+    rng._look_around()
     draws()
     state = rng.capture()
     first = draws()
@@ -129,6 +130,7 @@ def test_what_is_not_found_in_memory_is_asked_of_the_library(
     assert rng.capture() == state
     assert draws() == first
     monkeypatch.undo()
+    rng._look_around()
     rng.capture()
 
 
