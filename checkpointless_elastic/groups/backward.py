@@ -61,22 +61,22 @@ class _Awaited:
 
         A work's error is raised, and ends the backward.
         """
-        for one in _thread.alive():
-            while one.waits:
+        for ref in _thread.known:
+            one = ref()
+            while one is not None and one.waits:
                 one.waits[0]()  # one that fails stays: nobody must take its outputs to be reduced
                 del one.waits[0]
         _thread.known = [ref for ref in _thread.known if ref() not in (None, self)]
 
 
 class _Thread(threading.local):
-    """What belongs to one thread: its backwards that await works, the innermost last."""
+    """What belongs to one thread: its backwards that await works and have not ended, the innermost last.
+
+    One that has failed is gone.
+    """
 
     def __init__(self) -> None:
         self.known: list[weakref.ref[_Awaited]] = []
-
-    def alive(self) -> list[_Awaited]:
-        """Those that neither ended nor failed."""
-        return [one for ref in self.known if (one := ref()) is not None]
 
 
 _thread = _Thread()

@@ -23,15 +23,15 @@ import torch
 
 __all__ = [
     "BRIEFLY",
+    "SLICE",
     "AbortableFuture",
     "end_idle",
     "give_up_soon",
     "wait_beside",
-    "wait_briefly",
     "wait_in_slices",
 ]
 
-_SLICE = timedelta(milliseconds=50)
+SLICE = timedelta(milliseconds=50)
 BRIEFLY = timedelta(milliseconds=1)
 _LOOK_UP_S = 0.05
 GRACE_S = 0.02
@@ -43,7 +43,7 @@ def wait_in_slices(native: Any, link: Any, timeout: timedelta) -> bool:
     deadline = time.monotonic() + timeout.total_seconds() if timeout else None
     while True:
         try:
-            done: bool = native.wait(_last_slice(link) if link.void else _SLICE)
+            done: bool = native.wait(_last_slice(link) if link.void else SLICE)
             return done
         except RuntimeError:
             if native.is_completed():
@@ -51,11 +51,6 @@ def wait_in_slices(native: Any, link: Any, timeout: timedelta) -> bool:
                 return ended
             if link.void or (deadline is not None and time.monotonic() >= deadline):
                 raise
-
-
-def wait_briefly(native: Any) -> None:
-    """For one slice. RuntimeError if it has not ended well by then."""
-    native.wait(_SLICE)
 
 
 def _last_slice(link: Any) -> timedelta:

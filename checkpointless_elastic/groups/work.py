@@ -15,7 +15,7 @@ from torch.distributed import Work
 
 from checkpointless_elastic.groups.backward import asked_by_reducer, completed, ended_with_backward
 from checkpointless_elastic.groups.host import Situation
-from checkpointless_elastic.groups.waiting import AbortableFuture, wait_briefly
+from checkpointless_elastic.groups.waiting import SLICE, AbortableFuture
 
 if TYPE_CHECKING:
     from checkpointless_elastic.groups.elastic import ElasticProcessGroup
@@ -169,7 +169,7 @@ class ElasticWork(Work):
 def wait_for(link: Link, native: Any, group: ElasticProcessGroup, *call: Any) -> None:
     """What `ElasticWork.wait` does for a collective inside a replayable function, whose work need not be made then."""
     try:
-        wait_briefly(native)
+        native.wait(SLICE)
     except RuntimeError:
         ElasticWork(group, link, native, *call).wait()
     else:

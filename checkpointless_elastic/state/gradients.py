@@ -84,6 +84,8 @@ class GradientNote(Observer):
     def gate(self) -> list[int]:
         """End of what can be undone; the parameters whose gradients were changed by something not watched."""
         self._open = False
+        if not self._starts:
+            return []
         return [start.index for start in self._starts.values() if _lost(start)]
 
     def restore(self) -> None:

@@ -19,6 +19,10 @@ from checkpointless_elastic.state.tree import copy_plain, same
 
 __all__ = ["ModuleHolder"]
 
+_training = attrgetter("training")
+_requires_grad = attrgetter("requires_grad")
+_forward_sync = attrgetter("require_forward_param_sync")
+
 
 class ModuleHolder(Holder):
     """A module, wrapped by DDP or torch.compile or not. Tied weights are found once.
@@ -123,9 +127,9 @@ class ModuleHolder(Holder):
     def _flags(self) -> tuple[list[bool], list[bool], list[bool]]:
         """Of modules: training. Of parameters: requires_grad. Of DDP: whether the next forward sends buffers around."""
         return (
-            list(map(attrgetter("training"), self._flat)),
-            list(map(attrgetter("requires_grad"), self._params)),
-            list(map(attrgetter("require_forward_param_sync"), self._ddp)),
+            list(map(_training, self._flat)),
+            list(map(_requires_grad, self._params)),
+            list(map(_forward_sync, self._ddp)),
         )
 
     def _set_flags(

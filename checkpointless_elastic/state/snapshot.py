@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from checkpointless_elastic.state.pieces import (
 __all__ = ["ArgumentGuard", "AttemptSnapshot"]
 
 _version = attrgetter("_version")
+_note, _stale = methodcaller("note"), methodcaller("stale")
 _LEARNING_CALLS = 2
 
 
@@ -155,10 +156,11 @@ class AttemptSnapshot:
         known, pieces = self._function, self._view.pieces
         changed = self._changed()
         missed = sorted(changed.difference(known.indices)) if changed else []
-        self._unprepared = [pieces[number].key for number in missed]
-        self._unprepared += [
-            gradient_key(self._view.scan.params[index][0]) for index in self._gradients.gate()
-        ]
+        self._unprepared = []
+        for number in missed:
+            self._unprepared.append(pieces[number].key)
+        for index in self._gradients.gate():
+            self._unprepared.append(gradient_key(self._view.scan.params[index][0]))
         if self._open and (changed or known.learning):
             self._learn({pieces[number].key for number in changed} | self._replaced())
         self._open = False
@@ -240,13 +242,13 @@ class AttemptSnapshot:
     def _is_current(self) -> bool:
         """Whether the objects still hold the tensors of the last scan; notes the values of today."""
         before = self._view.values
-        self._notes = [holder.note() for holder in self._inventory.holders]
+        self._notes = list(map(_note, self._inventory.holders))
         self._values = self._view.contents()
         if len(self._values) != len(before):
             return False
         if not all(map(is_, self._values, before)) and any(map(_matters, self._values, before)):
             return False
-        return not any(holder.stale() for holder in self._inventory.holders)
+        return not any(map(_stale, self._inventory.holders))
 
     def _prepare(self, known: _Function) -> None:
         """Choose what is copied at the next call of a function: what it writes, and what is not known yet."""

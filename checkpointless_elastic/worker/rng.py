@@ -102,8 +102,7 @@ def capture() -> RngState:
     if _glance is None or sys.modules.get("numpy.random") is not _numpy_module:
         _look_around()
     assert _glance is not None
-    accelerator = _accelerator()
-    devices = _NO_DEVICES if accelerator is None else _device_states(*accelerator)
+    devices = _NO_DEVICES if _accelerator is None else _device_states(*_accelerator)
     seen = _glance(), *devices.items()
     if seen != _seen or _last is None:
         _last, _seen = _taken(seen[0], devices), seen
@@ -174,10 +173,11 @@ def _python_state() -> bytes:
 
 def _look_around() -> None:
     """Find the generators. The script has imported NumPy; perhaps only by half: then it is looked for again."""
-    global _numpy_module, _numpy, _glance, _readers, _places, _seen
+    global _numpy_module, _numpy, _accelerator, _glance, _readers, _places, _seen
     module = sys.modules.get("numpy.random")
     if module is not _numpy_module and hasattr(module, "get_state"):
         _numpy_module, _numpy = module, _numpy_reader(module)
+    _accelerator = _find_accelerator()
     _readers = _python, _numpy, _torch
     ends = list(itertools.accumulate(len(reader.signs) for reader in _readers))
     _places = list(zip(range(3), [0, *ends], ends, strict=False))
@@ -219,8 +219,7 @@ def _restore_numpy(blob: bytes) -> None:
     numpy.random.set_state((_NUMPY_KIND, words, position, has_gauss, gauss))
 
 
-@functools.lru_cache(maxsize=1)
-def _accelerator() -> tuple[str, Any] | None:
+def _find_accelerator() -> tuple[str, Any] | None:
     """Name and module of the accelerator that this torch was built for, which a process never changes."""
     device = torch.accelerator.current_accelerator()
     return None if device is None else (device.type, torch.get_device_module(device.type))
@@ -258,6 +257,7 @@ _torch = (
     if _torch_address is None
     else torch_reader(_torch_address)
 )
+_accelerator: tuple[str, Any] | None = None
 _readers = _python, _numpy, _torch
 _places: list[tuple[int, int, int]] = []  # of each: number, begin and end of its signs among those of all
 _glance: Callable[[], tuple[object, ...]] | None = None  # gives the signs of all

@@ -19,7 +19,7 @@ MESSAGES = 40
 
 def wait_for_long(worker: Worker) -> Any:
     """Rank 1 receives, and rank 2 waits in an all-reduce, over many looks; the group still works afterwards."""
-    waiting._SLICE = timedelta(milliseconds=1)
+    waiting.SLICE = timedelta(milliseconds=1)
     waiting._LOOK_UP_S = 0.001
     worker.registry.install()
     dist.init_process_group("gloo", store=worker.store, rank=worker.rank, world_size=worker.size)
