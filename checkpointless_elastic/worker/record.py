@@ -41,8 +41,9 @@ class Record:
         self._start: PrivateState | None = None
         self._ready: PrivateState | None = None  # until more follows than the pulse can say
         self._content = Content(b"", {})  # the same, as it was written
-        # Where that call has returned, if nothing came after it; what slot and pulse say, if it is of between steps.
-        self._iteration: tuple[Frame, int] | None = None
+        # Where that call has returned (loop, iteration, state of the items' source before it), if nothing came after it;
+        # what slot and pulse say, if it is of between steps.
+        self._iteration: tuple[Frame, int, tuple[bytes, ...]] | None = None
         self._between: PrivateState | None = None
 
     def begin(self, state: rng.RngState) -> PrivateState:
@@ -66,7 +67,8 @@ class Record:
         state, cursor = rng.capture(), self._session.cursor
         cursor.commit(self.last_value, state)
         if self._follows_from_ready(state):
-            self._iteration = cursor.top, cursor.top.position
+            top = cursor.top
+            self._iteration = top, top.position, top.source_start
             self.own = Own(self._session.step, self._content, ready=True, value=self.last_value)
             return
         between = self._now(At.BETWEEN, None)
@@ -124,10 +126,9 @@ class Record:
         """Whether all that has changed since the call returned is that its loop has begun the next iteration."""
         if self._iteration is None or self._ready is None or between.issued:
             return False
-        frame, position = self._iteration
+        frame, position, source = self._iteration
         advanced = between.cursor.top is frame and frame.position == position + 1
-        drew = frame.rng_start is not self._ready.ready_rng or frame.source_start
-        return advanced and not drew
+        return advanced and frame.rng_start is self._ready.ready_rng and frame.source_start == source
 
 
 def follow(ready: PrivateState, record: int, pulse: Pulse) -> None:
@@ -135,4 +136,4 @@ def follow(ready: PrivateState, record: int, pulse: Pulse) -> None:
     cursor = ready.cursor
     cursor.commit(pulse.kept(record), ready.ready_rng)
     if pulse.advanced(record):
-        cursor.start(cursor.top, ready.ready_rng)
+        cursor.start(cursor.top, ready.ready_rng, cursor.top.source_start)

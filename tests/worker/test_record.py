@@ -65,7 +65,8 @@ class Script:
         if not self._loops:
             return
         cursor, frame = self.session.cursor, self._loops[-1]
-        before = rng.capture(), (b"7",) if frame.kind == "batches" else (), len(frame.outside)
+        source = (self._random.choice([b"7", b"7", b"8"]),) if frame.kind == "batches" else ()
+        before = rng.capture(), source, len(frame.outside)
         if frame.kind == "batches":
             self._sometimes(torch.rand, 1)
         cursor.start(frame, *before)
@@ -123,12 +124,14 @@ def test_a_replacement_is_where_the_rank_was(seed: int, tmp_path: Path) -> None:
             assert script.found() == script.true(), done
 
 
-def test_most_steps_of_a_plain_loop_write_the_slot_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["steps", "batches"])
+def test_most_steps_of_a_plain_loop_write_the_slot_once(kind: str, tmp_path: Path) -> None:
     script = Script(tmp_path, 1)
     script._sometimes = lambda *_: None  # type: ignore[method-assign]
+    script._random = SimpleNamespace(choice=lambda options: options[0])  # type: ignore[assignment]
     loop = script._loops[0]
-    loop.kind = "steps"
-    script.step(), script.go_on()
+    loop.kind = kind
+    script.go_on(), script.step(), script.go_on()
     before = script.slot.sequence
     for _ in range(10):
         script.record.begin(rng.capture())
