@@ -41,8 +41,8 @@ class Record:
         self._start: PrivateState | None = None
         self._ready: PrivateState | None = None  # until more follows than the pulse can say
         self._content = Content(b"", {})  # the same, as it was written
-        # Where that call has returned (loop, iteration, state of the items' source before it), if nothing came after it;
-        # what slot and pulse say, if it is of between steps.
+        # Where that call has returned (loop, iteration, state of its source), if nothing came after it; what slot and
+        # pulse say, if it is of between steps.
         self._iteration: tuple[Frame, int, tuple[bytes, ...]] | None = None
         self._between: PrivateState | None = None
 
