@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 _active: Call | None = None
@@ -60,8 +59,6 @@ class Call:
     def gate(self) -> None:
         """Commit, once."""
         if not self.committed:
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                torch.cuda.synchronize()
             self._commit()
             self.committed = True
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -248,6 +249,8 @@ class Run:
         self._snapshot.gate()
         recovery.mirror.wait()
         recovery.record.ready()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # the vote says that the step is computed; the above is done meanwhile
         host.pulse.turn(Activity.GATE)
         if not host.vote(self._verifier.said()):
             raise gate.VoidAttempt
