@@ -168,12 +168,15 @@ class ElasticWork(Work):
 
 def wait_for(link: Link, native: Any, group: ElasticProcessGroup, *call: Any) -> None:
     """What `ElasticWork.wait` does for a collective inside a replayable function, whose work need not be made then."""
-    try:
-        native.wait(SLICE)
-    except RuntimeError:
-        ElasticWork(group, link, native, *call).wait()
-    else:
-        link.in_flight.discard(native)
+    if not link.void:
+        try:
+            native.wait(SLICE)
+        except RuntimeError:
+            pass  # not yet, or not well
+        else:
+            link.in_flight.discard(native)
+            return
+    ElasticWork(group, link, native, *call).wait()
 
 
 def _outputs(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], spec: GroupSpec) -> list[torch.Tensor]:

@@ -208,11 +208,10 @@ class Slot:
 
     def _begin(self) -> tuple[_Entry, _Entry, int]:
         """The current entry, the one to overwrite and its index: for the first write, or one after a failed write."""
-        first, second = self._entry(0), self._entry(1)
-        current, spare, index = (
-            (first, second, 1) if first.sequence >= second.sequence else (second, first, 0)
-        )
-        record = self._record(current, 1 - index)
+        found = [(self._entry(1), 1), (self._entry(0), 0)]
+        found.sort(key=lambda one: (self._content(*one) is not None, one[0].sequence))
+        (spare, index), (current, where) = found  # the newer one may be torn behind its entry
+        record = self._record(current, where)
         rows = _split(record)[0] if record is not None else []
         self._cells = {row[0]: _Cell(row[1], row[2], _ROW.pack(*row)) for row in rows}
         self._table = _table(self._cells.values())

@@ -246,11 +246,11 @@ class Run:
         return self._returned(host, recovery, name, call, value)
 
     def _commit(self, host: session.Session, recovery: Recovery) -> None:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # what follows may read what any stream has written
         self._snapshot.gate()
         recovery.mirror.wait()
         recovery.record.ready()
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # the vote says that the step is computed; the above is done meanwhile
         host.pulse.turn(Activity.GATE)
         if not host.vote(self._verifier.said()):
             raise gate.VoidAttempt

@@ -245,3 +245,31 @@ def test_a_full_file_system_is_an_error_that_says_what_to_do(path: str) -> None:
             signal.signal(signal.SIGXFSZ, before)
         assert raised.value.errno == errno.EFBIG
         assert slot.read() == Content(b"old", {})
+
+
+def test_a_slot_outlives_two_writes_in_a_row_that_were_torn_behind_their_entry(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By two processes, each of which was killed when the first page of its record had been written."""
+    parts = {1: b"a" * 2500}
+    with Slot.create(path) as slot:
+        slot.write(b"older" * 1600, parts)
+        slot.write(b"whole" * 1600, parts)
+    real = os.pwrite
+
+    def torn(fd: int, data: bytes, offset: int) -> int:
+        if len(data) <= 4096:
+            return real(fd, data, offset)
+        real(fd, data[:4096], offset)
+        raise OSError(errno.EIO, "killed")
+
+    for number in (2, 3):
+        with Slot.open(path) as slot, monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", torn)
+            with pytest.raises(OSError, match="killed"):
+                slot.write(b"torn." * 1600, {number: b"b" * 2500})
+    with Slot.open(path) as slot:
+        content = slot.read()
+        assert content is not None and content == (b"whole" * 1600, parts)
+        slot.write(b"next." * 1600, {4: b"c" * 2500})
+        assert slot.read() == (b"next." * 1600, {4: b"c" * 2500})
