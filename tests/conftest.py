@@ -17,6 +17,9 @@ import psutil
 import pytest
 
 os.environ.setdefault("CHECKPOINTLESS_HANG_SLACK", "60")  # many tests hold a worker up on purpose
+# TCPStore looks up the name of each peer's address, on the server's only thread: a name server that lets a query fall
+# would stall all of a test's agents for the resolver's 5 s.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")
 MARK = "CHECKPOINTLESS_TEST_JOB"
 TIMEOUT_S = 240.0  # for hangs only: the machine may be loaded
 PAUSE_S = 0.01

@@ -55,6 +55,7 @@ from checkpointless_elastic.protocol.messages import (
     Freeze,
     FromWorker,
     Hello,
+    Hold,
     Learned,
     Message,
     Mismatch,
@@ -410,7 +411,7 @@ class AgentControl(Tenant):
         if isinstance(message, Commit) and self._ballot is not None and self._rules.max_nodes == 1:
             self._ballot.begin(next_due(message.step, self._settings.verify_every))
         ranks = sorted(station.pending if isinstance(message, Restore) else station.ranks)
-        channel = "control" if isinstance(message, Freeze) else "vote"
+        channel = "control" if isinstance(message, (Freeze, Hold)) else "vote"
         data = encode(message)
         for rank in ranks:
             self._links.send(rank, channel, data)

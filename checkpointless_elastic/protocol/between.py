@@ -16,6 +16,7 @@ from checkpointless_elastic.protocol.messages import (
     Decision,
     Freeze,
     Frozen,
+    Hold,
     Left,
     Message,
     Mismatch,
@@ -39,7 +40,7 @@ from checkpointless_elastic.protocol.requests import (
     Warm,
 )
 
-VERSION = 3
+VERSION = 4
 
 Said = Protected | Left | Mismatch | Replicas
 """What one worker has to say to the coordinator."""
@@ -374,6 +375,7 @@ class Beat(Message, frozen=True):
 Ordered = (
     Commit
     | Freeze
+    | Hold
     | Decision
     | Restore
     | Rebuild

@@ -150,6 +150,7 @@ class Member(Hanging):
         self._leave_tree()
         self.state, self._uplink = State.SEEKING, 0
         if was is State.FOLLOWING:
+            self._hold()
             self._ask(Query.NEWEST) if why is Closed.GONE else self._ask(Query.LAST_BEAT, self._leader.term)
         elif why is Closed.REJECTED:
             self._end(f"The coordinator at {self._leader.address} does not accept this agent: {reason}")

@@ -13,7 +13,7 @@ import msgspec
 
 from checkpointless_elastic.errors import ProtocolError
 
-VERSION = 4
+VERSION = 5
 MAX_MESSAGE = 64 << 20
 _LENGTH = struct.Struct("<I")
 
@@ -199,6 +199,16 @@ class Freeze(Message, frozen=True):
     store_lost: bool = False
 
 
+class Hold(Message, frozen=True):
+    """A node seems lost while this generation is in force, which is not confirmed yet: Freeze or Unwind follows.
+
+    The store may take its time to confirm it, or to name another coordinator. Until then no collective that fails is
+    taken for the script's own error. The agent has the limit.
+    """
+
+    generation: int
+
+
 class Explain(Message, frozen=True):
     """The job has come to a halt: say where the main thread is."""
 
@@ -279,6 +289,7 @@ ToWorker = (
     | Refused
     | Commit
     | Freeze
+    | Hold
     | Explain
     | Decision
     | Restore

@@ -11,10 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from checkpointless_elastic.protocol.acts import Act, Ask, Dial, Fail, Query, Transmit, Yield
+from checkpointless_elastic.protocol.acts import Act, Ask, Dial, Fail, Obey, Query, Transmit, Yield
 from checkpointless_elastic.protocol.between import VERSION, Between, Join, Standing
 from checkpointless_elastic.protocol.board import Board
 from checkpointless_elastic.protocol.layout import runs
+from checkpointless_elastic.protocol.messages import Hold
 from checkpointless_elastic.protocol.rules import Rules
 
 __all__ = ["Closed", "Me", "Seeker", "State"]
@@ -208,6 +209,11 @@ class Seeker(ABC):
     def _give_way(self, reason: str) -> None:
         if self._standing() is not None:
             self._acts.append(Yield(reason))
+
+    def _hold(self) -> None:
+        """The coordinator is out of reach: workers wait for the next one's Freeze, or are ended."""
+        if (standing := self._standing()) is not None:
+            self._acts.append(Obey(Hold(standing.generation)))
 
     # ---- acts
 

@@ -34,6 +34,7 @@ from checkpointless_elastic.protocol.messages import (
     Freeze,
     FromWorker,
     Frozen,
+    Hold,
     Left,
     Mismatch,
     Protected,
@@ -256,7 +257,7 @@ class Station:
         """On its way through the tree, by an order of the next generation or, if it repeats one, by Resume."""
         if isinstance(message, Freeze) and message.generation <= self._ran:
             return True
-        of_recovery = (Freeze, Decision, Restore, Rebuild, Resume)
+        of_recovery = (Hold, Freeze, Decision, Restore, Rebuild, Resume)
         return isinstance(message, (Commit, *of_recovery)) and message.generation < self.generation
 
     def _opened(self, freeze: Freeze) -> None:

@@ -33,6 +33,7 @@ from checkpointless_elastic.protocol.messages import (
     Explain,
     Freeze,
     Frozen,
+    Hold,
     Learned,
     Left,
     Mismatch,
@@ -166,6 +167,7 @@ class Session:
         self._affecting = threading.Lock()
         self._affected: frozenset[int] = frozenset()
         self._affected_in = -1
+        self._held_in = -1  # the generation of the newest Hold
         if self.shadow:
             self.freeze_seen.set()
 
@@ -175,6 +177,8 @@ class Session:
         """A control message has come."""
         if isinstance(message, Freeze):
             self._freeze(message)
+        elif isinstance(message, Hold):
+            self._held_in = message.generation
         elif isinstance(message, Explain):
             self.channel.control.send(explain())
         elif isinstance(message, Unwind):
@@ -350,8 +354,14 @@ class Session:
         return self.frozen > self.generation
 
     def wait_for_freeze(self) -> bool:
-        """A collective failed: wait up to GRACE_S for the agent to name a lost rank; True if it did."""
-        return self.freeze_seen.wait(GRACE_S) and self.is_frozen()
+        """A collective failed: wait up to GRACE_S, or while the agent says Hold, for it to name a lost rank; did it?"""
+        while not (seen := self.freeze_seen.wait(GRACE_S)) and self._on_hold():
+            pass
+        return seen and self.is_frozen()
+
+    def _on_hold(self) -> bool:
+        with self.lock:  # in force, or ended a moment ago: then the news is nearly here
+            return self._held_in == self.frozen or self.is_frozen()
 
     def recover_outside(self) -> None:
         """A collective outside replayable functions needs a lost rank: recover, then it is repeated."""

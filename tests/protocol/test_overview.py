@@ -7,13 +7,14 @@ from checkpointless_elastic.protocol.between import (
     VERSION,
     Gathered,
     Join,
+    Order,
     RankGone,
     RankSays,
     Seated,
     Turned,
 )
 from checkpointless_elastic.protocol.board import Board
-from checkpointless_elastic.protocol.messages import Freeze, Protected, Replicas, Stage
+from checkpointless_elastic.protocol.messages import Freeze, Hold, Protected, Replicas, Stage
 from checkpointless_elastic.protocol.requests import (
     Declined,
     Dismissed,
@@ -73,7 +74,7 @@ def test_an_overview_of_a_job_that_has_not_begun_says_so() -> None:
 def test_a_drained_node_is_lost_to_the_job_when_the_term_is_confirmed() -> None:
     made = board()
     assert made.consult(Drain(1, "b", False)) == Drained()
-    assert made.acts == [Guard()]  # nobody is told before
+    assert made.acts == [Tell("a", Order(1, Hold(0))), Guard()]  # nobody loses anything before
     made.acts.clear()
     made.confirmed(1, 0.0)
     messages = told(made.acts)
