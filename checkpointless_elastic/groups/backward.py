@@ -59,14 +59,14 @@ class _Awaited:
     def end(self) -> None:
         """Await all works, also those of backwards around this one, at which this one's reducer may look.
 
-        A work's error is raised, and ends the backward.
+        A work's error is raised, and ends the backward and those around it, unless one of them takes it and goes on.
         """
-        for ref in _thread.known:
-            one = ref()
-            while one is not None and one.waits:
-                one.waits[0]()  # one that fails stays: nobody must take its outputs to be reduced
+        known, _thread.known = _thread.known, []
+        for one in [*filter(None, (ref() for ref in known)), self]:
+            while one.waits:
+                one.waits[0]()  # one that fails stays: who goes on must not take its outputs to be reduced
                 del one.waits[0]
-        _thread.known = [ref for ref in _thread.known if ref() not in (None, self)]
+        _thread.known = [ref for ref in known if ref() not in (None, self)]
 
 
 class _Thread(threading.local):

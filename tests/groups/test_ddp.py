@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -333,6 +334,36 @@ def test_a_loss_between_an_outer_and_an_inner_backward_holds_nobody_up() -> None
         assert {job.heard(rank) for rank in range(3)} == {"ready"}
         lose(job, 2)
         assert job.results(0, 1) == [4] * 2
+
+
+def fail() -> None:
+    raise RuntimeError("lost")
+
+
+def backward_with(hook: Callable[[], object]) -> None:
+    with torch.enable_grad():
+        one = torch.ones(1, requires_grad=True) * 2
+    one.register_hook(lambda _: (hook(), None)[1])
+    one.backward()
+
+
+def test_a_backward_that_failed_does_not_fail_the_next_one_while_its_exception_is_kept() -> None:
+    waited: list[str] = []
+    with pytest.raises(RuntimeError, match="lost") as kept:
+        backward_with(lambda: backward.await_at_end(fail))
+    backward_with(lambda: backward.await_at_end(lambda: waited.append("next")))
+    assert waited == ["next"]
+    assert kept.tb is not None
+
+
+def test_a_backward_whose_work_failed_in_one_inside_of_it_fails_too() -> None:
+    def outer() -> None:
+        backward.await_at_end(fail)
+        with pytest.raises(RuntimeError, match="lost"):
+            backward_with(lambda: backward.await_at_end(lambda: None))
+
+    with pytest.raises(RuntimeError, match="lost"):
+        backward_with(outer)
 
 
 def adopt_wrongly(worker: Worker) -> Any:
