@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, _register_process_group
+from torch._dynamo import trace_rules
 from torch.distributed import distributed_c10d as c10d
 
 from checkpointless_elastic.errors import UnsupportedTorchError
@@ -58,6 +59,7 @@ def install(registry: Registry) -> None:
     _exchange("broadcast_object_list", functools.partial(_objects, registry, c10d.broadcast_object_list))
     _exchange("batch_isend_irecv", functools.partial(_batch, c10d.batch_isend_irecv))
     _exchange("destroy_process_group", functools.partial(_destroy, registry, c10d.destroy_process_group))
+    _hide_from_dynamo()
 
 
 def uninstall() -> None:
@@ -67,6 +69,15 @@ def uninstall() -> None:
         if hasattr(dist, name):
             setattr(dist, name, function)
     _originals.clear()
+
+
+@functools.cache
+def _hide_from_dynamo() -> None:
+    """torch.compile does not trace this package: DDP's C++ calls elastic groups in the middle of compiled functions.
+
+    For its bucket rebuild, in a backward, at the gate: it fails on attributes that it does not know.
+    """
+    trace_rules.add("checkpointless_elastic")
 
 
 def _exchange(name: str, function: Callable[..., Any]) -> None:
