@@ -88,8 +88,16 @@ def _original(name: str) -> Any:
 def _delayed(reducer: Any) -> None:
     """With static_graph the first backward's buckets are launched at its end, and awaited at once: the reducer is
     called by Python here, see `backward.asked_by_reducer`.
+
+    Before them it asks all ranks which parameters they used. The peers of a replacement have done so in their own first
+    backward, and do not any more.
     """
-    _original("_delay_all_reduce")(reducer)
+    if reducer not in _orders:
+        _original("_delay_all_reduce")(reducer)
+        return
+    used = _Used()
+    with used.answering:
+        _original("_delay_all_reduce")(reducer)
 
 
 def _builtin(reducer: Any, kind: Any) -> None:
@@ -255,6 +263,20 @@ class _Local(_Capture):
     def answer(self, call: Call) -> bool:
         self.capture(call)
         return True
+
+
+class _Used:
+    """The first collective leaves what this rank has; with that it is in force no more."""
+
+    def __init__(self) -> None:
+        self.answering = _Answering(self)
+
+    def answer(self, call: Call) -> bool:
+        self.answering.__exit__()
+        return True
+
+    def capture(self, call: Call) -> None:
+        """Nothing is issued for real."""
 
 
 class _Answers:

@@ -28,13 +28,13 @@ __all__ = ["Engine", "Region"]
 
 
 class Region(Protocol):
-    """A stretch of code whose broadcasts are answered or captured and never filled: DDP's rebuild of its buckets."""
+    """A stretch of code whose collectives are answered or captured and never filled, see `ddp`."""
 
     def answer(self, call: Call) -> bool:
-        """Writes the outputs of a broadcast without the group. False: it is issued for real."""
+        """Writes the outputs of a collective without the group. False: it is issued for real."""
 
     def capture(self, call: Call) -> None:
-        """A broadcast that was issued for real has ended."""
+        """A collective that was issued for real has ended."""
 
 
 class Engine:
@@ -44,7 +44,7 @@ class Engine:
         host: the worker's session.
         shadow: no peer may be contacted.
         generation: of the last rebuild, for messages.
-        region: what answers broadcasts now, if anything.
+        region: what answers collectives now, if anything.
         groups: every elastic group by name.
         batches: batches of coalesced collectives that are being gathered.
         attention: every collective must come through `issue`.
@@ -85,7 +85,7 @@ class Engine:
     ) -> ElasticWork | None:
         """One collective, whatever the state of its group. None where the native method returns None."""
         work = ElasticWork(group, group.link, None, op, method, args, kwargs)
-        if self.region is not None and op.name == "broadcast" and self.region.answer(work.call()):
+        if self.region is not None and self.region.answer(work.call()):
             return work
         if self.shadow and self._in_shadow(work):
             return work

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,8 +36,8 @@ class Crossed(nn.Module):
         return value
 
 
-def wrapped() -> DistributedDataParallel:
-    return DistributedDataParallel(Crossed(), bucket_cap_mb=0.015)
+def wrapped(static: bool = False) -> DistributedDataParallel:
+    return DistributedDataParallel(Crossed(), bucket_cap_mb=0.015, static_graph=static)
 
 
 def step(net: DistributedDataParallel, rank: int, number: int) -> list[bytes]:
@@ -54,17 +55,17 @@ def buckets(net: DistributedDataParallel) -> list[list[int]]:
     return [[places[parameter.data_ptr()] for parameter in bucket.parameters()] for bucket in found]
 
 
-def run_without_a_fault(worker: Worker) -> Any:
+def run_without_a_fault(worker: Worker, static: bool = False) -> Any:
     begin(worker)
-    net = wrapped()
+    net = wrapped(static)
     grads = [step(net, worker.rank, number) for number in range(5)]
     dist.barrier()
     return grads, buckets(net)
 
 
-def survive(worker: Worker) -> Any:
+def survive(worker: Worker, static: bool) -> Any:
     """Loses rank 2 in the middle of step 3, and does step 3 again with its replacement."""
-    listener, net = begin(worker), wrapped()
+    listener, net = begin(worker), wrapped(static)
     grads = [step(net, worker.rank, number) for number in range(3)]
     worker.say("ready")
     if worker.rank == 2:
@@ -80,8 +81,8 @@ def survive(worker: Worker) -> Any:
     return _rejoin(worker, listener, net, grads)
 
 
-def replace(worker: Worker) -> Any:
-    listener, net = begin(worker), wrapped()
+def replace(worker: Worker, static: bool) -> Any:
+    listener, net = begin(worker), wrapped(static)
     assert ddp.bucket_order(net) is None
     ddp.adopt_bucket_order(net, worker.store.get("order"))
     return _rejoin(worker, listener, net, [])
@@ -94,13 +95,16 @@ def _rejoin(worker: Worker, listener: Listener, net: Any, grads: list[Any]) -> A
     return grads, buckets(net)
 
 
-def test_a_replacement_adopts_the_bucket_order_and_gradients_are_those_of_a_run_without_a_fault() -> None:
-    with Job(run_without_a_fault) as job:
+@pytest.mark.parametrize("static", [False, True], ids=["", "static_graph"])
+def test_a_replacement_adopts_the_bucket_order_and_gradients_are_those_of_a_run_without_a_fault(
+    static: bool,
+) -> None:
+    with Job(partial(run_without_a_fault, static=static)) as job:
         whole = job.results()
-    with Job(survive) as job:
+    with Job(partial(survive, static=static)) as job:
         assert {job.heard(rank) for rank in range(3)} == {"ready"}
         lose(job, 2)
-        job.start(2, replace, shadow=True)
+        job.start(2, partial(replace, static=static), shadow=True)
         job.tell(("rebuild", 1))
         found = job.results()
     assert whole[0][1] != sorted(whole[0][1], reverse=True), "this model's buckets are to be reordered"
