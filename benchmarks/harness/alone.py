@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -23,8 +24,8 @@ class Alone:
     def is_frozen(self) -> bool:
         return self.frozen.is_set()
 
-    def wait_for_freeze(self) -> bool:
-        return self.frozen.wait(LIMIT_S)
+    def wait_for_loss(self, explains: Callable[[], bool]) -> bool:
+        return self.frozen.wait(LIMIT_S) and explains()
 
     def recover_outside(self) -> None:
         raise RuntimeError("Nothing is recovered here.")

@@ -14,6 +14,7 @@ from checkpointless_elastic.protocol.messages import (
     Freeze,
     FromWorker,
     Frozen,
+    Hold,
     Left,
     Mismatch,
     Phase,
@@ -88,7 +89,7 @@ class Worker:
 
     def send(self, message: ToWorker) -> None:
         """From the agent."""
-        control = isinstance(message, Freeze)
+        control = isinstance(message, (Freeze, Hold))
         if not self.connected:
             return
         clock = self._world.clock
@@ -115,8 +116,9 @@ class Worker:
                 answer = Frozen(message.generation, self.step, self.phase, not self.shadow, True)
                 self._say(answer, True)
             return
-        self._votes.append(message)
-        self._go_on()
+        if not isinstance(message, Hold):  # no collective fails here
+            self._votes.append(message)
+            self._go_on()
 
     # ---- the main thread
 

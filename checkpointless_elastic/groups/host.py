@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,10 +49,10 @@ class Host(Protocol):
     def is_frozen(self) -> bool:
         """True while a freeze is in force."""
 
-    def wait_for_freeze(self) -> bool:
-        """A collective failed and no loss is known: waits, at most half a second, for one. True if it came.
+    def wait_for_loss(self, explains: Callable[[], bool]) -> bool:
+        """A collective failed: waits for a loss that ``explains`` it, for half a second if none is suspected.
 
-        When it is True, `Registry.abort` has returned for the ranks of that freeze.
+        True if it came. A freeze in force need not be the one: that of another rank may follow.
         """
 
     def recover_outside(self) -> None:

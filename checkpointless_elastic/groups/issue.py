@@ -172,7 +172,7 @@ class Engine:
 
     def _is_loss(self, link: Link) -> bool:
         """True if the group of this native group has lost a member, asked again after a short wait for news."""
-        return link.void or (self.host.wait_for_freeze() and link.void)
+        return link.void or self.host.wait_for_loss(lambda: link.void)
 
     def _lost(self, work: ElasticWork, error: RuntimeError) -> None:
         """A collective in flight lost a member: repeats it outside of steps, else fills it."""

@@ -124,7 +124,7 @@ class Registry:
         except CheckpointlessError:
             raise
         except RuntimeError as error:
-            if self.engine.host.wait_for_freeze() and self._lost & set(spec.ranks):
+            if self.engine.host.wait_for_loss(lambda: bool(self._lost & set(spec.ranks))):
                 raise RankLostError(
                     f"Group {spec.name} could not be made: one of its members was lost."
                 ) from error

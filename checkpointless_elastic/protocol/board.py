@@ -63,7 +63,6 @@ from checkpointless_elastic.protocol.events import (
 from checkpointless_elastic.protocol.hearing import event_of
 from checkpointless_elastic.protocol.messages import (
     Commit,
-    Hold,
     Protected,
     Release,
     Replicas,
@@ -233,8 +232,7 @@ class Board(Resizer):
             self._suspect({agent.seat}, why)
 
     def _suspect(self, seats: set[int], why: str) -> None:
-        if self.coordinator is not None:
-            self._order(Hold(self.coordinator.generation))
+        self._hold()
         for seat in sorted(seats):
             self._suspects.append((seat, why))
             self.acts.append(Guard())

@@ -177,6 +177,7 @@ class Hanging(Seeker):
         self._farewell = self._leader.term, message.cause
         self._hang_up_uplink("the coordinator leaves")
         self.state = State.SEEKING
+        self._hold()
         self._succeed(now)
 
     def _hang_up_uplink(self, reason: str) -> None:

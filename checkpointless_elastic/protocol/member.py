@@ -81,9 +81,7 @@ class Member(Hanging):
         super().__init__(me, rules, standing, open_store)
         self._followers: dict[str, int] = {}  # by agent, its newest accepted connection
         self._ticked: float | None = None
-        self._held: list[
-            tuple[str, Between | Closed | Overdue]
-        ] = []  # what came in doubt, and of which agent
+        self._held: list[tuple[str, Between | Closed | Overdue]] = []  # what came in doubt, by agent
 
     def _preside(self, now: float, old_seat: int = -1) -> None:
         standing = self._standing()
@@ -286,11 +284,14 @@ class Member(Hanging):
 
     def _happened(self, agent: str, what: Between | Closed | Overdue, now: float) -> None:
         """Something for the board, of this agent."""
-        if self._in_doubt(now):
-            self._held.append((agent, what))
-            return
         board = self.board
         assert board is not None
+        if self._in_doubt(now):
+            self._held.append((agent, what))
+            if isinstance(what, (Closed, Leaving)):
+                board.hold(what.agent if isinstance(what, Leaving) else agent)
+                self._carry_out(now)
+            return
         if isinstance(what, Overdue):
             board.overdue(what)
         elif isinstance(what, Closed):

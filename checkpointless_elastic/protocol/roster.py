@@ -26,7 +26,7 @@ from checkpointless_elastic.protocol.between import (
 from checkpointless_elastic.protocol.coordinator import Coordinator
 from checkpointless_elastic.protocol.events import Event, Reopened, Stop
 from checkpointless_elastic.protocol.losses import WINDOW, Losses
-from checkpointless_elastic.protocol.messages import Commit, Decision, Freeze, Rebuild, Resume
+from checkpointless_elastic.protocol.messages import Commit, Decision, Freeze, Hold, Rebuild, Resume
 from checkpointless_elastic.protocol.overview import DRAINED, View, has_spare, obstacle, overview
 from checkpointless_elastic.protocol.requests import (
     Declined,
@@ -74,6 +74,7 @@ class Roster(ABC):
         self.bases: list[int] = []
         self.world = 0
         self.coordinator: Coordinator | None = None
+        self._held_in = -1  # the generation of the newest Hold
         self._term, self._me, self._rules = term, me, rules
         self._agents: dict[str, Agent] = {}
         self._seats: list[str] = []  # the agent in each, '' when it is vacant
@@ -168,6 +169,16 @@ class Roster(ABC):
             wanted = only is None or not only.isdisjoint(self._ranks(seat))
             if name and wanted:
                 self._tell(name, order)
+
+    def hold(self, name: str) -> None:
+        """An agent is gone, which is acted on when it is certain that this one coordinates."""
+        if name in self._agents and self._agents[name].seat >= 0:
+            self._hold()
+
+    def _hold(self) -> None:
+        if self.coordinator is not None and self._held_in != self.coordinator.generation:
+            self._held_in = self.coordinator.generation
+            self._order(Hold(self._held_in))
 
     def _tell_rank(self, rank: int, message: Between) -> None:
         seat = next(seat for seat in reversed(range(len(self.bases))) if self.bases[seat] <= rank)

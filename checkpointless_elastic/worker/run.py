@@ -233,8 +233,10 @@ class Run:
             return self._undo(host, start)
         except (AgentGone, Unwinding):
             raise
-        except BaseException:
-            if host.committed or not (host.is_frozen() or host.wait_for_freeze()):
+        except BaseException as error:
+            asked_to_end = not isinstance(error, Exception)  # by a signal perhaps; there is no time to lose
+            known = host.is_frozen() or host.wait_for_loss(host.freeze_seen.is_set, hold=not asked_to_end)
+            if host.committed or not known:
                 host.failed = True
                 raise
             self._left = True

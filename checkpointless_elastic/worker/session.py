@@ -15,6 +15,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -123,6 +124,7 @@ class Session:
         shadow: this is a replacement that has not joined.
         returns: this rank has not taken up yet what the last run of the script left behind, see `protocol.resize`.
         failed: the script's own exception is on its way out; the slot stays where it was raised.
+        held_in: the generation of the newest Hold; -1 when no Freeze follows any more.
         late: a collective was asked for after the gate of the present call.
         void_memory: addresses of what collectives after its gate left as NaN.
         nodes: which ranks are on which node.
@@ -146,6 +148,7 @@ class Session:
         self.void_memory: set[int] = set()
         self.late = False
         self.failed = False
+        self.held_in = -1
         self._loaded = {name.partition(".")[0] for name in sys.modules}
         self.slot = Slot.open(slot_path(run_dir, rank))
         self.cursor = Cursor.new()
@@ -167,7 +170,6 @@ class Session:
         self._affecting = threading.Lock()
         self._affected: frozenset[int] = frozenset()
         self._affected_in = -1
-        self._held_in = -1  # the generation of the newest Hold
         if self.shadow:
             self.freeze_seen.set()
 
@@ -178,7 +180,7 @@ class Session:
         if isinstance(message, Freeze):
             self._freeze(message)
         elif isinstance(message, Hold):
-            self._held_in = message.generation
+            self.held_in = message.generation
         elif isinstance(message, Explain):
             self.channel.control.send(explain())
         elif isinstance(message, Unwind):
@@ -251,8 +253,7 @@ class Session:
                 return self._advance(message.step)
 
     def _committed_by(self, message: Commit) -> bool:
-        ours = (message.generation, message.step) == (self.generation, self.step)
-        return ours and self._commit()
+        return (message.generation, message.step) == (self.generation, self.step) and self._commit()
 
     def _commit(self) -> bool:
         with self.lock:
@@ -353,15 +354,16 @@ class Session:
         """Is a freeze in force?"""
         return self.frozen > self.generation
 
-    def wait_for_freeze(self) -> bool:
-        """A collective failed: wait up to GRACE_S, or while the agent says Hold, for it to name a lost rank; did it?"""
-        while not (seen := self.freeze_seen.wait(GRACE_S)) and self._on_hold():
-            pass
-        return seen and self.is_frozen()
-
-    def _on_hold(self) -> bool:
-        with self.lock:  # in force, or ended a moment ago: then the news is nearly here
-            return self._held_in == self.frozen or self.is_frozen()
+    def wait_for_loss(self, explains: Callable[[], bool], hold: bool = True) -> bool:
+        """See groups.host.Host. ``hold``: also while the agent says Hold, which has its own limit."""
+        until = time.monotonic() + GRACE_S
+        while not explains():
+            if hold and self.held_in == self.frozen:
+                until = time.monotonic() + GRACE_S
+            elif time.monotonic() > until:
+                return False
+            time.sleep(GRACE_S / 100)
+        return True
 
     def recover_outside(self) -> None:
         """A collective outside replayable functions needs a lost rank: recover, then it is repeated."""

@@ -46,8 +46,8 @@ class MemoryHost:
     def is_frozen(self) -> bool:
         return self.waits_for_freeze()
 
-    def wait_for_freeze(self) -> bool:
-        return self.waits_for_freeze()
+    def wait_for_loss(self, explains: Callable[[], bool]) -> bool:
+        return self.waits_for_freeze() and explains()
 
     def recover_outside(self) -> None:
         assert self.recover is not None, "this test did not expect a recovery"
