@@ -1,9 +1,11 @@
 """Ways to train, by KIND: two optimizers, a closure, a grad scaler, accumulation in one call and over several, an own
-optimizer, no loops, unused parameters, a manual data parallel loop. Rank 1 dies once at step 4, at the moment that DIE
+optimizer, no loops, unused parameters, a static graph, torch.compile around forward and backward, a manual data
+parallel loop. Rank 1 dies once at step 4, at the moment that DIE
 names."""
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Iterator
@@ -69,7 +71,9 @@ def batch() -> torch.Tensor:
 
 
 model: Any = DistributedDataParallel(
-    Branches() if KIND == "unused" else mlp(), find_unused_parameters=KIND == "unused"
+    Branches() if KIND == "unused" else mlp(),
+    find_unused_parameters=KIND == "unused",
+    static_graph=KIND in ("static", "compiled"),
 )
 optimizer: Any = torch.optim.Adam(model.parameters(), lr=1e-2)
 protected: dict[str, Any] = {"model": model, "optimizer": optimizer}
@@ -144,6 +148,20 @@ def train_scaler(x: torch.Tensor) -> None:
     scaler.update()
     moment("stepped")
     optimizer.zero_grad(set_to_none=False)
+
+
+@functools.partial(torch.compile, backend="aot_eager")
+def forward_and_backward(x: torch.Tensor) -> None:
+    loss_of(x).backward()
+
+
+def train_compiled(x: torch.Tensor) -> None:
+    moment("forward")
+    forward_and_backward(x)
+    moment("backward")
+    optimizer.step()
+    moment("stepped")
+    optimizer.zero_grad()
 
 
 def train_accumulate(x: torch.Tensor) -> None:

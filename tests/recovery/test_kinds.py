@@ -21,6 +21,7 @@ LIKE_OTHERS = (
     ("several", "finished"),
     ("own", "stepped"),
     ("unused", "forward"),
+    ("static", "backward"),
     ("manual", "forward"),
     ("iterable", "stepped"),
 )
@@ -37,6 +38,7 @@ def wholes() -> dict[str, Ended]:
     [
         ("inner", "forward"),
         ("several", "gathered"),
+        ("compiled", "forward"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in LIKE_OTHERS),
     ],
 )
