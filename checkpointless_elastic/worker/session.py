@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 import torch
 
-from checkpointless_elastic.agent.preload import third_party
+from checkpointless_elastic.agent.preload import third_party, worth_learning
 from checkpointless_elastic.data.cursor import Cursor, Frame, Outside
 from checkpointless_elastic.groups.host import LoggedCollective, Situation
 from checkpointless_elastic.groups.registry import Registry
@@ -149,7 +149,7 @@ class Session:
         self.late = False
         self.failed = False
         self.held_in = -1
-        self._loaded = {name.partition(".")[0] for name in sys.modules}
+        self._loaded = frozenset(sys.modules)
         self.slot = Slot.open(slot_path(run_dir, rank))
         self.cursor = Cursor.new()
         self.resume: Resume | None = None
@@ -440,9 +440,9 @@ class Session:
         self.channel.control.send(Protected())
 
     def learned(self) -> None:
-        """Tell the agent which third-party packages the script imported that the fork server had not loaded."""
-        new = [name for name in third_party() if name.partition(".")[0] not in self._loaded]
-        if new:
+        """Tell the agent which installed modules the script imported that the fork server had not loaded."""
+        new = [name for name in third_party() if name not in self._loaded]
+        if worth_learning(new, self._loaded):
             self.channel.control.send(Learned(new))
 
     def replicas(self, claims: list[list[int]], pieces: dict[str, tuple[int, int]]) -> None:

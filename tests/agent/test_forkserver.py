@@ -310,6 +310,14 @@ def test_only_installed_modules_are_worth_learning() -> None:
     assert "os" not in preload.third_party()
 
 
+def test_another_package_or_a_large_part_of_a_known_one_is_worth_a_successor() -> None:
+    parts = [f"torch.late{number}" for number in range(10)]
+    assert not preload.worth_learning([], ["torch"])
+    assert not preload.worth_learning(parts[:9], ["torch", "torch.nn"])
+    assert preload.worth_learning(parts, ["torch", "torch.nn"])
+    assert preload.worth_learning(["rich"], ["torch", "torch.nn"])
+
+
 def test_a_successors_list_begins_with_its_own_modules_and_has_no_doubles() -> None:
     assert preload.learned(["torch", "rich", "rich"]) == [*preload.BASE, "rich"]
 
