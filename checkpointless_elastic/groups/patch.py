@@ -26,7 +26,7 @@ from checkpointless_elastic.groups.spec import GroupSpec
 if TYPE_CHECKING:
     from checkpointless_elastic.groups.registry import Registry
 
-__all__ = ["install", "uninstall"]
+__all__ = ["group_count", "install", "set_group_count", "uninstall"]
 
 _ARGUMENTS = (
     "group_size",
@@ -69,6 +69,16 @@ def uninstall() -> None:
         if hasattr(dist, name):
             setattr(dist, name, function)
     _originals.clear()
+
+
+def group_count() -> int:
+    """How many groups torch has numbered in this process, those that are gone too: the next one is named by it."""
+    return int(c10d._world.group_count)
+
+
+def set_group_count(count: int) -> None:
+    """In a replacement, which made none of those that came and went in loops: its next one gets the name at its peers."""
+    c10d._world.group_count = count
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from checkpointless_elastic.errors import StateMismatchError
+from checkpointless_elastic.groups.patch import group_count
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.messages import Decision
 from checkpointless_elastic.protocol.places import Nodes
@@ -65,6 +66,7 @@ class Publication(msgspec.Struct, frozen=True):
     Attributes:
         stripes: its parts of the blocks that a replacement needs.
         groups: its process groups, in order of creation.
+        group_count: see `groups.patch`.
         buckets: bucket order of each DDP module, None where DDP does not reorder.
         shared: where it speaks for all twins of a replacement.
         own, parts: beside it where the number of ranks changes, the private state of this rank, see `resize.Own`.
@@ -72,6 +74,7 @@ class Publication(msgspec.Struct, frozen=True):
 
     stripes: list[Stripe]
     groups: list[GroupSignature]
+    group_count: int
     buckets: list[bytes | None]
     shared: Shared | None
     own: bytes = b""
@@ -114,7 +117,7 @@ def publish(
     speaks = rank == min(source for source in decision.sources if holds(own, source))
     wanted = speaks and any(holds(own, lost) for lost in decision.pending)
     common = run.shared(own, last_value) if wanted else None
-    return Publication(stripes, run.signature(), buckets, common), segments
+    return Publication(stripes, run.signature(), group_count(), buckets, common), segments
 
 
 def _publish(

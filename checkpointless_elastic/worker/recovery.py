@@ -20,6 +20,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from checkpointless_elastic.data.resume import Join, Resume, Skip
 from checkpointless_elastic.errors import CheckpointlessError, ScriptMismatchError, StateMismatchError
 from checkpointless_elastic.groups import spec as groups
+from checkpointless_elastic.groups.patch import set_group_count
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.checks import Published
 from checkpointless_elastic.protocol.hangs import Activity
@@ -337,6 +338,8 @@ class Recovery:
         self._replica_value = self.record.last_value = twin.last_value
         self._groups = {rank: publication.groups for rank, publication in publications.items()}
         if self._session.resume is None:
+            if publications:
+                set_group_count(max(published.group_count for published in publications.values()))
             self._take_private(decision.step, kept)
         self._session.step = decision.step
         self._run.restore_private(self._private_tensors())

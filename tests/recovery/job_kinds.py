@@ -1,6 +1,6 @@
 """Ways to train, by KIND: two optimizers, a closure, a grad scaler, accumulation in one call and over several, an own
-optimizer, no loops, unused parameters, a static graph, torch.compile around forward and backward, a manual data
-parallel loop. Rank 1 dies once at step 4, at the moment that DIE
+optimizer, no loops, unused parameters, a static graph, torch.compile around forward and backward, groups that
+come and go between steps, a manual data parallel loop. Rank 1 dies once at step 4, at the moment that DIE
 names."""
 
 from __future__ import annotations
@@ -235,6 +235,10 @@ if KIND == "iterable":
 else:
     for _ in run.steps(STEPS):
         train(batch())
+        if KIND == "passing":
+            group = dist.new_group()
+            dist.barrier(group)
+            dist.destroy_process_group(group)
 final = {name: value.state_dict() for name, value in protected.items() if not isinstance(value, list)}
 final["other"] = [part.state_dict() for part in protected.get("other", [])]
 torch.save({"final": final, "rng": torch.get_rng_state(), "step": run.step}, f"{OUT}/final-{rank}.pt")

@@ -39,6 +39,7 @@ def wholes() -> dict[str, Ended]:
         ("inner", "forward"),
         ("several", "gathered"),
         ("compiled", "forward"),
+        ("passing", "forward"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in LIKE_OTHERS),
     ],
 )
