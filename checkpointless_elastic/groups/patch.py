@@ -77,7 +77,7 @@ def group_count() -> int:
 
 
 def set_group_count(count: int) -> None:
-    """In a replacement, which made none of those that came and went in loops: its next one gets the name at its peers."""
+    """In a replacement, which made no groups that came and went in loops: its next one is named as at its peers."""
     c10d._world.group_count = count
 
 
