@@ -2,7 +2,9 @@
 
 Copies are made only where they must be, and as late as possible: when backward is about to add to a gradient that is
 neither None nor known to be zero (accumulation over several calls). A gradient that the attempt drops or zeroes before
-anything used it (`optimizer.zero_grad()` at the start of the step function) is not kept: the replay drops it again.
+anything used it (`optimizer.zero_grad()` at the start of the step function) is not kept: the replay drops it again, and
+zeros stand in its place till then. They must: other ranks, which have not begun the attempt, have it still, and all are
+to have the same pieces.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ class GradientNote(Observer):
         return [start.index for start in self._starts.values() if _lost(start)]
 
     def restore(self) -> None:
-        """Put all gradients back; those that the attempt dropped first are None."""
+        """Put all gradients back; those that the attempt dropped first are zero."""
         self._open = False
         with torch.no_grad():
             for index, param in enumerate(self._params):
@@ -172,10 +174,10 @@ def _lost(start: _Start) -> bool:
     return _version(start.tensor) != start.version
 
 
-def _restored(start: _Start, param: torch.Tensor) -> torch.Tensor | None:
+def _restored(start: _Start, param: torch.Tensor) -> torch.Tensor:
     """The gradient as it was, in its old tensor where that is still held."""
     if start.copy is not None:
         return start.copy if start.tensor is None else start.tensor.copy_(start.copy)
-    if start.zero:
-        return torch.zeros_like(param) if start.tensor is None else start.tensor.zero_()
-    return start.tensor
+    if start.tensor is None:
+        return torch.zeros_like(param)
+    return start.tensor.zero_() if start.zero else start.tensor

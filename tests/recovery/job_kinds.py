@@ -1,13 +1,14 @@
 """Ways to train, by KIND: two optimizers, a closure, a grad scaler, accumulation in one call and over several, an own
-optimizer, no loops, unused parameters, a static graph, torch.compile around forward and backward, groups that
-come and go between steps, a manual data parallel loop. Rank 1 dies once at step 4, at the moment that DIE
-names."""
+optimizer, no loops, unused parameters, a static graph, torch.compile around forward and backward, groups that come and
+go between steps, gradients that stand until the next step begins, a manual data parallel loop. Rank 1 dies once at step
+4, at the moment that DIE names."""
 
 from __future__ import annotations
 
 import functools
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -164,6 +165,12 @@ def train_compiled(x: torch.Tensor) -> None:
     optimizer.zero_grad()
 
 
+def train_zerofirst(x: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    loss_of(x).backward()
+    optimizer.step()
+
+
 def train_accumulate(x: torch.Tensor) -> None:
     with model.no_sync():
         loss_of(x).backward()
@@ -234,6 +241,9 @@ if KIND == "iterable":
             break
 else:
     for _ in run.steps(STEPS):
+        if KIND == "zerofirst" and rank == 2 and run.step == 4:
+            time.sleep(1.0)  # it hears of the loss before it begins this step, in which the others are
+        moment("start")
         train(batch())
         if KIND == "passing":
             group = dist.new_group()

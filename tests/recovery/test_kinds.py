@@ -40,14 +40,16 @@ def wholes() -> dict[str, Ended]:
         ("several", "gathered"),
         ("compiled", "forward"),
         ("passing", "forward"),
+        ("zerofirst", "start"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in LIKE_OTHERS),
     ],
 )
 def test_a_lost_rank_changes_no_bit(kind: str, moment: str, wholes: dict[str, Ended], tmp_path: Path) -> None:
-    whole = wholes.get(kind) or launch(tmp_path / "whole", ranks=2, script=SCRIPT, KIND=kind)
+    ranks = 3 if kind == "zerofirst" else 2
+    whole = wholes.get(kind) or launch(tmp_path / "whole", ranks=ranks, script=SCRIPT, KIND=kind)
     assert whole.code == 0, whole.text
     wholes[kind] = whole
-    ended = launch(tmp_path / "lost", ranks=2, script=SCRIPT, KIND=kind, DIE=moment)
+    ended = launch(tmp_path / "lost", ranks=ranks, script=SCRIPT, KIND=kind, DIE=moment)
     assert ended.code == 0, ended.text
     assert [record["rung"] for record in ended.recoveries()] == [1], ended.text
     for rank, (mine, theirs) in enumerate(zip(ended.finals(), whole.finals(), strict=True)):
