@@ -158,6 +158,8 @@ class Training:
 
     def _step(self, batch: Tensor) -> int:
         step = self.run.step
+        if step % 4:  # the gradients stand until the next step begins, as in most scripts
+            self.optimizer.zero_grad(set_to_none=step % 4 == 1)
         if step % 3 == 1:
             with unreduced(self.model):
                 self.parallel.compute(self._noisy(batch.flip(0)))
@@ -169,7 +171,8 @@ class Training:
         self.log.committed(step)
         self.moments.at("after gate")
         self.scheduler.step()
-        self.optimizer.zero_grad()
+        if step % 4 == 3:
+            self.optimizer.zero_grad()
         return step
 
     def _noisy(self, batch: Tensor) -> Tensor:

@@ -298,8 +298,10 @@ class Run:
         self._looked_into.add(name)
         used = gate.optimizers()
         unnamed.check_optimizers(used, self.inventory, name)
-        if host.rank == 0 and (warning := unnamed.unnamed_scheduler(used, self.inventory, name)):
-            logger.warning("%s", warning)
+        hooks = unnamed.hook_with_state(self._ddp_modules())
+        for warning in (unnamed.unnamed_scheduler(used, self.inventory, name), hooks):
+            if warning and host.rank == 0:
+                logger.warning("%s", warning)
 
     def _check_after_gate(self, host: session.Session, name: str, expected: int) -> None:
         """Collectives after the gate have lost a rank: no live recovery if what they should have given is state."""

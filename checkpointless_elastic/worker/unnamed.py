@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from checkpointless_elastic.errors import ConfigError
@@ -16,7 +18,7 @@ from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.objects import ObjectHolder
 from checkpointless_elastic.state.zero import is_zero
 
-__all__ = ["check_optimizers", "unnamed_scheduler"]
+__all__ = ["check_optimizers", "hook_with_state", "unnamed_scheduler"]
 
 
 def check_optimizers(used: Iterable[Optimizer], inventory: Inventory, name: str) -> None:
@@ -43,6 +45,18 @@ def unnamed_scheduler(used: Iterable[Any], inventory: Inventory, name: str) -> s
         f"A learning rate scheduler belongs to the optimizer that steps in {name}, and none is in the Run: a "
         "replacement would begin its schedule anew. Name it, as in Run(..., scheduler=scheduler)."
     )
+
+
+def hook_with_state(wrappers: Iterable[DistributedDataParallel]) -> str:
+    """A warning if a communication hook of one of these keeps something (PowerSGD its errors); else ''."""
+    for ddp in wrappers:
+        for _, state in getattr(ddp, "_comm_hooks", ()):
+            if state is not None and not isinstance(state, dist.ProcessGroup):
+                return (
+                    f"DDP's communication hook keeps a {type(state).__name__}, which is not restored: a replacement "
+                    "begins with a new one, and training differs from then on from a run without the fault."
+                )
+    return ""
 
 
 def _has_others(inventory: Inventory) -> bool:

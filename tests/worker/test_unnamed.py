@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from checkpointless_elastic.errors import ConfigError
 from checkpointless_elastic.state.inventory import Inventory
-from checkpointless_elastic.worker.unnamed import check_optimizers, unnamed_scheduler
+from checkpointless_elastic.worker.unnamed import check_optimizers, hook_with_state, unnamed_scheduler
 from tests.conftest import Launcher
 
 SCRIPT = """
@@ -83,6 +88,18 @@ def test_a_scheduler_that_the_run_does_not_name_is_said() -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     assert "none is in the Run" in unnamed_scheduler([optimizer], Inventory({"model": model}), "step")
     assert unnamed_scheduler([optimizer], Inventory({"model": model, "rate": scheduler}), "step") == ""
+
+
+def test_a_communication_hook_that_keeps_something_is_said(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain, keeps = (DistributedDataParallel(nn.Linear(2, 2)) for _ in range(2))
+        plain.register_comm_hook(dist.group.WORLD, allreduce_hook)
+        keeps.register_comm_hook(PowerSGDState(None), powerSGD_hook)
+        assert hook_with_state([plain]) == ""
+        assert "keeps a PowerSGDState" in hook_with_state([plain, keeps])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_job_whose_run_lacks_the_optimizer_ends_at_the_first_step_that_uses_it(torchrun: Launcher) -> None:
