@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, _register_process_group
-from torch._dynamo import trace_rules
 from torch.distributed import distributed_c10d as c10d
 
 from checkpointless_elastic.errors import UnsupportedTorchError
@@ -87,6 +86,8 @@ def _hide_from_dynamo() -> None:
 
     For its bucket rebuild, in a backward, at the gate: it fails on attributes that it does not know.
     """
+    from torch._dynamo import trace_rules  # takes seconds where it is not loaded yet, as under plain python
+
     trace_rules.add("checkpointless_elastic")
 
 

@@ -234,9 +234,10 @@ class Run:
         except (AgentGone, Unwinding):
             raise
         except BaseException as error:
-            asked_to_end = not isinstance(error, Exception)  # by a signal perhaps; there is no time to lose
-            known = host.is_frozen() or host.wait_for_loss(host.freeze_seen.is_set, hold=not asked_to_end)
-            if host.committed or not known:
+            hold = isinstance(error, Exception)  # else it is asked to end, perhaps by a signal
+            if host.committed or not (
+                host.is_frozen() or host.wait_for_loss(host.freeze_seen.is_set, hold=hold)
+            ):
                 host.failed = True
                 raise
             self._left = True
