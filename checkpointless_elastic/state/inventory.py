@@ -126,6 +126,12 @@ class Inventory:
             tuple(piece.info for piece in pieces), _dump({h.name: h.plain() for h in self.holders})
         )
 
+    def signs(self) -> tuple[bytes, list[int]]:
+        """Other ones where the state has changed: what is not a tensor, and the versions of tensors but gradients."""
+        held = [piece for piece in self.pieces() if piece.info.role != GRADIENT]
+        versions = [tensor._version for piece in held for tensor in (piece.tensor, piece.outer)]
+        return self.manifest().meta, versions
+
     def check(self) -> None:
         """Raise StateMismatchError if an object's state could not be read by a replacement.
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
@@ -28,7 +28,7 @@ from checkpointless_elastic.protocol.messages import Decision, Rebuild, Restore,
 from checkpointless_elastic.protocol.messages import Resume as ResumeNow
 from checkpointless_elastic.protocol.resize import NOT_OWN
 from checkpointless_elastic.state import pipelines
-from checkpointless_elastic.state.pieces import is_gradient
+from checkpointless_elastic.state.pieces import Manifest, is_gradient
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.slot import Content
 from checkpointless_elastic.worker import mirror, resize, rng
@@ -62,6 +62,14 @@ PATIENCE_S = 10.0
 """How long the news of a lost node may take after a connection to it has failed."""
 
 
+class _Landed(NamedTuple):
+    """What a replacement was given, and the signs of its state then, see `Inventory.signs`."""
+
+    publications: dict[int, Publication]
+    manifest: Manifest
+    signs: tuple[bytes, list[int]]
+
+
 class Recovery:
     """Belongs to the Run of this process.
 
@@ -85,6 +93,7 @@ class Recovery:
         self._stale = -1  # the last generation in which workers met in another store
         self._state: PrivateState | None = None
         self._groups: dict[int, list[GroupSignature]] = {}
+        self._landed: _Landed | None = None
         self.record = Record(session, run)
         self.mirror = mirror.Mirror(run, session)
 
@@ -271,10 +280,36 @@ class Recovery:
         self._compare_groups()
         if self._state is not None and self._state.step == self._session.step:
             self._session.registry.catch_up(self._state.issued)
+        self._drop_own_changes()
         self.settle()
         if self._join_rng is not None:
             rng.restore(self._join_rng)
         self._join_rng = None
+
+    def _drop_own_changes(self) -> None:
+        """What the script has changed in objects of the Run on its way here, survivors had changed when they published.
+
+        So a scheduler that steps between calls does it once. Raises ScriptMismatchError where that cannot be had.
+        """
+        landed, self._landed = self._landed, None
+        if landed is None or (signs := self._run.inventory.signs()) == landed.signs:
+            return
+        if signs[1] == landed.signs[1]:
+            self._run.inventory.adopt(landed.manifest)  # the tensors are there, and stay
+            self._run.inventory.load_meta(landed.manifest)
+        elif len(self._session.nodes.bases) > 1:
+            raise ScriptMismatchError(
+                "tensors of the Run are changed between replayable calls, which a replacement on another node than its "
+                "survivors cannot undo; do it in a replayable function."
+            )
+        else:
+            assert self._decision is not None
+            try:
+                self._restore(self._decision, landed.publications)
+            except CheckpointlessError as error:
+                self._session.unfit(str(error))
+            except (RuntimeError, FileNotFoundError) as error:
+                self._cut_off(error)
 
     def _compare_groups(self) -> None:
         """Raises ScriptMismatchError where this rank's groups are not those of the survivors."""
@@ -343,6 +378,8 @@ class Recovery:
             self._take_private(decision.step, kept)
         self._session.step = decision.step
         self._run.restore_private(self._private_tensors())
+        if kept is None:
+            self._landed = _Landed(publications, twin.manifest, self._run.inventory.signs())
         self._restored = RestoredReport(moved, time.perf_counter() - started, copying)
 
     def _take_private(self, step: int, kept: mirror.Entry | None) -> None:

@@ -1,7 +1,7 @@
 """Ways to train, by KIND: two optimizers, a closure, a grad scaler, accumulation in one call and over several, an own
 optimizer, no loops, unused parameters, a static graph, torch.compile around forward and backward, groups that come and
-go between steps, gradients that stand until the next step begins, a manual data parallel loop. Rank 1 dies once at step
-4, at the moment that DIE names."""
+go between steps, gradients that stand until the next step begins, a scheduler or an average that goes on between steps,
+a manual data parallel loop. Rank 1 dies once at step 4, at the moment that DIE names."""
 
 from __future__ import annotations
 
@@ -99,6 +99,10 @@ if KIND == "parts":
     protected |= {"other": [other.module, other_optimizer]}
 if KIND == "inner":
     protected["model"] = model.module
+if KIND == "outside":
+    protected["scheduler"] = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+if KIND == "average":
+    protected["average"] = torch.optim.swa_utils.AveragedModel(model)
 run = ce.Run(**protected)
 torch.manual_seed(10 + rank)
 
@@ -243,6 +247,10 @@ else:
     for _ in run.steps(STEPS):
         if KIND == "zerofirst" and rank == 2 and run.step == 4:
             time.sleep(1.0)  # it hears of the loss before it begins this step, in which the others are
+        if KIND == "outside":
+            protected["scheduler"].step()
+        if KIND == "average":
+            protected["average"].update_parameters(model)
         moment("start")
         train(batch())
         if KIND == "passing":

@@ -41,6 +41,8 @@ def wholes() -> dict[str, Ended]:
         ("compiled", "forward"),
         ("passing", "forward"),
         ("zerofirst", "start"),
+        ("outside", "start"),
+        ("average", "start"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in LIKE_OTHERS),
     ],
 )
