@@ -46,7 +46,7 @@ def leave(registry: Registry) -> list[weakref.ref[ElasticProcessGroup]]:
     world: Any = c10d._world
     for name in _TABLES:
         getattr(world, name, {}).clear()
-    world.group_count = 0  # the number in the name of the next group
+    patch.set_group_count(0)
     c10d._update_default_pg(None)
     _unregister_all_process_groups()
     registry.engine.groups.clear()

@@ -76,7 +76,7 @@ def group_count() -> int:
 
 
 def set_group_count(count: int) -> None:
-    """In a replacement, which made no groups that came and went in loops: its next one is named as at its peers."""
+    """Have the next group named by this number; see `group_count`. A replacement takes that of its peers."""
     c10d._world.group_count = count
 
 

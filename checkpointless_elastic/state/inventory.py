@@ -122,15 +122,17 @@ class Inventory:
     def manifest(self) -> Manifest:
         """The description of this rank's state, for a replacement."""
         pieces = self.pieces()
-        return Manifest(
-            tuple(piece.info for piece in pieces), _dump({h.name: h.plain() for h in self.holders})
-        )
+        return Manifest(tuple(piece.info for piece in pieces), self._meta())
+
+    def _meta(self) -> bytes:
+        """What is not a tensor, as of the last scan's objects."""
+        return _dump({holder.name: holder.plain() for holder in self.holders})
 
     def signs(self) -> tuple[bytes, list[int]]:
         """Other ones where the state has changed: what is not a tensor, and the versions of tensors but gradients."""
-        held = [piece for piece in self.pieces() if piece.info.role != GRADIENT]
-        versions = [tensor._version for piece in held for tensor in (piece.tensor, piece.outer)]
-        return self.manifest().meta, versions
+        pieces = self.scan().pieces
+        versions = [tensor._version for piece in pieces for tensor in (piece.tensor, piece.outer)]
+        return self._meta(), versions
 
     def check(self) -> None:
         """Raise StateMismatchError if an object's state could not be read by a replacement.

@@ -372,13 +372,14 @@ class Recovery:
         self.mirror.continue_at(decision.step)
         self._replica_value = self.record.last_value = twin.last_value
         self._groups = {rank: publication.groups for rank, publication in publications.items()}
-        if self._session.resume is None:
+        lands = self._session.resume is None
+        if lands:
             if publications:
                 set_group_count(max(published.group_count for published in publications.values()))
             self._take_private(decision.step, kept)
         self._session.step = decision.step
         self._run.restore_private(self._private_tensors())
-        if kept is None:
+        if lands:
             self._landed = _Landed(publications, twin.manifest, self._run.inventory.signs())
         self._restored = RestoredReport(moved, time.perf_counter() - started, copying)
 

@@ -299,9 +299,9 @@ class Run:
         self._looked_into.add(name)
         used = gate.optimizers()
         unnamed.check_optimizers(used, self.inventory, name)
-        hooks = unnamed.hook_with_state(self._ddp_modules())
-        for warning in (unnamed.unnamed_scheduler(used, self.inventory, name), hooks):
-            if warning and host.rank == 0:
+        if host.rank == 0:
+            scheduler = unnamed.unnamed_scheduler(used, self.inventory, name)
+            for warning in filter(None, (scheduler, unnamed.hook_with_state(self._ddp_modules()))):
                 logger.warning("%s", warning)
 
     def _check_after_gate(self, host: session.Session, name: str, expected: int) -> None:

@@ -22,12 +22,12 @@ def script_ended(session: Session, error: BaseException | None) -> None:
     good = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
     if good and session.recovery is not None:
         _finish(session, session.recovery)
-        session.held_in = -1
         session.registry.all_finished()
         session.registry.close()
     elif not good:
         _fail(session, error)
     session.channel.close()
+    session.held_in = -1  # nor can a Hold come any more
 
 
 def _finish(session: Session, recovery: Recovery) -> None:
