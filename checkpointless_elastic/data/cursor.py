@@ -15,7 +15,7 @@ import functools
 
 import msgspec
 
-from checkpointless_elastic.data.lasting import Lasting, Loaders
+from checkpointless_elastic.data.lasting import Kept, Lasting, Loaders
 from checkpointless_elastic.errors import ConfigError
 from checkpointless_elastic.worker.rng import RngState
 
@@ -83,13 +83,16 @@ class Frame(msgspec.Struct, array_like=True):
         stack.
         outside: the collectives issued outside replayable functions. The first `setup` of them belong to the
             creation of the iterator and are kept over all iterations.
+        fetched: how many the first fetch issued. They belong to the creation too (a generator begins with it), unless
+            the second fetch issues some as well.
         rng_create: random state before the iterator was created.
         rng_start: random state before this iteration's item was fetched.
         rng_end: random state after the iterator was exhausted; None if the loop was left by `break`.
         dealing: how many ranks the sampler deals to, and which one of them this is; None where it does not deal.
         deals: the same for what it dealt before the number of ranks changed, with the iterations up to which it did
             (-1: all that follow), see `checkpointless_elastic.data.dealing`.
-        source_create, source_start: what else the source of the items needs, at the same two moments.
+        source_create, source_start: what else the source of the items needs, at the same two moments; the second one
+            apart from what does not change within a pass.
     """
 
     kind: str
@@ -105,12 +108,13 @@ class Frame(msgspec.Struct, array_like=True):
     rng_create: RngState | None = None
     rng_start: RngState | None = None
     rng_end: RngState | None = None
-    source_create: tuple[bytes, ...] = ()
+    source_create: Kept = Kept()
     source_start: tuple[bytes, ...] = ()
     path: str = ""
     kept: int = 0
     dealing: tuple[int, int] | None = None
     deals: list[tuple[int, int, int]] = []
+    fetched: int = 0
 
     @property
     def committed(self) -> int:
@@ -133,9 +137,12 @@ class Frame(msgspec.Struct, array_like=True):
 
     def advance(self, outside_from: int) -> None:
         """Go to the next iteration; `outside` keeps what belongs to the iterator and to this item's fetch."""
+        issued = len(self.outside) - outside_from
         self.position += 1
         if self.position == 0:
-            self.setup = outside_from
+            self.setup, self.fetched = outside_from, issued
+        elif self.position == 1 and not issued:
+            self.setup += self.fetched
         if self.outside:
             self.outside = self.outside[: self.setup] + self.outside[outside_from:]
         self.calls, self.children, self.kept, self.earlier = [], [], 0, 0
@@ -185,7 +192,7 @@ class Cursor(msgspec.Struct, array_like=True, dict=True):
         self,
         kind: str,
         rng: RngState | None = None,
-        source: tuple[bytes, ...] = (),
+        source: Kept = Kept(),
         dealing: tuple[int, int] | None = None,
     ) -> Frame:
         """A loop is entered, before its iterator is created."""

@@ -1,24 +1,40 @@
-"""What a loader keeps from one pass to the next: its own generators, and worker processes that live on.
+"""What a loader keeps from one pass to the next: its own generators, how often it was used, living worker processes.
 
 While a loop is in the cursor its frame says all this. Between two passes over the same loader there is no
 frame, so the cursor has a table of it: one entry for each loader, found by the places in the script
 (`Frame.path`) that use it. A replacement that enters such a place for the first time takes the entry up, if
 its loader is as that of the lost rank was at its first pass. A loader that is made anew for each pass is told
 from one that is used again by the object, from its second pass on; before that, one whose generator starts
-the same each time is taken for one that is used again."""
+the same each time is taken for one that is used again.
+
+What the script itself sets between two passes (`set_epoch`) is left as the script has set it."""
 
 from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 
-__all__ = ["Lasting", "Loader", "Loaders"]
+__all__ = ["Kept", "Lasting", "Loader", "Loaders"]
 
-State = tuple[bytes, ...]
+
+class Kept(msgspec.Struct, frozen=True, array_like=True):
+    """What one loader keeps between two passes.
+
+    Attributes:
+        generators: states of its own generators.
+        lives: its worker processes live on; None: they end with each pass.
+        counters: whole numbers in the loader and its samplers, by place and name, where these are not torch's own.
+    """
+
+    generators: tuple[bytes, ...] = ()
+    lives: bool | None = None
+    counters: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.generators or self.counters or self.lives is not None)
 
 
 class Lasting(msgspec.Struct, array_like=True):
@@ -26,14 +42,16 @@ class Lasting(msgspec.Struct, array_like=True):
 
     Attributes:
         paths: the places in the script that use it.
-        first: digest of its state when it was first used.
-        last: its state when it was last left.
+        first: digest of its generators and its life when it was first used.
+        counted: its counters then.
+        last: what it kept when it was last left.
         renewed: another object is used at each pass.
     """
 
     paths: list[str]
     first: bytes
-    last: State
+    counted: dict[str, int]
+    last: Kept
     renewed: bool = False
 
 
@@ -43,11 +61,11 @@ class Loader(Protocol):
     def owner(self) -> object:
         """The loader itself, which must allow weak references if `lasting` is not empty."""
 
-    def lasting(self) -> State:
-        """What the loader keeps between two passes; empty if nothing."""
+    def lasting(self) -> Kept:
+        """What the loader keeps between two passes; False if nothing."""
 
-    def revive(self, state: State) -> None:
-        """Bring the loader to such a state, without drawing from any generator of the process."""
+    def revive(self, kept: Kept) -> None:
+        """Bring the loader to this, without drawing from any generator of the process."""
 
 
 class _Bound:
@@ -56,7 +74,7 @@ class _Bound:
     def __init__(self, owner: object, entry: Lasting) -> None:
         self.owner = weakref.ref(owner)
         self.entry = entry
-        self.replayed: State | None = None  # its state after a loop that was only met again
+        self.replayed: Kept | None = None  # what it kept after a loop that was only met again
 
 
 class Loaders:
@@ -70,15 +88,15 @@ class Loaders:
     def entering(self, path: str, source: Loader) -> None:
         """A loop over this loader is entered for the first time here: bring the loader to where it was
         left."""
-        state = source.lasting()
-        if not state:
+        kept = source.lasting()
+        if not kept:
             return
         bound = self._find(source.owner())
         if bound is None:
-            self._meet(path, source, state)
+            self._meet(path, source, kept)
             return
-        if bound.replayed == state:
-            source.revive(bound.entry.last)
+        if bound.replayed is not None:
+            source.revive(_brought_up(kept, bound.replayed, bound.entry.last))
         bound.replayed = None
         if path not in bound.entry.paths:
             bound.entry.paths.append(path)
@@ -91,25 +109,26 @@ class Loaders:
 
     def leaving(self, source: Loader, replayed: bool) -> None:
         """A loop over this loader is left."""
-        state = source.lasting()
-        bound = self._find(source.owner()) if state else None
+        kept = source.lasting()
+        bound = self._find(source.owner()) if kept else None
         if bound is None:
             return
-        bound.replayed = state if replayed else None
+        bound.replayed = kept if replayed else None
         if not replayed:
-            bound.entry.last = state
+            bound.entry.last = kept
 
-    def _meet(self, path: str, source: Loader, state: State) -> None:
-        known, first = self._entry(path), _digest(state)
+    def _meet(self, path: str, source: Loader, kept: Kept) -> None:
+        known, first = self._entry(path), _digest(kept)
         taken = any(entry is known for entry in self._taken)
         if known is not None and not known.renewed and not taken and known.first == first:
-            source.revive(known.last)
+            made = msgspec.structs.replace(kept, counters=known.counted)
+            source.revive(_brought_up(kept, made, known.last))
             self._bind(source.owner(), known)
             return
         if known is not None:
             known.paths.remove(path)
         self._table[:] = [entry for entry in self._table if entry.paths]
-        self._table.append(Lasting([path], first, state, renewed=known is not None))
+        self._table.append(Lasting([path], first, kept.counters, kept, renewed=known is not None))
         self._bind(source.owner(), self._table[-1])
 
     def _bind(self, owner: object, entry: Lasting) -> None:
@@ -124,5 +143,16 @@ class Loaders:
         return next((bound for bound in self._bound if bound.owner() is owner), None)
 
 
-def _digest(state: Sequence[bytes]) -> bytes:
-    return hashlib.blake2b(b"".join(state), digest_size=8).digest()
+def _brought_up(now: Kept, then: Kept, last: Kept) -> Kept:
+    """`last`, apart from what the script has changed since the loader was as in `then`."""
+    drawn = (now.generators, now.lives) != (then.generators, then.lives)
+    generators, lives = (now.generators, now.lives) if drawn else (last.generators, last.lives)
+    counters = {
+        name: last.counters.get(name, number) if number == then.counters.get(name) else number
+        for name, number in now.counters.items()
+    }
+    return Kept(generators, lives, counters)
+
+
+def _digest(kept: Kept) -> bytes:
+    return hashlib.blake2b(msgspec.msgpack.encode((kept.generators, kept.lives)), digest_size=8).digest()

@@ -100,7 +100,7 @@ def _loop(kind: str, source: Source[T], host: LoopHost, give: Callable[[int, T],
     record = None if host.resume is None else host.resume.next_loop(kind)
     if record is None:
         host.cursor.loaders.entering(host.cursor.next_path, source)
-        frame = host.cursor.enter(kind, rng.capture(), source.state(), source.dealing())
+        frame = host.cursor.enter(kind, rng.capture(), source.lasting(), source.dealing())
     else:
         frame = record
         if not frame.finished:
@@ -142,6 +142,8 @@ def _recorded(frame: Frame, source: Source[T], host: LoopHost, give: Callable[[i
             item = [source.fetch()]
         except StopIteration as error:
             raise ScriptMismatchError(too_short(frame.position, frame.position + 1)) from error
+        if host.resume is not None and host.resume.real:
+            frame.fetched = host.resume.outside_done(frame) - frame.setup
         host.iteration_started()
         yield give(frame.position, item.pop())  # no reference stays here: the body may want the memory back
     if frame.rng_end is not None:

@@ -8,7 +8,8 @@ What resumes exactly, that is with the items, the order and the random state of 
   state that it was created with and skips on the (batch) sampler.
 * anything with `state_dict()` and `load_state_dict()`, such as torchdata's StatefulDataLoader: its state is
   taken before each fetch. It must be readable by `torch.load(weights_only=True)`.
-* iterable datasets and other iterables: what was consumed is fetched once more and dropped.
+* iterable datasets and other iterables: what was consumed is fetched once more and dropped. So are loaders with an
+  `__iter__` of their own, as those of Hugging Face Accelerate.
 
 When the number of ranks changes within a pass, what is left of it is dealt anew where torch's DistributedSampler
 dealt it, see `checkpointless_elastic.data.dealing`; other loaders go on at the same number of batches.
@@ -23,20 +24,23 @@ Limits, all of which concern randomness that this process cannot see or put back
 * a sampler or an iterable that draws from the global generators between items, with a body that draws from
   them too: the items already consumed are drawn anew without the body. A generator of its own is exact if it
   is the attribute `generator` of the loader or of its samplers.
-* a sampler that counts its own passes: give it the epoch through `set_epoch` instead.
+* what an iterable that is no DataLoader counts of its own passes. Whole numbers in a DataLoader or in its samplers
+  that are not torch's classes (the `iteration` and `epoch` of Accelerate's) are brought back.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+import msgspec
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from checkpointless_elastic.data import dealing, skipping
 from checkpointless_elastic.data.cursor import Frame
+from checkpointless_elastic.data.lasting import Kept
 from checkpointless_elastic.errors import ScriptMismatchError, StateMismatchError
 from checkpointless_elastic.worker import rng
 
@@ -45,22 +49,24 @@ __all__ = ["Consumed", "Numbers", "Sampled", "Source", "Stateful", "source_of"]
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
+_WRAPPED = "sampler", "batch_sampler", "base_dataloader"  # attributes
+
 
 class Source(Protocol[T_co]):
     """The items of one loop. The loop keeps the random state of the process, a source only what is its
     own."""
 
     def state(self) -> tuple[bytes, ...]:
-        """What must be put back, besides the random state of the process, to do again what comes now."""
+        """What must be put back, besides the random state of the process, to fetch again what comes now."""
 
     def owner(self) -> object:
         """The loader."""
 
-    def lasting(self) -> tuple[bytes, ...]:
+    def lasting(self) -> Kept:
         """What the loader keeps from one pass to the next; see `checkpointless_elastic.data.lasting`."""
 
-    def revive(self, state: tuple[bytes, ...]) -> None:
-        """Bring the loader to such a state, without drawing from any generator of the process."""
+    def revive(self, kept: Kept) -> None:
+        """Bring the loader to this, without drawing from any generator of the process."""
 
     def dealing(self) -> tuple[int, int] | None:
         """See `cursor.Frame`."""
@@ -90,11 +96,11 @@ class Numbers:
         """Itself: there is no loader."""
         return self
 
-    def lasting(self) -> tuple[bytes, ...]:
+    def lasting(self) -> Kept:
         """Nothing."""
-        return ()
+        return Kept()
 
-    def revive(self, state: tuple[bytes, ...]) -> None:
+    def revive(self, kept: Kept) -> None:
         """Nothing to bring back."""
 
     def dealing(self) -> tuple[int, int] | None:
@@ -117,30 +123,61 @@ class Numbers:
 
 
 class _Loader(Generic[T]):
-    """A loader with generators of its own."""
+    """A loader with generators and counters of its own."""
 
     def __init__(self, loader: Iterable[T]) -> None:
         self._loader = loader
-        self._generators = _generators_of(loader)
+        self._base = _base_of(loader)
+        self._parts = _parts_of(loader)
+        self._generators = _generators_of(self._parts.values())
         self._iterator: Iterator[T] = iter(())
 
     def owner(self) -> object:
         """The loader."""
         return self._loader
 
-    def lasting(self) -> tuple[bytes, ...]:
+    def state(self) -> tuple[bytes, ...]:
         """The loader's own generators."""
         return tuple(map(rng.capture_generator, self._generators))
 
-    def revive(self, state: tuple[bytes, ...]) -> None:
-        """Put the generators back."""
-        if len(self._generators) != len(state):
+    def lasting(self) -> Kept:
+        """The loader's own generators and counters, and whether worker processes live on from an earlier pass."""
+        lives = None
+        if self._base is not None and self._base.persistent_workers:
+            lives = skipping.has_live_workers(self._base)
+        return Kept(_Loader.state(self), lives, self._counters())
+
+    def revive(self, kept: Kept) -> None:
+        """Put them back; worker processes that would have lived on are started."""
+        if kept.lives and self._base is not None and not skipping.has_live_workers(self._base):
+            before = rng.capture()
+            skipping.start_workers(self._base)
+            rng.restore(before)
+        self._restore(kept.generators)
+        for name, number in self._counters().items():
+            if kept.counters.get(name, number) != number:
+                part, _, attribute = name.rpartition(".")
+                vars(self._parts[part])[attribute] = kept.counters[name]
+
+    def _restore(self, generators: Sequence[bytes]) -> None:
+        if len(self._generators) != len(generators):
             raise ScriptMismatchError(
-                f"The loader has {len(self._generators)} generators of its own, the lost rank's had {len(state)}; "
+                f"The loader has {len(self._generators)} generators of its own, the lost rank's had {len(generators)}; "
                 "build it in the same way in each run of the script."
             )
-        for generator, one in zip(self._generators, state, strict=True):
+        for generator, one in zip(self._generators, generators, strict=True):
             rng.restore_generator(generator, one)
+
+    def _counters(self) -> dict[str, int]:
+        if not isinstance(self._loader, DataLoader):
+            return {}
+        return {
+            f"{place}.{name}": value
+            for place, part in self._parts.items()
+            if type(part).__module__.partition(".")[0] not in ("torch", "torchdata")
+            for name, value in getattr(part, "__dict__", {}).items()
+            if type(value) is int
+        }
 
     def dealing(self) -> tuple[int, int] | None:
         """How a loader is dealt is known of `Sampled` only."""
@@ -160,23 +197,6 @@ class Sampled(_Loader[T]):
 
     _loader: DataLoader[T]
 
-    def state(self) -> tuple[bytes, ...]:
-        """Whether worker processes live on from an earlier pass, then the loader's own generators."""
-        lives = b"lives" if skipping.has_live_workers(self._loader) else b""
-        return (lives, *super().lasting())
-
-    def lasting(self) -> tuple[bytes, ...]:
-        """The same, where any of it can last."""
-        return self.state() if self._generators or self._loader.persistent_workers else ()
-
-    def revive(self, state: tuple[bytes, ...]) -> None:
-        """Start worker processes that would have lived on, put the generators back."""
-        if state[0] and not skipping.has_live_workers(self._loader):
-            before = rng.capture()
-            skipping.start_workers(self._loader)
-            rng.restore(before)
-        super().revive(state[1:])
-
     def dealing(self) -> tuple[int, int] | None:
         """Of torch's DistributedSampler in a BatchSampler."""
         return dealing.dealt(self._loader)
@@ -186,15 +206,11 @@ class Sampled(_Loader[T]):
         self.revive(frame.source_create)
         batches = dealing.batches(self._loader, frame.deals) if frame.deals else None
         self._iterator = skipping.iterate_from(self._loader, frame.position, batches)
-        super().revive(frame.source_start[1:])
+        self._restore(frame.source_start)
 
 
 class Consumed(_Loader[T]):
     """Any iterable: fetches again what was consumed and drops it."""
-
-    def state(self) -> tuple[bytes, ...]:
-        """The loader's own generators."""
-        return self.lasting()
 
     def reopen(self, frame: Frame) -> None:
         """Create the iterator and drop the first `frame.position` items; takes as long as loading them."""
@@ -205,7 +221,7 @@ class Consumed(_Loader[T]):
                 next(self._iterator)
             except StopIteration as error:
                 raise ScriptMismatchError(skipping.too_short(done, frame.position)) from error
-        self.revive(frame.source_start)
+        self._restore(frame.source_start)
 
 
 class Stateful(_Loader[T]):
@@ -220,22 +236,22 @@ class Stateful(_Loader[T]):
     def state(self) -> tuple[bytes, ...]:
         """The loader's own generators, then its state."""
         if not self._begun:
-            return self.lasting()
+            return super().state()
         buffer = io.BytesIO()
         torch.save(self._loader.state_dict(), buffer)
-        return (*self.lasting(), buffer.getvalue())
+        return (*super().state(), buffer.getvalue())
 
     def reopen(self, frame: Frame) -> None:
         """Load the recorded state and create the iterator."""
         self.revive(frame.source_create)
         if frame.position == 0:
             self.open()
-            self.revive(frame.source_start)
+            self._restore(frame.source_start)
         else:
             *generators, blob = frame.source_start
             self._loader.load_state_dict(self._read(blob))
             self.open()
-            self.revive(tuple(generators))
+            self._restore(generators)
 
     def fetch(self) -> T:
         """The next item."""
@@ -254,11 +270,22 @@ class Stateful(_Loader[T]):
 
 def source_of(loader: Iterable[T]) -> Source[T]:
     """The source that stands `loader` before item k in the cheapest exact way."""
-    if _is_stateful(loader) and not _only_counts(loader):
+    if _is_stateful(loader) and not _wraps(loader) and not _only_counts(loader):
         return Stateful(loader)
     if isinstance(loader, DataLoader) and skipping.can_skip(loader):
         return Sampled(loader)
     return Consumed(loader)
+
+
+def _wraps(loader: object) -> bool:
+    """True for a loader of Accelerate, which does not go on exactly from its state (1.15), or has none."""
+    return hasattr(loader, "base_dataloader")
+
+
+def _base_of(loader: object) -> DataLoader[Any] | None:
+    """The loader, or the one in it, whose worker processes are known to begin and end as `skipping` has it."""
+    base = getattr(loader, "base_dataloader", loader)
+    return base if issubclass(type(base), DataLoader) and skipping.can_skip(base) else None
 
 
 def _is_stateful(one: object) -> bool:
@@ -276,18 +303,25 @@ def _only_counts(loader: object) -> bool:
     )
 
 
-def _generators_of(loader: object) -> list[torch.Generator]:
-    """The distinct generators that the loader and its samplers draw from, in a fixed order."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (
-        loader,
-        getattr(loader, "sampler", None),
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-    )
+def _parts_of(loader: object) -> dict[str, object]:
+    """The loader, its samplers and what these wrap, by place, each once, in a fixed order."""
+    found: dict[str, object] = {"": loader}
+    waiting = [("", loader)]
+    while waiting:
+        place, part = waiting.pop(0)
+        for name in _WRAPPED:
+            inner = getattr(part, name, None)
+            if inner is not None and not any(inner is one for one in found.values()):
+                found[f"{place}.{name}"] = inner
+                waiting.append((f"{place}.{name}", inner))
+    return found
+
+
+def _generators_of(parts: Iterable[object]) -> list[torch.Generator]:
+    """The distinct generators that they draw from."""
     found: list[torch.Generator] = []
-    for owner in owners:
-        generator = getattr(owner, "generator", None)
+    for part in parts:
+        generator = getattr(part, "generator", None)
         if isinstance(generator, torch.Generator) and not any(generator is one for one in found):
             found.append(generator)
     return found

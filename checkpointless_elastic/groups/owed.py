@@ -11,7 +11,7 @@ A member's place in a group is (number of committed calls, collectives ended sin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,9 +138,18 @@ class Ledger:
         return self._next
 
     def catch_up(self, issued: dict[str, int]) -> None:
-        """A replacement has come to where the lost rank was, which had issued so many; it need not meet all again."""
-        for group, count in issued.items():
-            self._next[group] = max(count, self._next.get(group, 0))
+        """A replacement has come to where the lost rank was, which had issued so many since the last committed call.
+
+        Of those that it has met again these are the last: what makes an iterator is met again in each iteration. Where
+        it has met fewer, the first are missing (of loops that ended long ago).
+        """
+        early = {group: count - issued.get(group, 0) for group, count in self._next.items()}
+        self._next = dict(issued)
+        finished, self._finished = self._finished, []
+        for done in finished:
+            calls, index = done.place
+            if index >= early[done.group]:
+                self._finished.append(replace(done, place=(calls, index - early[done.group])))
 
     def concerns(self, group: str) -> bool:
         """True if a collective of this group, since the last committed call, may have to be repeated."""

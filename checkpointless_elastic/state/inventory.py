@@ -18,6 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from checkpointless_elastic.errors import ConfigError, StateMismatchError
+from checkpointless_elastic.state.accelerator import AcceleratorHolder, is_accelerator
 from checkpointless_elastic.state.grad_scaler import ScalerHolder
 from checkpointless_elastic.state.holder import Found, Holder, Maker, ParamNames
 from checkpointless_elastic.state.modules import ModuleHolder
@@ -190,6 +191,8 @@ def _holders(objects: Mapping[str, Any], names: ParamNames) -> Iterator[Holder]:
             yield ScalerHolder(name, value)
         elif isinstance(value, torch.Tensor):
             yield TensorHolder(name, value)
+        elif is_accelerator(value):
+            yield AcceleratorHolder(name, value)
         elif not isinstance(value, nn.Module):
             yield _other(name, value)
 

@@ -278,8 +278,9 @@ class Recovery:
         self.prepare()
         pipelines.find()
         self._compare_groups()
-        if self._state is not None and self._state.step == self._session.step:
-            self._session.registry.catch_up(self._state.issued)
+        if self._state is not None:
+            here = self._state.step == self._session.step
+            self._session.registry.catch_up(self._state.issued if here else {})
         self._drop_own_changes()
         self.settle()
         if self._join_rng is not None:

@@ -299,6 +299,7 @@ class Run:
         self._looked_into.add(name)
         used = gate.optimizers()
         unnamed.check_optimizers(used, self.inventory, name)
+        unnamed.check_accumulation(self.inventory)
         if host.rank == 0:
             scheduler = unnamed.unnamed_scheduler(used, self.inventory, name)
             for warning in filter(None, (scheduler, unnamed.hook_with_state(self._ddp_modules()))):

@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from checkpointless_elastic.errors import ConfigError
+from checkpointless_elastic.state.accelerator import AcceleratorHolder, accumulates
 from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.objects import ObjectHolder
 from checkpointless_elastic.state.zero import is_zero
 
-__all__ = ["check_optimizers", "hook_with_state", "unnamed_scheduler"]
+__all__ = ["check_accumulation", "check_optimizers", "hook_with_state", "unnamed_scheduler"]
 
 
 def check_optimizers(used: Iterable[Optimizer], inventory: Inventory, name: str) -> None:
@@ -35,6 +36,15 @@ def check_optimizers(used: Iterable[Optimizer], inventory: Inventory, name: str)
                 f"The {type(optimizer).__name__} that steps in {name} is not in the Run, and what it keeps would be "
                 "lost with a rank: name it, as in Run(model=model, optimizer=optimizer)."
             )
+
+
+def check_accumulation(inventory: Inventory) -> None:
+    """Raise ConfigError if Accelerate counts calls up to the next update, and the Run does not know the count."""
+    if accumulates() and not any(isinstance(holder, AcceleratorHolder) for holder in inventory.holders):
+        raise ConfigError(
+            "Accelerate accumulates gradients, and a replacement would begin to count anew: name the Accelerator in "
+            "the Run, as in Run(..., accelerator=accelerator)."
+        )
 
 
 def unnamed_scheduler(used: Iterable[Any], inventory: Inventory, name: str) -> str:

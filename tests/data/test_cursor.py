@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from checkpointless_elastic.data.cursor import CALL_BYTES, KEPT_BYTES, KEPT_RNG, Cursor
+from checkpointless_elastic.data.lasting import Kept
 from checkpointless_elastic.data.resume import Join, Resume, Skip
 from checkpointless_elastic.errors import ProtocolError, ScriptMismatchError
 from checkpointless_elastic.state.slot import Content
@@ -19,7 +20,7 @@ def filled() -> Cursor:
     outer = cursor.enter("epochs", rng.capture())
     cursor.start(outer, rng.capture(), (b"state",))
     cursor.commit(b"epoch", rng.capture())
-    inner = cursor.enter("batches", rng.capture(), (b"x",))
+    inner = cursor.enter("batches", rng.capture(), Kept((b"x",), counters={"loader.passes": 3}))
     cursor.start(inner, rng.capture())
     cursor.commit(None)
     cursor.issued("world", "all_reduce", None)
