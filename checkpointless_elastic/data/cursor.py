@@ -192,12 +192,12 @@ class Cursor(msgspec.Struct, array_like=True, dict=True):
         self,
         kind: str,
         rng: RngState | None = None,
-        source: Kept = Kept(),
+        source: Kept | None = None,
         dealing: tuple[int, int] | None = None,
     ) -> Frame:
         """A loop is entered, before its iterator is created."""
-        frame = Frame(kind, len(self.top.children), rng_create=rng, source_create=source, path=self.next_path)
-        frame.dealing = dealing
+        frame = Frame(kind, len(self.top.children), rng_create=rng, path=self.next_path, dealing=dealing)
+        frame.source_create = source or Kept()
         self.stack.append(frame)
         return frame
 

@@ -147,11 +147,12 @@ def _brought_up(now: Kept, then: Kept, last: Kept) -> Kept:
     """`last`, apart from what the script has changed since the loader was as in `then`."""
     drawn = (now.generators, now.lives) != (then.generators, then.lives)
     generators, lives = (now.generators, now.lives) if drawn else (last.generators, last.lives)
-    counters = {
-        name: last.counters.get(name, number) if number == then.counters.get(name) else number
-        for name, number in now.counters.items()
+    untouched = {
+        name: number
+        for name, number in last.counters.items()
+        if now.counters.get(name) == then.counters.get(name)
     }
-    return Kept(generators, lives, counters)
+    return Kept(generators, lives, {**now.counters, **untouched})
 
 
 def _digest(kept: Kept) -> bytes:

@@ -24,15 +24,19 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from checkpointless_elastic.errors import ScriptMismatchError
 
-__all__ = ["can_skip", "has_live_workers", "iterate_from", "start_workers", "too_short"]
+__all__ = ["can_skip", "has_indices", "has_live_workers", "iterate_from", "start_workers", "too_short"]
 
 T = TypeVar("T")
 
 
 def can_skip(loader: DataLoader[Any]) -> bool:
     """Whether this loader takes its indices from its sampler in the way described above."""
-    plain = type(loader).__iter__ is DataLoader.__iter__ and not isinstance(loader.dataset, IterableDataset)
-    return plain and _slot(loader) in vars(loader)
+    return type(loader).__iter__ is DataLoader.__iter__ and has_indices(loader)
+
+
+def has_indices(loader: DataLoader[Any]) -> bool:
+    """Whether the iterators that DataLoader makes of it do."""
+    return not isinstance(loader.dataset, IterableDataset) and _slot(loader) in vars(loader)
 
 
 def has_live_workers(loader: DataLoader[Any]) -> bool:
@@ -137,7 +141,7 @@ def _with_sampler(loader: DataLoader[Any], sampler: _Sampler) -> Any:
         loader._iterator._index_sampler = sampler  # type: ignore[union-attr]  # it asks no one else again
     vars(loader)[slot] = sampler
     try:
-        return iter(loader)
+        return DataLoader.__iter__(loader)
     finally:
         vars(loader)[slot] = inner
         sampler.settle()

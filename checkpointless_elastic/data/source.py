@@ -34,7 +34,6 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-import msgspec
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -154,10 +153,11 @@ class _Loader(Generic[T]):
             skipping.start_workers(self._base)
             rng.restore(before)
         self._restore(kept.generators)
-        for name, number in self._counters().items():
-            if kept.counters.get(name, number) != number:
-                part, _, attribute = name.rpartition(".")
-                vars(self._parts[part])[attribute] = kept.counters[name]
+        now = self._counters()
+        for name, number in kept.counters.items():
+            place, _, attribute = name.rpartition(".")
+            if now.get(name) != number and place in self._parts:
+                vars(self._parts[place])[attribute] = number
 
     def _restore(self, generators: Sequence[bytes]) -> None:
         if len(self._generators) != len(generators):
@@ -283,9 +283,10 @@ def _wraps(loader: object) -> bool:
 
 
 def _base_of(loader: object) -> DataLoader[Any] | None:
-    """The loader, or the one in it, whose worker processes are known to begin and end as `skipping` has it."""
+    """The loader, or the one in it, if its worker processes are known to begin and end as `skipping` has it."""
     base = getattr(loader, "base_dataloader", loader)
-    return base if issubclass(type(base), DataLoader) and skipping.can_skip(base) else None
+    known = issubclass(type(base), DataLoader) and not _is_stateful(base) and skipping.has_indices(base)
+    return base if known else None
 
 
 def _is_stateful(one: object) -> bool:

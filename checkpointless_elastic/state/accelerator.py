@@ -1,7 +1,7 @@
 """State of Hugging Face Accelerate's Accelerator: how far gradient accumulation is.
 
-Read in accelerate 1.15 (`accelerator.py`, `state.py`): `accumulate()` counts its calls in `Accelerator.step` and says in
-the process's one GradientState whether this one ends with an update. Neither is in a state_dict().
+Read in accelerate 1.15 (`accelerator.py`, `state.py`): `accumulate()` counts its calls in `Accelerator.step`, and says
+in the process's one GradientState whether this one ends with an update. Neither is in a state_dict().
 """
 
 from __future__ import annotations

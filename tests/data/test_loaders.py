@@ -21,6 +21,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
@@ -81,6 +82,35 @@ class Growing(list[list[int]]):
     """A batch sampler that keeps nothing but its list."""
 
 
+class Counting(Sampler[int]):
+    """A sampler that counts its passes, each of which has another order."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.passes += 1
+        yield from torch.randperm(13, generator=own(self.passes)).tolist()
+
+    def __len__(self) -> int:
+        return 13
+
+
+class Looking(DataLoader[torch.Tensor]):
+    """A loader that is one batch ahead, and counts its passes when they end."""
+
+    passes = 0
+
+    def __iter__(self) -> Any:
+        ahead: torch.Tensor | None = None
+        for batch in super().__iter__():
+            if ahead is not None:
+                yield ahead
+            ahead = batch + self.passes
+        self.passes += 1
+        yield ahead
+
+
 def doubled(batch: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(batch) * 2
 
@@ -128,6 +158,8 @@ IN_PROCESS: dict[str, Callable[[], Iterable[Any]]] = {
     "random batch sampler": lambda: DataLoader(
         Drawing(), batch_sampler=BatchSampler(RandomSampler(Drawing()), 5, drop_last=False)
     ),
+    "counting sampler": lambda: DataLoader(Drawing(), batch_size=4, sampler=Counting()),
+    "counting loader": lambda: Looking(Numbers(), batch_size=4, shuffle=True, generator=own(9)),
     "collate": lambda: DataLoader(Drawing(), batch_size=5, collate_fn=doubled, shuffle=True),
     "pinned": lambda: DataLoader(Drawing(), batch_size=5, shuffle=True, pin_memory=True),
     "iterable dataset": lambda: DataLoader(Stream(), batch_size=3),
@@ -158,6 +190,9 @@ WITH_PROCESSES: dict[str, Callable[[], Iterable[Any]]] = {
         num_workers=1,
         persistent_workers=True,
         prefetch_factor=4,
+    ),
+    "persistent with its own iter": lambda: Looking(
+        Numbers(), batch_size=3, shuffle=True, num_workers=1, persistent_workers=True
     ),
     "batch sampler": lambda: custom_batches(Numbers(), num_workers=2, prefetch_factor=1, collate_fn=doubled),
     "generator": lambda: DataLoader(Numbers(), batch_size=3, shuffle=True, num_workers=1, generator=own(5)),
@@ -208,9 +243,26 @@ class Passes:
             for batch in session.batches(loader):
                 session.call(batch)
 
+    @staticmethod
+    def a_sampler_that_is_told_the_epoch_in_some_passes(session: Session) -> None:
+        seed()
+        sampler = Counting()
+        train = DataLoader(Drawing(), batch_size=7, sampler=sampler, generator=own(2))
+        for epoch in session.epochs(4):
+            if epoch % 2:
+                sampler.passes = 10 * epoch
+            for batch in session.batches(train):
+                session.call(batch, torch.rand(1))
+
 
 @pytest.mark.parametrize(
-    "script", [Passes.validation_waits, Passes.one_loader_in_two_places, Passes.a_new_loader_each_epoch]
+    "script",
+    [
+        Passes.validation_waits,
+        Passes.a_sampler_that_is_told_the_epoch_in_some_passes,
+        Passes.one_loader_in_two_places,
+        Passes.a_new_loader_each_epoch,
+    ],
 )
 def test_what_a_loader_keeps_between_passes_is_brought_back(script: Callable[[Session], None]) -> None:
     whole = run_to_the_end(script)

@@ -1,7 +1,8 @@
 """Ways to train, by KIND: two optimizers, a closure, a grad scaler, accumulation in one call and over several, an own
 optimizer, no loops, unused parameters, a static graph, torch.compile around forward and backward, groups that come and
 go between steps, gradients that stand until the next step begins, a scheduler or an average that goes on between steps,
-a manual data parallel loop. Rank 1 dies once at step 4, at the moment that DIE names."""
+a sampler whose passes begin with a broadcast, a manual data parallel loop. Rank 1 dies once at step 4, at the moment
+that DIE names."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Sampler
 
 import checkpointless_elastic as ce
 
@@ -236,9 +238,26 @@ def stream() -> Iterator[torch.Tensor]:
         yield batch()
 
 
+class Dealt(Sampler[int]):
+    """Each rank's part of an order that rank 0 draws when a pass begins."""
+
+    def __iter__(self) -> Iterator[int]:
+        dist.broadcast(order := torch.randperm(24), 0)
+        yield from order[rank::2].tolist()
+
+    def __len__(self) -> int:
+        return 12
+
+
 train = globals().get(f"train_{KIND}", train_plainly)
 train = train if KIND == "several" else run.replayable(train)
-if KIND == "iterable":
+if KIND == "dealt":
+    samples = torch.randn(24, 16, generator=torch.Generator().manual_seed(5))
+    loader: Any = DataLoader(samples, batch_size=4, sampler=Dealt())  # type: ignore[arg-type]
+    for _ in run.epochs(STEPS // 3):
+        for x in run.batches(loader):
+            train(x)
+elif KIND == "iterable":
     for number, x in run.numbered(stream()):
         train(x)
         if number + 1 == STEPS:

@@ -43,6 +43,7 @@ def wholes() -> dict[str, Ended]:
         ("zerofirst", "start"),
         ("outside", "start"),
         ("average", "start"),
+        ("dealt", "forward"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in LIKE_OTHERS),
     ],
 )
