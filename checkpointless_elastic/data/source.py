@@ -284,7 +284,7 @@ def _wraps(loader: object) -> bool:
 
 def _base_of(loader: object) -> DataLoader[Any] | None:
     """The loader, or the one in it, if its worker processes are known to begin and end as `skipping` has it."""
-    base = getattr(loader, "base_dataloader", loader)
+    base: Any = getattr(loader, "base_dataloader", loader)
     known = issubclass(type(base), DataLoader) and not _is_stateful(base) and skipping.has_indices(base)
     return base if known else None
 
