@@ -25,16 +25,16 @@ class Kept(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         generators: states of its own generators.
-        lives: its worker processes live on; None: they end with each pass.
+        lives: of each DataLoader with persistent workers in it, whether they live on.
         counters: whole numbers in the loader and its samplers, by place and name, where these are not torch's own.
     """
 
     generators: tuple[bytes, ...] = ()
-    lives: bool | None = None
+    lives: tuple[bool, ...] = ()
     counters: dict[str, int] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.generators or self.counters or self.lives is not None)
+        return bool(self.generators or self.lives or self.counters)
 
 
 class Lasting(msgspec.Struct, array_like=True):

@@ -24,18 +24,18 @@ Limits, all of which concern randomness that this process cannot see or put back
 * a sampler or an iterable that draws from the global generators between items, with a body that draws from
   them too: the items already consumed are drawn anew without the body. A generator of its own is exact if it
   is the attribute `generator` of the loader or of its samplers.
-* what an iterable that is no DataLoader counts of its own passes. Whole numbers in a DataLoader or in its samplers
-  that are not torch's classes (the `iteration` and `epoch` of Accelerate's) are brought back.
+* what an iterable without a DataLoader in it counts of its own passes. Whole numbers in a DataLoader, in what wraps
+  one and in its samplers are brought back where their classes are not torch's (Accelerate's and Lightning's count).
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeGuard, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from checkpointless_elastic.data import dealing, skipping
 from checkpointless_elastic.data.cursor import Frame
@@ -48,7 +48,7 @@ __all__ = ["Consumed", "Numbers", "Sampled", "Source", "Stateful", "source_of"]
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-_WRAPPED = "sampler", "batch_sampler", "base_dataloader"  # attributes
+_SAMPLERS = "sampler", "batch_sampler"  # attributes; what stands there need not be a Sampler
 
 
 class Source(Protocol[T_co]):
@@ -126,9 +126,9 @@ class _Loader(Generic[T]):
 
     def __init__(self, loader: Iterable[T]) -> None:
         self._loader = loader
-        self._base = _base_of(loader)
         self._parts = _parts_of(loader)
         self._generators = _generators_of(self._parts.values())
+        self._lasting_workers = [part for part in self._parts.values() if _may_keep_workers(part)]
         self._iterator: Iterator[T] = iter(())
 
     def owner(self) -> object:
@@ -141,17 +141,16 @@ class _Loader(Generic[T]):
 
     def lasting(self) -> Kept:
         """The loader's own generators and counters, and whether worker processes live on from an earlier pass."""
-        lives = None
-        if self._base is not None and self._base.persistent_workers:
-            lives = skipping.has_live_workers(self._base)
+        lives = tuple(map(skipping.has_live_workers, self._lasting_workers))
         return Kept(_Loader.state(self), lives, self._counters())
 
     def revive(self, kept: Kept) -> None:
         """Put them back; worker processes that would have lived on are started."""
-        if kept.lives and self._base is not None and not skipping.has_live_workers(self._base):
-            before = rng.capture()
-            skipping.start_workers(self._base)
-            rng.restore(before)
+        for base, lives in zip(self._lasting_workers, kept.lives, strict=False):
+            if lives and not skipping.has_live_workers(base):
+                before = rng.capture()
+                skipping.start_workers(base)
+                rng.restore(before)
         self._restore(kept.generators)
         now = self._counters()
         for name, number in kept.counters.items():
@@ -169,7 +168,7 @@ class _Loader(Generic[T]):
             rng.restore_generator(generator, one)
 
     def _counters(self) -> dict[str, int]:
-        if not isinstance(self._loader, DataLoader):
+        if not any(isinstance(part, DataLoader) for part in self._parts.values()):
             return {}
         return {
             f"{place}.{name}": value
@@ -282,11 +281,10 @@ def _wraps(loader: object) -> bool:
     return hasattr(loader, "base_dataloader")
 
 
-def _base_of(loader: object) -> DataLoader[Any] | None:
-    """The loader, or the one in it, if its worker processes are known to begin and end as `skipping` has it."""
-    base: Any = getattr(loader, "base_dataloader", loader)
-    known = issubclass(type(base), DataLoader) and not _is_stateful(base) and skipping.has_indices(base)
-    return base if known else None
+def _may_keep_workers(part: object) -> TypeGuard[DataLoader[Any]]:
+    """Whether it is a DataLoader with persistent workers, which begin and end as `skipping` has it."""
+    known = issubclass(type(part), DataLoader) and not _is_stateful(part)
+    return known and part.persistent_workers and skipping.has_indices(part)  # type: ignore[attr-defined,arg-type]
 
 
 def _is_stateful(one: object) -> bool:
@@ -305,14 +303,14 @@ def _only_counts(loader: object) -> bool:
 
 
 def _parts_of(loader: object) -> dict[str, object]:
-    """The loader, its samplers and what these wrap, by place, each once, in a fixed order."""
+    """The loader, the loaders and samplers in it, and so on, by place, each once, in a fixed order."""
     found: dict[str, object] = {"": loader}
     waiting = [("", loader)]
     while waiting:
         place, part = waiting.pop(0)
-        for name in _WRAPPED:
-            inner = getattr(part, name, None)
-            if inner is not None and not any(inner is one for one in found.values()):
+        for name, inner in getattr(part, "__dict__", {}).items():
+            wanted = isinstance(inner, (DataLoader, Sampler)) or name in _SAMPLERS and inner is not None
+            if wanted and not any(inner is one for one in found.values()):
                 found[f"{place}.{name}"] = inner
                 waiting.append((f"{place}.{name}", inner))
     return found

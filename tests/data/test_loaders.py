@@ -13,15 +13,26 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from loading import (
+    Counter,
+    Counting,
+    Drawing,
+    Growing,
+    Looking,
+    Numbers,
+    Stream,
+    Telling,
+    doubled,
+    own,
+    seed,
+    seeded_worker,
+)
 from memory_session import Killed, Session, assert_a_loss_changes_nothing, run_to_the_end
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
-    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
@@ -30,97 +41,6 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from checkpointless_elastic.data.source import Consumed, Sampled, Stateful, source_of
 from checkpointless_elastic.errors import ScriptMismatchError, StateMismatchError
-
-
-class Numbers(Dataset[torch.Tensor]):
-    """Items without a random transform, as loader processes must not draw."""
-
-    def __len__(self) -> int:
-        return 13
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.tensor([float(index)])
-
-
-class Drawing(Numbers):
-    """Items with a transform that draws from all three generators."""
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.tensor([float(index), random.random(), np.random.rand(), float(torch.randn(1))])
-
-
-class Stream(IterableDataset[torch.Tensor]):
-    """Items of an iterable dataset, split over loader processes."""
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        info = torch.utils.data.get_worker_info()
-        for number in range(0 if info is None else info.id, 11, 1 if info is None else info.num_workers):
-            yield torch.tensor([float(number)]) + (torch.rand(1) if info is not None else 0)
-
-
-class Counter(IterableDataset[torch.Tensor]):
-    """An iterable dataset that can say where it is."""
-
-    def __init__(self) -> None:
-        self._next = 0
-        self._loaded = False
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        self._next, self._loaded = (self._next if self._loaded else 0), False
-        while self._next < 11:
-            self._next += 1
-            yield torch.tensor([float(self._next)]) + torch.rand(1)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self._next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._next, self._loaded = state["next"], True
-
-
-class Growing(list[list[int]]):
-    """A batch sampler that keeps nothing but its list."""
-
-
-class Counting(Sampler[int]):
-    """A sampler that counts its passes, each of which has another order."""
-
-    def __init__(self) -> None:
-        self.passes = 0
-
-    def __iter__(self) -> Iterator[int]:
-        self.passes += 1
-        yield from torch.randperm(13, generator=own(self.passes)).tolist()
-
-    def __len__(self) -> int:
-        return 13
-
-
-class Looking(DataLoader[torch.Tensor]):
-    """A loader that is one batch ahead, and counts its passes when they end."""
-
-    passes = 0
-
-    def __iter__(self) -> Any:
-        ahead: torch.Tensor | None = None
-        for batch in super().__iter__():
-            if ahead is not None:
-                yield ahead
-            ahead = batch + self.passes
-        self.passes += 1
-        yield ahead
-
-
-def doubled(batch: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(batch) * 2
-
-
-def seeded_worker(number: int) -> None:
-    torch.manual_seed(number)
-
-
-def own(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def distributed(**options: Any) -> DataLoader[torch.Tensor]:
@@ -159,6 +79,7 @@ IN_PROCESS: dict[str, Callable[[], Iterable[Any]]] = {
         Drawing(), batch_sampler=BatchSampler(RandomSampler(Drawing()), 5, drop_last=False)
     ),
     "counting sampler": lambda: DataLoader(Drawing(), batch_size=4, sampler=Counting()),
+    "telling wrapper": lambda: Telling(distributed()),
     "counting loader": lambda: Looking(Numbers(), batch_size=4, shuffle=True, generator=own(9)),
     "collate": lambda: DataLoader(Drawing(), batch_size=5, collate_fn=doubled, shuffle=True),
     "pinned": lambda: DataLoader(Drawing(), batch_size=5, shuffle=True, pin_memory=True),
@@ -199,99 +120,6 @@ WITH_PROCESSES: dict[str, Callable[[], Iterable[Any]]] = {
     "iterable dataset that draws": lambda: DataLoader(Stream(), batch_size=2, num_workers=2),
     "stateful": lambda: StatefulDataLoader(Numbers(), batch_size=3, shuffle=True, num_workers=2),
 }
-
-
-def seed() -> None:
-    torch.manual_seed(1)
-    random.seed(1)
-    np.random.seed(1)
-
-
-class Passes:
-    """Scripts of several passes that use their loaders in different ways."""
-
-    @staticmethod
-    def validation_waits(session: Session) -> None:
-        """The second loop of an epoch has a generator and living workers from the epoch before."""
-        seed()
-        train = DataLoader(Drawing(), batch_size=5, shuffle=True)
-        validation = DataLoader(Numbers(), batch_size=7, shuffle=True, generator=own(2))
-        for _ in session.epochs(3):
-            for batch in session.batches(train):
-                session.call(batch)
-            for batch in session.batches(validation):
-                session.call(batch)
-
-    @staticmethod
-    def one_loader_in_two_places(session: Session) -> None:
-        seed()
-        loader = DataLoader(Drawing(), batch_size=5, shuffle=True, generator=own(2))
-        for batch in session.batches(loader):
-            session.call(batch)
-        for _ in session.epochs(2):
-            for batch in session.batches(loader):
-                session.call(batch)
-                break
-        for batch in session.batches(loader):
-            session.call(batch)
-
-    @staticmethod
-    def a_new_loader_each_epoch(session: Session) -> None:
-        seed()
-        for epoch in session.epochs(3):
-            loader = DataLoader(Drawing(), batch_size=5, shuffle=True, generator=own(epoch))
-            for batch in session.batches(loader):
-                session.call(batch)
-
-    @staticmethod
-    def a_sampler_that_is_told_the_epoch_in_some_passes(session: Session) -> None:
-        seed()
-        sampler = Counting()
-        train = DataLoader(Drawing(), batch_size=7, sampler=sampler, generator=own(2))
-        for epoch in session.epochs(4):
-            if epoch % 2:
-                sampler.passes = 10 * epoch
-            for batch in session.batches(train):
-                session.call(batch, torch.rand(1))
-
-
-@pytest.mark.parametrize(
-    "script",
-    [
-        Passes.validation_waits,
-        Passes.a_sampler_that_is_told_the_epoch_in_some_passes,
-        Passes.one_loader_in_two_places,
-        Passes.a_new_loader_each_epoch,
-    ],
-)
-def test_what_a_loader_keeps_between_passes_is_brought_back(script: Callable[[Session], None]) -> None:
-    whole = run_to_the_end(script)
-    for moment in range(1, whole.moments + 1):
-        assert_a_loss_changes_nothing(script, [moment], whole)
-        assert_a_loss_changes_nothing(script, [moment, 9], whole)
-
-
-def test_a_loader_made_anew_from_the_same_seed_gives_what_it_gives_without_a_session() -> None:
-    def three_passes(over: Callable[[Any], Iterable[Any]]) -> list[Any]:
-        seed()
-        loaders = (DataLoader(Numbers(), batch_size=5, shuffle=True, generator=own(4)) for _ in range(3))
-        return [batch.flatten().tolist() for loader in loaders for batch in over(loader)]
-
-    assert three_passes(Session().batches) == three_passes(iter)
-
-
-def test_persistent_workers_that_wait_for_their_next_pass_draw_nothing_when_they_start() -> None:
-    def script(session: Session) -> None:
-        torch.manual_seed(1)
-        validation = DataLoader(Numbers(), batch_size=7, shuffle=True, num_workers=1, persistent_workers=True)
-        for _ in session.epochs(2):
-            session.call(torch.rand(1))
-            for batch in session.batches(validation):
-                session.call(batch)
-
-    whole = run_to_the_end(script)
-    for moment in range(whole.moments // 2, whole.moments, 3):
-        assert_a_loss_changes_nothing(script, [moment], whole)
 
 
 def passes_over(make: Callable[[], Iterable[Any]]) -> Callable[[Session], None]:

@@ -1,0 +1,99 @@
+"""What a loader keeps from one pass to the next comes back in a replacement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from loading import Counting, Drawing, Numbers, own, seed
+from memory_session import Session, assert_a_loss_changes_nothing, run_to_the_end
+from torch.utils.data import DataLoader
+
+
+class Passes:
+    """Scripts of several passes that use their loaders in different ways."""
+
+    @staticmethod
+    def validation_waits(session: Session) -> None:
+        """The second loop of an epoch has a generator and living workers from the epoch before."""
+        seed()
+        train = DataLoader(Drawing(), batch_size=5, shuffle=True)
+        validation = DataLoader(Numbers(), batch_size=7, shuffle=True, generator=own(2))
+        for _ in session.epochs(3):
+            for batch in session.batches(train):
+                session.call(batch)
+            for batch in session.batches(validation):
+                session.call(batch)
+
+    @staticmethod
+    def one_loader_in_two_places(session: Session) -> None:
+        seed()
+        loader = DataLoader(Drawing(), batch_size=5, shuffle=True, generator=own(2))
+        for batch in session.batches(loader):
+            session.call(batch)
+        for _ in session.epochs(2):
+            for batch in session.batches(loader):
+                session.call(batch)
+                break
+        for batch in session.batches(loader):
+            session.call(batch)
+
+    @staticmethod
+    def a_new_loader_each_epoch(session: Session) -> None:
+        seed()
+        for epoch in session.epochs(3):
+            loader = DataLoader(Drawing(), batch_size=5, shuffle=True, generator=own(epoch))
+            for batch in session.batches(loader):
+                session.call(batch)
+
+    @staticmethod
+    def a_sampler_that_is_told_the_epoch_in_some_passes(session: Session) -> None:
+        seed()
+        sampler = Counting()
+        train = DataLoader(Drawing(), batch_size=7, sampler=sampler, generator=own(2))
+        for epoch in session.epochs(4):
+            if epoch % 2:
+                sampler.passes = 10 * epoch
+            for batch in session.batches(train):
+                session.call(batch, torch.rand(1))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        Passes.validation_waits,
+        Passes.a_sampler_that_is_told_the_epoch_in_some_passes,
+        Passes.one_loader_in_two_places,
+        Passes.a_new_loader_each_epoch,
+    ],
+)
+def test_what_a_loader_keeps_between_passes_is_brought_back(script: Callable[[Session], None]) -> None:
+    whole = run_to_the_end(script)
+    for moment in range(1, whole.moments + 1):
+        assert_a_loss_changes_nothing(script, [moment], whole)
+        assert_a_loss_changes_nothing(script, [moment, 9], whole)
+
+
+def test_a_loader_made_anew_from_the_same_seed_gives_what_it_gives_without_a_session() -> None:
+    def three_passes(over: Callable[[Any], Iterable[Any]]) -> list[Any]:
+        seed()
+        loaders = (DataLoader(Numbers(), batch_size=5, shuffle=True, generator=own(4)) for _ in range(3))
+        return [batch.flatten().tolist() for loader in loaders for batch in over(loader)]
+
+    assert three_passes(Session().batches) == three_passes(iter)
+
+
+def test_persistent_workers_that_wait_for_their_next_pass_draw_nothing_when_they_start() -> None:
+    def script(session: Session) -> None:
+        torch.manual_seed(1)
+        validation = DataLoader(Numbers(), batch_size=7, shuffle=True, num_workers=1, persistent_workers=True)
+        for _ in session.epochs(2):
+            session.call(torch.rand(1))
+            for batch in session.batches(validation):
+                session.call(batch)
+
+    whole = run_to_the_end(script)
+    for moment in range(whole.moments // 2, whole.moments, 3):
+        assert_a_loss_changes_nothing(script, [moment], whole)
