@@ -26,10 +26,10 @@ def test_random_states_are_read_and_put_back_without_numpy() -> None:
     program = (
         "import sys; sys.modules['numpy'] = None\n"
         "import torch\n"
-        "from checkpointless_elastic.worker import rng\n"
+        "from checkpointless_elastic.worker import generators, rng\n"
         "state = rng.capture(); first = torch.rand(3)\n"
         "rng.restore(state); assert torch.equal(first, torch.rand(3))\n"
-        "generator = torch.Generator(); rng.restore_generator(generator, rng.capture_generator(generator))"
+        "generator = torch.Generator(); generators.write(generator, generators.read(generator))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

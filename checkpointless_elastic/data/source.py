@@ -41,7 +41,7 @@ from checkpointless_elastic.data import dealing, skipping
 from checkpointless_elastic.data.cursor import Frame
 from checkpointless_elastic.data.lasting import Kept
 from checkpointless_elastic.errors import ScriptMismatchError, StateMismatchError
-from checkpointless_elastic.worker import rng
+from checkpointless_elastic.worker import generators, rng
 
 __all__ = ["Consumed", "Numbers", "Sampled", "Source", "Stateful", "source_of"]
 
@@ -137,7 +137,7 @@ class _Loader(Generic[T]):
 
     def state(self) -> tuple[bytes, ...]:
         """The loader's own generators."""
-        return tuple(map(rng.capture_generator, self._generators))
+        return tuple(map(generators.read, self._generators))
 
     def lasting(self) -> Kept:
         """The loader's own generators and counters, and whether worker processes live on from an earlier pass."""
@@ -158,14 +158,14 @@ class _Loader(Generic[T]):
             if now.get(name) != number and place in self._parts:
                 vars(self._parts[place])[attribute] = number
 
-    def _restore(self, generators: Sequence[bytes]) -> None:
-        if len(self._generators) != len(generators):
+    def _restore(self, states: Sequence[bytes]) -> None:
+        if len(self._generators) != len(states):
             raise ScriptMismatchError(
-                f"The loader has {len(self._generators)} generators of its own, the lost rank's had {len(generators)}; "
+                f"The loader has {len(self._generators)} generators of its own, the lost rank's had {len(states)}; "
                 "build it in the same way in each run of the script."
             )
-        for generator, one in zip(self._generators, generators, strict=True):
-            rng.restore_generator(generator, one)
+        for generator, one in zip(self._generators, states, strict=True):
+            generators.write(generator, one)
 
     def _counters(self) -> dict[str, int]:
         if not any(isinstance(part, DataLoader) for part in self._parts.values()):
@@ -247,10 +247,10 @@ class Stateful(_Loader[T]):
             self.open()
             self._restore(frame.source_start)
         else:
-            *generators, blob = frame.source_start
+            *states, blob = frame.source_start
             self._loader.load_state_dict(self._read(blob))
             self.open()
-            self._restore(generators)
+            self._restore(states)
 
     def fetch(self) -> T:
         """The next item."""

@@ -28,7 +28,7 @@ from checkpointless_elastic.state.pieces import GRADIENT, Manifest, Piece, Piece
 from checkpointless_elastic.state.sharding import Ranks
 from checkpointless_elastic.state.zero import ZeroHolder, is_zero
 
-__all__ = ["Inventory", "Scan"]
+__all__ = ["Inventory", "Scan", "flatten"]
 
 _FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 _LOCAL_SGD = "torch.distributed.optim.post_localSGD_optimizer"
@@ -176,7 +176,7 @@ class Inventory:
 
 def _holders(objects: Mapping[str, Any], names: ParamNames) -> Iterator[Holder]:
     """One holder per object, modules first, since they name the parameters."""
-    flat = [pair for name, value in objects.items() for pair in _flatten(name, value)]
+    flat = [pair for name, value in objects.items() for pair in flatten(name, value)]
     for name, value in flat:
         _refuse(name, value)
     for name, value in flat:
@@ -239,14 +239,14 @@ def _other(name: str, value: Any) -> Holder:
     return ObjectHolder(name, value)
 
 
-def _flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Objects in lists, tuples and dicts, with their names; None is skipped."""
     if isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _flatten(f"{name}.{index}", item)
+            yield from flatten(f"{name}.{index}", item)
     elif type(value) is dict:
         for key, item in value.items():
-            yield from _flatten(f"{name}.{key}", item)
+            yield from flatten(f"{name}.{key}", item)
     elif value is not None:
         yield name, value
 

@@ -3,7 +3,7 @@
 A state is taken before each fetch of a batch and at each replayable call, so it is made of raw words (no
 pickle), and costs a few microseconds in a loop, some 30 in a step, whose caches are cold. NumPy counts only where
 the script has imported it, an accelerator only where it is initialised: taking a state never loads a library and
-never creates a device context.
+never creates a device context. Generators that the Run names belong to it.
 
 Most states of a script differ in one part from the one before, or in none: a state is made of numbered parts, and
 shares with the one before it what did not change, so that a part is written to a slot once."""
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpointless_elastic.errors import StateMismatchError
-from checkpointless_elastic.tensor_bytes import to_bytes
+from checkpointless_elastic.worker import generators
 from checkpointless_elastic.worker.rng_memory import (
     GAUSS,
     WORDS_BYTES,
@@ -38,7 +38,7 @@ from checkpointless_elastic.worker.rng_memory import (
     write_torch,
 )
 
-__all__ = ["Part", "RngState", "capture", "capture_generator", "restore", "restore_generator"]
+__all__ = ["Part", "RngState", "capture", "include", "restore"]
 
 _WORDS = struct.Struct("<625I")
 _NUMPY = struct.Struct("<2496si")
@@ -67,7 +67,7 @@ class RngState:
     Attributes:
         parts: of the module random (position, words, Gauss cache), of NumPy's global legacy generator (empty if
             numpy.random was not imported), of torch's default CPU generator, of each device's default generator.
-        devices: names of these devices, such as "cuda:0".
+        devices: names of these devices, such as "cuda:0", and after them of the generators that the Run names.
         encoded: the numbers of the parts and the names, as a slot holds them.
     """
 
@@ -96,6 +96,14 @@ def decoded(encoded: Any, found: Mapping[int, bytes]) -> RngState:
     return RngState(tuple(Part(number, found[number]) for number in numbers), tuple(devices))
 
 
+def include(named: Mapping[str, Any]) -> None:
+    """From now on the state has these generators too, in place of those of earlier calls. By name in the Run."""
+    global _named, _last
+    for name, generator in named.items():
+        generators.check(name, generator)
+    _named, _last = {f"Run.{name}": generator for name, generator in named.items()}, None
+
+
 def capture() -> RngState:
     """Take the state of Python, NumPy, torch and the accelerator. Does not wait for a device. Main thread only."""
     global _last, _seen
@@ -103,6 +111,8 @@ def capture() -> RngState:
         _look_around()
     assert _glance is not None
     devices = _NO_DEVICES if _accelerator is None else _device_states(*_accelerator)
+    if _named:
+        devices = {**devices, **{name: generators.read(one) for name, one in _named.items()}}
     seen = _glance(), *devices.items()
     if seen != _seen or _last is None:
         _last, _seen = _taken(seen[0], devices), seen
@@ -141,11 +151,11 @@ def restore(state: RngState) -> None:
     if numpy:
         _restore_numpy(numpy)
     if _torch_address is None:
-        restore_generator(torch.default_generator, torch_cpu)
+        generators.write(torch.default_generator, torch_cpu)
     else:
         _put_back_torch(_torch_address, torch_cpu)
     for name, data in zip(state.devices, devices, strict=True):
-        restore_generator(_device_generator(name), data)
+        generators.write(_named[name] if name in _named else _device_generator(name), data)
 
 
 def _put_back_torch(address: int, state: bytes) -> None:
@@ -154,16 +164,6 @@ def _put_back_torch(address: int, state: bytes) -> None:
             "The state of torch's CPU generator was taken while another thread drew from it; "
             "give that thread a torch.Generator of its own."
         )
-
-
-def capture_generator(generator: torch.Generator) -> bytes:
-    """The state of one torch.Generator, on whatever device it is."""
-    return to_bytes(generator.get_state())
-
-
-def restore_generator(generator: torch.Generator, state: bytes) -> None:
-    """Put the state of one torch.Generator back."""
-    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def _python_state() -> bytes:
@@ -228,7 +228,7 @@ def _find_accelerator() -> tuple[str, Any] | None:
 def _device_states(name: str, module: Any) -> Mapping[str, bytes]:
     if not _is_initialised(module):
         return _NO_DEVICES
-    return {f"{name}:{index}": capture_generator(one) for index, one in enumerate(module.default_generators)}
+    return {f"{name}:{index}": generators.read(one) for index, one in enumerate(module.default_generators)}
 
 
 def _is_initialised(module: Any) -> bool:
@@ -237,6 +237,8 @@ def _is_initialised(module: Any) -> bool:
 
 
 def _device_generator(name: str) -> torch.Generator:
+    if name.startswith("Run."):
+        raise StateMismatchError(f"The lost rank's Run named the generator {name[4:]}, this one does not.")
     kind, _, index = name.partition(":")
     generators = getattr(torch.get_device_module(kind), "default_generators", ())
     if int(index) >= len(generators):
@@ -253,11 +255,12 @@ _numpy_module: Any = None
 _numpy = Reader(bytes, ())
 _torch_address = torch_address(torch.default_generator)
 _torch = (
-    asked(functools.partial(capture_generator, torch.default_generator))
+    asked(functools.partial(generators.read, torch.default_generator))
     if _torch_address is None
     else torch_reader(_torch_address)
 )
 _accelerator: tuple[str, Any] | None = None
+_named: dict[str, Any] = {}
 _readers = _python, _numpy, _torch
 _places: list[tuple[int, int, int]] = []  # of each: number, begin and end of its signs among those of all
 _glance: Callable[[], tuple[object, ...]] | None = None  # gives the signs of all

@@ -17,7 +17,7 @@ from checkpointless_elastic.groups import ddp
 from checkpointless_elastic.groups.spec import GroupSignature
 from checkpointless_elastic.protocol.hangs import Activity
 from checkpointless_elastic.state.digest import digest
-from checkpointless_elastic.state.inventory import Inventory
+from checkpointless_elastic.state.inventory import Inventory, flatten
 from checkpointless_elastic.state.pieces import GRADIENT, Piece
 from checkpointless_elastic.state.segment import Segment
 from checkpointless_elastic.state.sharding import Ranks, group_ranks
@@ -26,6 +26,7 @@ from checkpointless_elastic.worker import gate, private_tensors, rng, session, u
 from checkpointless_elastic.worker.blocks import Shared
 from checkpointless_elastic.worker.channel import AgentGone
 from checkpointless_elastic.worker.damage import Damage
+from checkpointless_elastic.worker.generators import is_generator
 from checkpointless_elastic.worker.recovery import Recovery
 from checkpointless_elastic.worker.unwind import Unwinding
 from checkpointless_elastic.worker.verifier import Verifier
@@ -59,8 +60,9 @@ def is_replacement() -> bool:
 class Run:
     """Protects the objects that it is given, by name: modules, optimizers, and anything with ``state_dict()``.
 
-    Lists, tuples and dicts of such objects may be given too. One Run per process. Without the checkpointless backend
-    the same script runs, unprotected. Raises ConfigError for an object that is none of these.
+    Random generators too (torch.Generator, random.Random, NumPy's), of which each rank has a state of its own. Lists, tuples
+    and dicts of such objects may be given. One Run per process. Without the checkpointless backend the same script runs,
+    unprotected. Raises ConfigError for an object that is none of these.
 
     Attributes:
         step: training steps (replayable calls with an optimizer step) that have returned.
@@ -83,7 +85,10 @@ class Run:
         self._at_start = False  # this rank recovers, and its state is that from which a call begins
         self._introduced = False  # others know what this rank holds
         self._communicates = False  # an optimizer used collectives in its step, after the gate
-        self.inventory = Inventory(objects)
+        flat = dict(pair for name, value in objects.items() for pair in flatten(name, value))
+        drawn = {name: value for name, value in flat.items() if is_generator(value)}
+        rng.include(drawn)
+        self.inventory = Inventory({name: value for name, value in flat.items() if name not in drawn})
         self.private: dict[str, bytes] = {}
         self.reserved: dict[
             str, Segment

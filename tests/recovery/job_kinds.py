@@ -1,8 +1,8 @@
 """Ways to train, by KIND: two optimizers, a closure, a grad scaler, accumulation in one call and over several, an own
-optimizer, no loops, unused parameters, a static graph, torch.compile around forward and backward, groups that come and
-go between steps, gradients that stand until the next step begins, a scheduler or an average that goes on between steps,
-a sampler whose passes begin with a broadcast, a manual data parallel loop. Rank 1 dies once at step 4, at the moment
-that DIE names."""
+optimizer, no loops, unused parameters, a static graph, torch.compile around forward and backward, groups that come
+and go between steps, gradients that stand until the next step begins, a scheduler or an average that goes on between
+steps, a sampler whose passes begin with a broadcast, generators of the script, a manual data parallel loop. Rank 1
+dies once at step 4, at the moment that DIE names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -105,7 +106,8 @@ if KIND == "outside":
     protected["scheduler"] = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 if KIND == "average":
     protected["average"] = torch.optim.swa_utils.AveragedModel(model)
-run = ce.Run(**protected)
+noise, jitter = torch.Generator().manual_seed(rank), np.random.default_rng(rank)
+run = ce.Run(**protected, drawn=[noise, jitter]) if KIND == "drawn" else ce.Run(**protected)
 torch.manual_seed(10 + rank)
 
 
@@ -209,6 +211,12 @@ def train_several(x: torch.Tensor) -> None:
     moment("between")
     finish(x)
     moment("finished")
+
+
+def train_drawn(x: torch.Tensor) -> None:
+    x = x + torch.randn(x.shape, generator=noise) * jitter.random()
+    moment("forward")
+    train_plainly(x)
 
 
 def train_manual(x: torch.Tensor) -> None:

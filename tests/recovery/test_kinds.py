@@ -11,6 +11,7 @@ from tests.recovery.launching import Ended, difference, launch
 SCRIPT = Path(__file__).with_name("job_kinds.py")
 LIKE_OTHERS = (
     ("closure", "backward"),
+    ("drawn", "stepped"),
     ("gan", "between"),
     ("gan", "late"),
     ("parts", "between"),
@@ -44,6 +45,7 @@ def wholes() -> dict[str, Ended]:
         ("outside", "start"),
         ("average", "start"),
         ("dealt", "forward"),
+        ("drawn", "forward"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in LIKE_OTHERS),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 
 from checkpointless_elastic.errors import ProtocolError, StateMismatchError
 from checkpointless_elastic.state.slot import Content
-from checkpointless_elastic.worker import rng, rng_memory
+from checkpointless_elastic.worker import generators, rng, rng_memory
 from checkpointless_elastic.worker.packing import unpack
 
 
@@ -117,7 +117,7 @@ def test_what_is_not_found_in_memory_is_asked_of_the_library(
     library = {
         "python": rng._python_state,
         "numpy": lambda: rng._numpy_state(np.random),
-        "torch": lambda: rng.capture_generator(torch.default_generator),
+        "torch": lambda: generators.read(torch.default_generator),
     }
     monkeypatch.setattr(rng, f"_{missing}", rng_memory.asked(library[missing]))
     if missing == "torch":
@@ -187,15 +187,6 @@ def test_taking_a_state_draws_nothing() -> None:
     torch.manual_seed(3)
     rng.capture()
     assert torch.equal(torch.rand(1), expected)
-
-
-def test_a_generator_of_its_own_is_taken_and_put_back() -> None:
-    generator = torch.Generator().manual_seed(5)
-    torch.randn(3, generator=generator)
-    state = rng.capture_generator(generator)
-    first = torch.randn(4, generator=generator)
-    rng.restore_generator(generator, state)
-    assert torch.equal(torch.randn(4, generator=generator), first)
 
 
 def test_taking_a_state_imports_neither_numpy_random_nor_a_device() -> None:
