@@ -60,9 +60,9 @@ def is_replacement() -> bool:
 class Run:
     """Protects the objects that it is given, by name: modules, optimizers, and anything with ``state_dict()``.
 
-    Random generators too (torch.Generator, random.Random, NumPy's), of which each rank has a state of its own. Lists, tuples
-    and dicts of such objects may be given. One Run per process. Without the checkpointless backend the same script runs,
-    unprotected. Raises ConfigError for an object that is none of these.
+    Random generators too (torch.Generator, random.Random, NumPy's), of which each rank has a state of its own. Lists,
+    tuples and dicts of such objects may be given. One Run per process. Without the checkpointless backend the same
+    script runs, unprotected. Raises ConfigError for an object that is none of these.
 
     Attributes:
         step: training steps (replayable calls with an optimizer step) that have returned.
