@@ -225,9 +225,9 @@ class Cursor(msgspec.Struct, array_like=True, dict=True):
         is missing."""
         self.top.commit(value, rng)
 
-    def issued(self, group: str, op: str, output: bytes | None) -> None:
-        """A collective was done outside replayable functions. An output of None was not kept."""
-        self.top.outside.append(Outside(group, op, output))
+    def issued(self, outside: Outside) -> None:
+        """A collective was done outside replayable functions."""
+        self.top.outside.append(outside)
 
     def leave(self, frame: Frame, rng: RngState | None = None) -> None:
         """A loop has ended; loops left open inside it end too. Does nothing if it has been left already."""

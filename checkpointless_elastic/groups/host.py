@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import enum
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-__all__ = ["Host", "LoggedCollective", "Situation"]
+__all__ = ["Host", "LoggedCollective", "Situation", "is_apart"]
 
 
 class Situation(enum.Enum):
-    """Where the main thread stands, which decides what a collective without its peers does."""
+    """Where the calling thread stands, which decides what a collective without its peers does."""
 
     STARTUP = "startup"
     """Before the first step, or outside any protection: live, outputs recorded; a lost peer is an error."""
@@ -23,6 +24,15 @@ class Situation(enum.Enum):
     """Inside one, after its gate: outputs of void collectives are NaN (zero for integers), and counted."""
     OUTSIDE = "outside"
     """Outside any replayable function after the first step: recover in place, then repeat the collective."""
+    APART = "apart"
+    """In a thread of the script beside its main one (an asynchronous checkpoint): live; a lost peer is an error."""
+
+
+def is_apart(main: int) -> bool:
+    """Whether the caller is on a thread that the script has started, and not on thread `main` or one of autograd."""
+    if threading.get_ident() == main:
+        return False
+    return not isinstance(threading.current_thread(), threading._DummyThread)  # C++ has started that
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Host(Protocol):
     """The worker's session, as process groups see it. All calls come from the thread that issued the collective."""
 
     def situation(self) -> Situation:
-        """Where the main thread stands. Never blocks; asked once or twice for each collective."""
+        """Where the calling thread stands. Never blocks; asked once or twice for each collective."""
 
     def is_frozen(self) -> bool:
         """True while a freeze is in force."""

@@ -37,6 +37,12 @@ class Region(Protocol):
         """A collective that was issued for real has ended."""
 
 
+_WAIT = "The agent decides what follows; nothing is to be done here."
+_CATCH = (
+    "What the thread does (a checkpoint) is not complete: catch this where its result is awaited, and go on."
+)
+
+
 class Engine:
     """One per worker process. Its methods run on the thread that issues or awaits the collective.
 
@@ -85,6 +91,8 @@ class Engine:
     ) -> ElasticWork | None:
         """One collective, whatever the state of its group. None where the native method returns None."""
         work = ElasticWork(group, group.link, None, op, method, args, kwargs)
+        if self.host.situation() is Situation.APART:
+            return self._apart(work)
         if self.region is not None and self.region.answer(work.call()):
             return work
         if self.shadow and self._in_shadow(work):
@@ -99,6 +107,14 @@ class Engine:
             work.kept = Kept(None, region=self.region)
         elif situation in (Situation.STARTUP, Situation.OUTSIDE):
             work.kept = self._keep(work, situation)
+        return self._natively(work)
+
+    def _apart(self, work: ElasticWork) -> ElasticWork | None:
+        """Nobody can say whether the peers' threads, or that of a replacement, ask for it too: it is not repeated."""
+        if work.group.link.lazy is not None and not self.shadow:
+            self.wake(work.group)
+        if self.shadow or work.group.link.void:
+            raise self._lost_error(work, "in a thread of the script", _CATCH)
         return self._natively(work)
 
     def _natively(self, work: ElasticWork) -> ElasticWork | None:
@@ -191,6 +207,8 @@ class Engine:
             raise self._lost_error(work, "while DDP rebuilds its buckets") from error
         if situation is Situation.STARTUP:
             raise self._lost_error(work, "before the first step") from error
+        if situation is Situation.APART:
+            raise self._lost_error(work, "in a thread of the script", _CATCH) from error
         if situation is Situation.OUTSIDE:
             if error is not None:
                 raise self._lost_error(
@@ -249,11 +267,10 @@ class Engine:
         else:
             link.track(native)
 
-    def _lost_error(self, work: ElasticWork, where: str) -> RankLostError:
+    def _lost_error(self, work: ElasticWork, where: str, then: str = _WAIT) -> RankLostError:
         name = work.group.group_name
         return RankLostError(
-            f"{work.op.name} on group {name} lost a rank in generation {self.generation}, {where}. "
-            "The agent decides what follows; nothing is to be done here."
+            f"{work.op.name} on group {name} lost a rank in generation {self.generation}, {where}. {then}"
         )
 
     def _recover(self, work: ElasticWork) -> None:

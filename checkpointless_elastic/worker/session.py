@@ -24,7 +24,7 @@ import torch
 
 from checkpointless_elastic.agent.preload import third_party, worth_learning
 from checkpointless_elastic.data.cursor import Cursor, Frame, Outside
-from checkpointless_elastic.groups.host import LoggedCollective, Situation
+from checkpointless_elastic.groups.host import LoggedCollective, Situation, is_apart
 from checkpointless_elastic.groups.registry import Registry
 from checkpointless_elastic.protocol.hangs import Activity
 from checkpointless_elastic.protocol.messages import (
@@ -150,6 +150,7 @@ class Session:
         self.failed = False
         self.held_in = -1
         self._loaded = frozenset(sys.modules)
+        self._thread = threading.main_thread().ident or 0
         self.slot = Slot.open(slot_path(run_dir, rank))
         self.cursor = Cursor.new()
         self.resume: Resume | None = None
@@ -246,14 +247,13 @@ class Session:
             self.channel.vote.send(Report(Stage.READY, self.generation, self.step, said))
         while True:
             message = self.channel.vote.receive()
-            if isinstance(message, Commit) and self._committed_by(message):
-                return True
+            if isinstance(message, Commit):
+                this = (message.generation, message.step) == (self.generation, self.step)
+                if this and self._commit():
+                    return True
             if isinstance(message, Decision) and message.generation >= self.frozen:
                 self._stashed = message
                 return self._advance(message.step)
-
-    def _committed_by(self, message: Commit) -> bool:
-        return (message.generation, message.step) == (self.generation, self.step) and self._commit()
 
     def _commit(self) -> bool:
         with self.lock:
@@ -343,6 +343,8 @@ class Session:
 
     def situation(self) -> Situation:
         """How a collective that cannot run for real is answered now."""
+        if is_apart(self._thread):
+            return Situation.APART
         if self.in_call:
             if not self.committed:
                 return Situation.ATTEMPT
@@ -375,16 +377,13 @@ class Session:
 
     def record(self, entry: LoggedCollective) -> None:
         """Keep the output of a collective outside replayable functions for this rank's replacement."""
-        walks = self.resume is not None and self.resume.real and not self.resume.live
-        walk = self.resume if walks else None
+        walk = self.resume if self.resume is not None and self.resume.real and not self.resume.live else None
         if not (walk.in_loop if walk is not None else len(self.cursor.stack) > 1):
             self._log.append(entry)
             return
         output = None if entry.outputs is None else msgspec.msgpack.encode(entry.outputs)
-        if walk is not None:
-            walk.met_again(Outside(entry.group, entry.op, output))
-        else:
-            self.cursor.issued(entry.group, entry.op, output)
+        note = walk.met_again if walk is not None else self.cursor.issued
+        note(Outside(entry.group, entry.op, output))
         self.save()
 
     def replay(self, group: str, op: str) -> LoggedCollective | None:
@@ -436,7 +435,7 @@ class Session:
 
     def protect(self, recovery: Recovery) -> None:
         """The script has made a Run."""
-        self.recovery = recovery
+        self.recovery, self._thread = recovery, threading.get_ident()
         self.channel.control.send(Protected())
 
     def learned(self) -> None:

@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from checkpointless_elastic.data import loops
-from checkpointless_elastic.data.cursor import Cursor, Frame
+from checkpointless_elastic.data.cursor import Cursor, Frame, Outside
 from checkpointless_elastic.data.resume import Resume, Skip
 from checkpointless_elastic.state.slot import Content
 from checkpointless_elastic.worker import rng
@@ -133,7 +133,7 @@ class Session:
             if record is not None:
                 assert record.output is not None
                 return float(msgspec.msgpack.decode(record.output, type=float))
-        self.cursor.issued("world", "all_reduce", msgspec.msgpack.encode(2 * value))
+        self.cursor.issued(Outside("world", "all_reduce", msgspec.msgpack.encode(2 * value)))
         self.save()
         return 2 * value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from checkpointless_elastic.data.cursor import CALL_BYTES, KEPT_BYTES, KEPT_RNG, Cursor
+from checkpointless_elastic.data.cursor import CALL_BYTES, KEPT_BYTES, KEPT_RNG, Cursor, Outside
 from checkpointless_elastic.data.lasting import Kept
 from checkpointless_elastic.data.resume import Join, Resume, Skip
 from checkpointless_elastic.errors import ProtocolError, ScriptMismatchError
@@ -16,14 +16,14 @@ from checkpointless_elastic.worker.packing import pack, unpack
 
 def filled() -> Cursor:
     cursor = Cursor.new()
-    cursor.issued("world", "broadcast", b"id")
+    cursor.issued(Outside("world", "broadcast", b"id"))
     outer = cursor.enter("epochs", rng.capture())
     cursor.start(outer, rng.capture(), (b"state",))
     cursor.commit(b"epoch", rng.capture())
     inner = cursor.enter("batches", rng.capture(), Kept((b"x",), counters={"loader.passes": 3}))
     cursor.start(inner, rng.capture())
     cursor.commit(None)
-    cursor.issued("world", "all_reduce", None)
+    cursor.issued(Outside("world", "all_reduce", None))
     return cursor
 
 
@@ -69,14 +69,14 @@ def test_a_cursor_stays_small_in_an_iteration_of_many_calls() -> None:
 def test_the_next_iteration_clears_what_the_last_one_kept_but_not_what_the_iterator_needs() -> None:
     cursor = Cursor.new()
     frame = cursor.enter("batches")
-    cursor.issued("g", "while the iterator is created", None)
+    cursor.issued(Outside("g", "while the iterator is created", None))
     fetch = len(frame.outside)
-    cursor.issued("g", "while item 0 is fetched", None)
+    cursor.issued(Outside("g", "while item 0 is fetched", None))
     cursor.start(frame, outside_from=fetch)
-    cursor.issued("g", "in the body", None)
+    cursor.issued(Outside("g", "in the body", None))
     cursor.commit(b"1")
     fetch = len(frame.outside)
-    cursor.issued("g", "while item 1 is fetched", None)
+    cursor.issued(Outside("g", "while item 1 is fetched", None))
     cursor.start(frame, outside_from=fetch)
     assert [one.op for one in frame.outside] == ["while the iterator is created", "while item 1 is fetched"]
     assert frame.calls == []

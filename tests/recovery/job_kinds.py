@@ -1,8 +1,8 @@
 """Ways to train, by KIND: two optimizers, a closure, a grad scaler, accumulation in one call and over several, an own
 optimizer, no loops, unused parameters, a static graph, torch.compile around forward and backward, groups that come
 and go between steps, gradients that stand until the next step begins, a scheduler or an average that goes on between
-steps, a sampler whose passes begin with a broadcast, generators of the script, a manual data parallel loop. Rank 1
-dies once at step 4, at the moment that DIE names."""
+steps, a sampler whose passes begin with a broadcast, generators of the script, a thread that asks other ranks, a
+manual data parallel loop. Rank 1 dies once at step 4, at the moment that DIE names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -257,6 +258,14 @@ class Dealt(Sampler[int]):
         return 12
 
 
+def ask_around() -> list[int]:
+    found: list[Any] = [None, None]
+    dist.all_gather_object(found, rank, group=aside)
+    return found
+
+
+if KIND == "apart":
+    aside, pool = dist.new_group(), ThreadPoolExecutor(1)
 train = globals().get(f"train_{KIND}", train_plainly)
 train = train if KIND == "several" else run.replayable(train)
 if KIND == "dealt":
@@ -279,7 +288,13 @@ else:
         if KIND == "average":
             protected["average"].update_parameters(model)
         moment("start")
+        asked = pool.submit(ask_around) if KIND == "apart" else None
         train(batch())
+        if asked is not None:
+            try:
+                assert asked.result() == [0, 1]
+            except ce.RankLostError as error:
+                print(error)
         if KIND == "passing":
             group = dist.new_group()
             dist.barrier(group)

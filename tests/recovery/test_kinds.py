@@ -46,6 +46,7 @@ def wholes() -> dict[str, Ended]:
         ("average", "start"),
         ("dealt", "forward"),
         ("drawn", "forward"),
+        ("apart", "start"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in LIKE_OTHERS),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpointless_elastic.data.cursor import Cursor, Frame
+from checkpointless_elastic.data.cursor import Cursor, Frame, Outside
 from checkpointless_elastic.state.slot import Slot
 from checkpointless_elastic.worker import rng
 from checkpointless_elastic.worker.packing import pack
@@ -86,7 +86,7 @@ class Script:
 
     def collective(self) -> None:
         self.issue()
-        self.session.cursor.issued("world", "all_reduce", b"sum")
+        self.session.cursor.issued(Outside("world", "all_reduce", b"sum"))
         self.record.between()
 
     def issue(self) -> None:
