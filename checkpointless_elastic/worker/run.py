@@ -189,6 +189,8 @@ class Run:
             skipped, value = recovery.enter_call()
             if skipped:
                 return value
+        if not self._introduced:
+            unnamed.refuse_uneven_inputs(self._ddp_modules())
         guard = self._guards.get(name) or self._guards.setdefault(name, ArgumentGuard(name))
         guard.begin(args, kwargs)
         try:

@@ -19,7 +19,13 @@ from checkpointless_elastic.state.inventory import Inventory
 from checkpointless_elastic.state.objects import ObjectHolder
 from checkpointless_elastic.state.zero import is_zero
 
-__all__ = ["check_accumulation", "check_optimizers", "hook_with_state", "unnamed_scheduler"]
+__all__ = [
+    "check_accumulation",
+    "check_optimizers",
+    "hook_with_state",
+    "refuse_uneven_inputs",
+    "unnamed_scheduler",
+]
 
 
 def check_optimizers(used: Iterable[Optimizer], inventory: Inventory, name: str) -> None:
@@ -55,6 +61,15 @@ def unnamed_scheduler(used: Iterable[Any], inventory: Inventory, name: str) -> s
         f"A learning rate scheduler belongs to the optimizer that steps in {name}, and none is in the Run: a "
         "replacement would begin its schedule anew. Name it, as in Run(..., scheduler=scheduler)."
     )
+
+
+def refuse_uneven_inputs(wrappers: Iterable[DistributedDataParallel]) -> None:
+    """Raise ConfigError inside of ``with ddp.join()``: a rank without batches would not commit the steps of the others."""
+    if any(ddp._join_config.enable for ddp in wrappers):
+        raise ConfigError(
+            "A replayable function is called inside of join(), where ranks may have different numbers of batches; each "
+            "step is committed on every rank. Give all ranks as many batches, as DistributedSampler does."
+        )
 
 
 def hook_with_state(wrappers: Iterable[DistributedDataParallel]) -> str:

@@ -48,6 +48,24 @@ SCRIPT = """
 """
 
 
+UNEVEN = """
+    import torch, torch.distributed as dist, checkpointless_elastic as ce
+    dist.init_process_group("gloo")
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters())
+    run = ce.Run(model=model, optimizer=optimizer)
+
+    @run.replayable
+    def train():
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    with model.join():
+        for _ in range(2 + dist.get_rank()):
+            train()
+"""
+
+
 def stepped(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Linear(2, 2)
     optimizer = kind(model.parameters(), **options)
@@ -100,6 +118,12 @@ def test_a_communication_hook_that_keeps_something_is_said(tmp_path: Path) -> No
         assert "keeps a PowerSGDState" in hook_with_state([plain, keeps])
     finally:
         dist.destroy_process_group()
+
+
+def test_steps_of_uneven_inputs_are_refused(torchrun: Launcher) -> None:
+    finished = torchrun.run(torchrun.script(UNEVEN), ranks=2)
+    assert finished.code == 1
+    assert "ConfigError: A replayable function is called inside of join()" in finished.err
 
 
 def test_a_job_whose_run_lacks_the_optimizer_ends_at_the_first_step_that_uses_it(torchrun: Launcher) -> None:
