@@ -64,7 +64,7 @@ def unnamed_scheduler(used: Iterable[Any], inventory: Inventory, name: str) -> s
 
 
 def refuse_uneven_inputs(wrappers: Iterable[DistributedDataParallel]) -> None:
-    """Raise ConfigError inside of ``with ddp.join()``: a rank without batches would not commit the steps of the others."""
+    """Raise ConfigError inside of ``ddp.join()``: a rank without batches would not commit the steps of the others."""
     if any(ddp._join_config.enable for ddp in wrappers):
         raise ConfigError(
             "A replayable function is called inside of join(), where ranks may have different numbers of batches; each "
