@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
+from checkpointless_elastic.data import carried
 from checkpointless_elastic.data.cursor import Cursor, Frame
 from checkpointless_elastic.data.resume import Resume
 from checkpointless_elastic.data.skipping import too_short
@@ -170,6 +171,8 @@ def _live(frame: Frame, source: Source[T], host: LoopHost, give: Callable[[int, 
         resume = host.resume
         outside = len(frame.outside) if resume is None else resume.outside_done(frame)
         before = rng.capture(), source.state(), outside
+        if carried.made:
+            carried.end(frame.path, frame.kind)
         if waits:
             host.fetch_begins(frame)
         try:
@@ -182,6 +185,8 @@ def _live(frame: Frame, source: Source[T], host: LoopHost, give: Callable[[int, 
         if host.resume is not None:
             host.resume.going_on(frame)
         host.cursor.start(frame, *before)
+        if carried.made:
+            carried.begin(frame.path)
         host.iteration_started()
         host.save()
         yield give(frame.position, item.pop())

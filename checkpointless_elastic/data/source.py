@@ -38,6 +38,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from checkpointless_elastic.data import dealing, skipping
+from checkpointless_elastic.data.carried import by_loop
 from checkpointless_elastic.data.cursor import Frame
 from checkpointless_elastic.data.lasting import Kept
 from checkpointless_elastic.errors import ScriptMismatchError, StateMismatchError
@@ -144,6 +145,7 @@ class _Loader(Generic[T]):
         lives = tuple(map(skipping.has_live_workers, self._lasting_workers))
         return Kept(_Loader.state(self), lives, self._counters())
 
+    @by_loop
     def revive(self, kept: Kept) -> None:
         """Put them back; worker processes that would have lived on are started."""
         for base, lives in zip(self._lasting_workers, kept.lives, strict=False):
@@ -182,10 +184,12 @@ class _Loader(Generic[T]):
         """How a loader is dealt is known of `Sampled` only."""
         return None
 
+    @by_loop
     def open(self) -> None:
         """Create the iterator, which may start worker processes."""
         self._iterator = iter(self._loader)
 
+    @by_loop
     def fetch(self) -> T:
         """The next item."""
         return next(self._iterator)
@@ -200,6 +204,7 @@ class Sampled(_Loader[T]):
         """Of torch's DistributedSampler in a BatchSampler."""
         return dealing.dealt(self._loader)
 
+    @by_loop
     def reopen(self, frame: Frame) -> None:
         """Create the iterator and skip on the sampler, some 10 milliseconds per million samples."""
         self.revive(frame.source_create)
@@ -211,6 +216,7 @@ class Sampled(_Loader[T]):
 class Consumed(_Loader[T]):
     """Any iterable: fetches again what was consumed and drops it."""
 
+    @by_loop
     def reopen(self, frame: Frame) -> None:
         """Create the iterator and drop the first `frame.position` items; takes as long as loading them."""
         self.revive(frame.source_create)
@@ -240,6 +246,7 @@ class Stateful(_Loader[T]):
         torch.save(self._loader.state_dict(), buffer)
         return (*super().state(), buffer.getvalue())
 
+    @by_loop
     def reopen(self, frame: Frame) -> None:
         """Load the recorded state and create the iterator."""
         self.revive(frame.source_create)
@@ -252,6 +259,7 @@ class Stateful(_Loader[T]):
             self.open()
             self._restore(states)
 
+    @by_loop
     def fetch(self) -> T:
         """The next item."""
         self._begun = True

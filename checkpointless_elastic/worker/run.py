@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpointless_elastic.data import loops
+from checkpointless_elastic.data import carried, loops
 from checkpointless_elastic.errors import ConfigError, StateMismatchError
 from checkpointless_elastic.groups import ddp
 from checkpointless_elastic.groups.spec import GroupSignature
@@ -45,6 +45,7 @@ _run: Run | None = None
 def forget() -> None:
     """The script is run again: it may make its Run again."""
     global _run
+    carried.forget()
     _run = None
 
 
@@ -104,6 +105,7 @@ class Run:
             rank, every = self._session.rank, self._session.channel.welcome.verify_every
             self._verifier, self._damage = Verifier(rank, every), Damage(self._session.run_dir, rank, every)
             self._recovery = Recovery(self._session, self)
+            carried.watch()
             self._hooks = (
                 functools.partial(self._commit, self._session, self._recovery),
                 functools.partial(self._before_update, self._recovery),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 
 class Numbers(Dataset[torch.Tensor]):
@@ -113,6 +113,11 @@ def seeded_worker(number: int) -> None:
 
 def own(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def distributed(**options: Any) -> DataLoader[torch.Tensor]:
+    data = Drawing()
+    return DataLoader(data, batch_size=2, sampler=DistributedSampler(data, num_replicas=2, rank=1), **options)
 
 
 def seed() -> None:

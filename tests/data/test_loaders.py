@@ -22,6 +22,7 @@ from loading import (
     Numbers,
     Stream,
     Telling,
+    distributed,
     doubled,
     own,
     seed,
@@ -41,11 +42,6 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from checkpointless_elastic.data.source import Consumed, Sampled, Stateful, source_of
 from checkpointless_elastic.errors import ScriptMismatchError, StateMismatchError
-
-
-def distributed(**options: Any) -> DataLoader[torch.Tensor]:
-    data = Drawing()
-    return DataLoader(data, batch_size=2, sampler=DistributedSampler(data, num_replicas=2, rank=1), **options)
 
 
 def one_generator_for_both() -> DataLoader[torch.Tensor]:
