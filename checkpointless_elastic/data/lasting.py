@@ -26,7 +26,7 @@ class Kept(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         generators: states of its own generators.
         lives: of each DataLoader with persistent workers in it, whether they live on.
-        counters: whole numbers in the loader and its samplers, by place and name, where these are not torch's own.
+        counters: what it counts of its passes, by place and name, see `data.parts`.
     """
 
     generators: tuple[bytes, ...] = ()
@@ -59,7 +59,7 @@ class Loader(Protocol):
     """The side of a source that lasts."""
 
     def owner(self) -> object:
-        """The loader itself, which must allow weak references if `lasting` is not empty."""
+        """The loader itself."""
 
     def lasting(self) -> Kept:
         """What the loader keeps between two passes; False if nothing."""
@@ -88,7 +88,7 @@ class Loaders:
     def entering(self, path: str, source: Loader) -> None:
         """A loop over this loader is entered for the first time here: bring the loader to where it was
         left."""
-        kept = source.lasting()
+        kept = _lasting(source)
         if not kept:
             return
         bound = self._find(source.owner())
@@ -104,12 +104,12 @@ class Loaders:
     def met_again(self, path: str, source: Loader) -> None:
         """A recorded loop over this loader is entered; its frame says where the loader was."""
         entry = self._entry(path)
-        if entry is not None and source.lasting() and self._find(source.owner()) is None:
+        if entry is not None and _lasting(source) and self._find(source.owner()) is None:
             self._bind(source.owner(), entry)
 
     def leaving(self, source: Loader, replayed: bool) -> None:
         """A loop over this loader is left."""
-        kept = source.lasting()
+        kept = _lasting(source)
         bound = self._find(source.owner()) if kept else None
         if bound is None:
             return
@@ -141,6 +141,11 @@ class Loaders:
     def _find(self, owner: object) -> _Bound | None:
         self._bound = [bound for bound in self._bound if bound.owner() is not None]
         return next((bound for bound in self._bound if bound.owner() is owner), None)
+
+
+def _lasting(source: Loader) -> Kept:
+    """Nothing of a loader that cannot be told from another one later."""
+    return source.lasting() if type(source.owner()).__weakrefoffset__ else Kept()
 
 
 def _brought_up(now: Kept, then: Kept, last: Kept) -> Kept:

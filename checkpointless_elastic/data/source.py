@@ -24,23 +24,31 @@ Limits, all of which concern randomness that this process cannot see or put back
 * a sampler or an iterable that draws from the global generators between items, with a body that draws from
   them too: the items already consumed are drawn anew without the body. A generator of its own is exact if it
   is the attribute `generator` of the loader or of its samplers.
-* what an iterable without a DataLoader in it counts of its own passes. Whole numbers in a DataLoader, in what wraps
-  one and in its samplers are brought back where their classes are not torch's (Accelerate's and Lightning's count).
+* a sampler that counts its own passes: give it the epoch through `set_epoch` instead. What the loaders of Accelerate
+  and of Lightning's Fabric count is brought back, where they are made before the loops.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeGuard, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from checkpointless_elastic.data import dealing, skipping
 from checkpointless_elastic.data.carried import by_loop
 from checkpointless_elastic.data.cursor import Frame
 from checkpointless_elastic.data.lasting import Kept
+from checkpointless_elastic.data.parts import (
+    counters_of,
+    generators_of,
+    is_accelerates,
+    is_stateful,
+    keeps_workers,
+    parts_of,
+)
 from checkpointless_elastic.errors import ScriptMismatchError, StateMismatchError
 from checkpointless_elastic.worker import generators, rng
 
@@ -48,8 +56,6 @@ __all__ = ["Consumed", "Numbers", "Sampled", "Source", "Stateful", "source_of"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-
-_SAMPLERS = "sampler", "batch_sampler"  # attributes; what stands there need not be a Sampler
 
 
 class Source(Protocol[T_co]):
@@ -127,9 +133,9 @@ class _Loader(Generic[T]):
 
     def __init__(self, loader: Iterable[T]) -> None:
         self._loader = loader
-        self._parts = _parts_of(loader)
-        self._generators = _generators_of(self._parts.values())
-        self._lasting_workers = [part for part in self._parts.values() if _may_keep_workers(part)]
+        self._parts = parts_of(loader)
+        self._generators = generators_of(self._parts.values())
+        self._lasting_workers = [part for part in self._parts.values() if keeps_workers(part)]
         self._iterator: Iterator[T] = iter(())
 
     def owner(self) -> object:
@@ -143,7 +149,7 @@ class _Loader(Generic[T]):
     def lasting(self) -> Kept:
         """The loader's own generators and counters, and whether worker processes live on from an earlier pass."""
         lives = tuple(map(skipping.has_live_workers, self._lasting_workers))
-        return Kept(_Loader.state(self), lives, self._counters())
+        return Kept(_Loader.state(self), lives, counters_of(self._parts))
 
     @by_loop
     def revive(self, kept: Kept) -> None:
@@ -154,11 +160,9 @@ class _Loader(Generic[T]):
                 skipping.start_workers(base)
                 rng.restore(before)
         self._restore(kept.generators)
-        now = self._counters()
-        for name, number in kept.counters.items():
+        for name, number in counters_of(self._parts).items():
             place, _, attribute = name.rpartition(".")
-            if now.get(name) != number and place in self._parts:
-                vars(self._parts[place])[attribute] = number
+            vars(self._parts[place])[attribute] = kept.counters.get(name, number)
 
     def _restore(self, states: Sequence[bytes]) -> None:
         if len(self._generators) != len(states):
@@ -168,17 +172,6 @@ class _Loader(Generic[T]):
             )
         for generator, one in zip(self._generators, states, strict=True):
             generators.write(generator, one)
-
-    def _counters(self) -> dict[str, int]:
-        if not any(isinstance(part, DataLoader) for part in self._parts.values()):
-            return {}
-        return {
-            f"{place}.{name}": value
-            for place, part in self._parts.items()
-            if type(part).__module__.partition(".")[0] not in ("torch", "torchdata")
-            for name, value in getattr(part, "__dict__", {}).items()
-            if type(value) is int
-        }
 
     def dealing(self) -> tuple[int, int] | None:
         """How a loader is dealt is known of `Sampled` only."""
@@ -277,26 +270,11 @@ class Stateful(_Loader[T]):
 
 def source_of(loader: Iterable[T]) -> Source[T]:
     """The source that stands `loader` before item k in the cheapest exact way."""
-    if _is_stateful(loader) and not _wraps(loader) and not _only_counts(loader):
+    if is_stateful(loader) and not is_accelerates(loader) and not _only_counts(loader):
         return Stateful(loader)
     if isinstance(loader, DataLoader) and skipping.can_skip(loader):
         return Sampled(loader)
     return Consumed(loader)
-
-
-def _wraps(loader: object) -> bool:
-    """True for a loader of Accelerate, which does not go on exactly from its state (1.15), or has none."""
-    return hasattr(loader, "base_dataloader")
-
-
-def _may_keep_workers(part: object) -> TypeGuard[DataLoader[Any]]:
-    """Whether it is a DataLoader with persistent workers, which begin and end as `skipping` has it."""
-    known = issubclass(type(part), DataLoader) and not _is_stateful(part)
-    return known and part.persistent_workers and skipping.has_indices(part)  # type: ignore[attr-defined,arg-type]
-
-
-def _is_stateful(one: object) -> bool:
-    return callable(getattr(one, "state_dict", None)) and callable(getattr(one, "load_state_dict", None))
 
 
 def _only_counts(loader: object) -> bool:
@@ -306,29 +284,5 @@ def _only_counts(loader: object) -> bool:
     """
     dataset = getattr(loader, "dataset", None)
     return (
-        isinstance(loader, DataLoader) and isinstance(dataset, IterableDataset) and not _is_stateful(dataset)
+        isinstance(loader, DataLoader) and isinstance(dataset, IterableDataset) and not is_stateful(dataset)
     )
-
-
-def _parts_of(loader: object) -> dict[str, object]:
-    """The loader, the loaders and samplers in it, and so on, by place, each once, in a fixed order."""
-    found: dict[str, object] = {"": loader}
-    waiting = [("", loader)]
-    while waiting:
-        place, part = waiting.pop(0)
-        for name, inner in getattr(part, "__dict__", {}).items():
-            wanted = isinstance(inner, (DataLoader, Sampler)) or name in _SAMPLERS and inner is not None
-            if wanted and not any(inner is one for one in found.values()):
-                found[f"{place}.{name}"] = inner
-                waiting.append((f"{place}.{name}", inner))
-    return found
-
-
-def _generators_of(parts: Iterable[object]) -> list[torch.Generator]:
-    """The distinct generators that they draw from."""
-    found: list[torch.Generator] = []
-    for part in parts:
-        generator = getattr(part, "generator", None)
-        if isinstance(generator, torch.Generator) and not any(generator is one for one in found):
-            found.append(generator)
-    return found

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 
@@ -76,31 +78,57 @@ class Counting(Sampler[int]):
 
 
 class Looking(DataLoader[torch.Tensor]):
-    """A loader that is one batch ahead, and counts its passes when they end."""
-
-    passes = 0
+    """A loader that is one batch ahead."""
 
     def __iter__(self) -> Any:
         ahead: torch.Tensor | None = None
         for batch in super().__iter__():
             if ahead is not None:
                 yield ahead
-            ahead = batch + self.passes
-        self.passes += 1
+            ahead = batch
         yield ahead
 
 
 class Telling:
-    """Wraps a loader and tells its sampler which pass it is."""
+    """Wraps a loader and tells its sampler which pass it is, as Lightning's Fabric does."""
+
+    __module__ = "lightning.fabric.wrappers"
 
     def __init__(self, inner: DataLoader[torch.Tensor]) -> None:
-        self._inner = inner
-        self._passes = 0
+        self._dataloader = inner
+        self._num_iter_calls = 0
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        self._inner.sampler.set_epoch(self._passes)  # type: ignore[attr-defined]
-        self._passes += 1
-        yield from self._inner
+        self._dataloader.sampler.set_epoch(self._num_iter_calls)  # type: ignore[attr-defined]
+        self._num_iter_calls += 1
+        yield from self._dataloader
+
+
+class Slotted:
+    """Wraps a loader, and can neither be referred to weakly nor be looked into."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: DataLoader[torch.Tensor]) -> None:
+        self.inner = inner
+
+    @property
+    def sampler(self) -> Any:
+        return self.inner.sampler
+
+    @property
+    def batch_sampler(self) -> Any:
+        raise RuntimeError("it has none")
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.inner)
+
+
+def accelerated(**options: Any) -> Any:
+    """A loader of Accelerate, which counts its passes, as does its sampler."""
+    PartialState(cpu=True)
+    made = DataLoader(Numbers(), batch_size=4, shuffle=True, generator=own(9), **options)
+    return prepare_data_loader(made, num_processes=1, process_index=0, use_seedable_sampler=True)
 
 
 def doubled(batch: list[torch.Tensor]) -> torch.Tensor:

@@ -15,13 +15,14 @@ import pytest
 import torch
 from loading import (
     Counter,
-    Counting,
     Drawing,
     Growing,
     Looking,
     Numbers,
+    Slotted,
     Stream,
     Telling,
+    accelerated,
     distributed,
     doubled,
     own,
@@ -74,9 +75,10 @@ IN_PROCESS: dict[str, Callable[[], Iterable[Any]]] = {
     "random batch sampler": lambda: DataLoader(
         Drawing(), batch_sampler=BatchSampler(RandomSampler(Drawing()), 5, drop_last=False)
     ),
-    "counting sampler": lambda: DataLoader(Drawing(), batch_size=4, sampler=Counting()),
+    "accelerated": accelerated,
     "telling wrapper": lambda: Telling(distributed()),
-    "counting loader": lambda: Looking(Numbers(), batch_size=4, shuffle=True, generator=own(9)),
+    "slotted wrapper": lambda: Slotted(DataLoader(Numbers(), batch_size=4, shuffle=True)),
+    "with its own iter": lambda: Looking(Numbers(), batch_size=4, shuffle=True, generator=own(9)),
     "collate": lambda: DataLoader(Drawing(), batch_size=5, collate_fn=doubled, shuffle=True),
     "pinned": lambda: DataLoader(Drawing(), batch_size=5, shuffle=True, pin_memory=True),
     "iterable dataset": lambda: DataLoader(Stream(), batch_size=3),
@@ -111,6 +113,7 @@ WITH_PROCESSES: dict[str, Callable[[], Iterable[Any]]] = {
     "persistent with its own iter": lambda: Looking(
         Numbers(), batch_size=3, shuffle=True, num_workers=1, persistent_workers=True
     ),
+    "accelerated persistent": lambda: accelerated(num_workers=1, persistent_workers=True),
     "batch sampler": lambda: custom_batches(Numbers(), num_workers=2, prefetch_factor=1, collate_fn=doubled),
     "generator": lambda: DataLoader(Numbers(), batch_size=3, shuffle=True, num_workers=1, generator=own(5)),
     "iterable dataset that draws": lambda: DataLoader(Stream(), batch_size=2, num_workers=2),

@@ -49,13 +49,22 @@ class Passes:
                 session.call(batch)
 
     @staticmethod
-    def a_sampler_that_is_told_the_epoch_in_some_passes(session: Session) -> None:
+    def a_sampler_that_counts_and_is_made_anew(session: Session) -> None:
+        seed()
+        train = DataLoader(Drawing(), batch_size=5, shuffle=True)
+        for _ in session.epochs(3):
+            for batch in session.batches(train):
+                session.call(batch)
+            for batch in session.batches(DataLoader(Numbers(), batch_size=7, sampler=Counting())):
+                session.call(batch)
+
+    @staticmethod
+    def a_sampler_that_counts_and_is_told(session: Session) -> None:
         seed()
         sampler = Counting()
         train = DataLoader(Drawing(), batch_size=7, sampler=sampler, generator=own(2))
         for epoch in session.epochs(4):
-            if epoch % 2:
-                sampler.passes = 10 * epoch
+            sampler.passes = epoch % 2
             for batch in session.batches(train):
                 session.call(batch, torch.rand(1))
 
@@ -64,7 +73,8 @@ class Passes:
     "script",
     [
         Passes.validation_waits,
-        Passes.a_sampler_that_is_told_the_epoch_in_some_passes,
+        Passes.a_sampler_that_counts_and_is_made_anew,
+        Passes.a_sampler_that_counts_and_is_told,
         Passes.one_loader_in_two_places,
         Passes.a_new_loader_each_epoch,
     ],
