@@ -141,11 +141,21 @@ class Frame(msgspec.Struct, array_like=True):
         self.position += 1
         if self.position == 0:
             self.setup, self.fetched = outside_from, issued
-        elif self.position == 1 and not issued:
+        elif self.position == 1:
+            self.fetched = 0 if issued else self.fetched
             self.setup += self.fetched
         if self.outside:
             self.outside = self.outside[: self.setup] + self.outside[outside_from:]
         self.calls, self.children, self.kept, self.earlier = [], [], 0, 0
+
+    def made_again(self, issued: int) -> None:
+        """A replacement has made the iterator of this iteration, and issued so many collectives for it.
+
+        What the first fetch issued beyond that was for its item.
+        """
+        if self.setup - self.fetched <= issued < self.setup:
+            del self.outside[issued : self.setup]
+            self.setup = issued
 
     def ended(self, child: Frame) -> None:
         """Keep a loop that ended in this iteration; make the one that is now too old compact."""

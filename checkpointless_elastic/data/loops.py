@@ -134,9 +134,7 @@ def _recorded(frame: Frame, source: Source[T], host: LoopHost, give: Callable[[i
         source.revive(frame.source_create)
         source.open()
     else:
-        source.reopen(frame)
-        if host.resume is not None and host.resume.real:
-            frame.setup = host.resume.outside_done(frame)
+        _reopen(frame, source, host.resume)
         if frame.rng_start is not None:
             rng.restore(frame.rng_start)
         try:
@@ -150,6 +148,19 @@ def _recorded(frame: Frame, source: Source[T], host: LoopHost, give: Callable[[i
     if frame.rng_end is not None:
         _exhaust(frame, source)
         rng.restore(frame.rng_end)
+
+
+def _reopen(frame: Frame, source: Source[T], resume: Resume | None) -> None:
+    if resume is None:
+        source.reopen(frame)
+        return
+    resume.remaking = not resume.real
+    source.reopen(frame)
+    resume.remaking = False
+    if resume.real:
+        frame.setup = resume.outside_done(frame)
+    elif frame.position > 0:
+        frame.made_again(resume.outside_done(frame))
 
 
 def _exhaust(frame: Frame, source: Source[T]) -> None:

@@ -54,11 +54,12 @@ class Resume:
 
     Attributes:
         live: True once something beyond the record was asked for.
+        remaking: an iterator is made again and brought to its place, for which nothing but the record can answer.
         real: all ranks walk, and their collectives are done for real; else they are answered from the record.
     """
 
     def __init__(self, cursor: Cursor, real: bool = False) -> None:
-        self.live, self.real = False, real
+        self.live, self.real, self.remaking = False, real, False
         self._cursor = cursor
         self._path = [_At(cursor.stack[0])]
         self._parted: ScriptMismatchError | None = None
@@ -115,6 +116,11 @@ class Resume:
                 )
             at.outside += 1
             return record
+        if self.remaking:
+            raise self._mismatch(
+                f"calls {op} on group {group} to bring a loader to its place",
+                "had called it for items that are gone",
+            )
         self._go_live(f"calls {op} on group {group}")
         return None
 

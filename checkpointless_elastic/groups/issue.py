@@ -18,6 +18,7 @@ from checkpointless_elastic.groups.host import Host, Situation
 from checkpointless_elastic.groups.log import OutputLog, write_logged
 from checkpointless_elastic.groups.ops import OPS, Call, Op
 from checkpointless_elastic.groups.owed import Kept, Ledger, copied, keep
+from checkpointless_elastic.groups.tasks import Tasks
 from checkpointless_elastic.groups.work import ElasticWork
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Engine:
         self.first: Callable[[], None] = lambda: None
         self._log = OutputLog(host)
         self._replayed: dict[str, int] = {}
+        self._tasks = Tasks()
 
     def look(self) -> None:
         """Notes whether collectives need attention; to be called after a change of what decides it."""
@@ -113,7 +115,9 @@ class Engine:
         """Nobody can say whether the peers' threads, or that of a replacement, ask for it too: it is not repeated."""
         if work.group.link.lazy is not None and not self.shadow:
             self.wake(work.group)
-        if self.shadow or work.group.link.void:
+        work.apart = True
+        link = work.group.link
+        if self.shadow or link.void or self._tasks.link_at_first(work.group) is not link:
             raise self._lost_error(work, "in a thread of the script", _CATCH)
         return self._natively(work)
 
@@ -192,7 +196,7 @@ class Engine:
 
     def _lost(self, work: ElasticWork, error: RuntimeError) -> None:
         """A collective in flight lost a member: repeats it outside of steps, else fills it."""
-        situation = self.host.situation()
+        situation = Situation.APART if work.apart else self.host.situation()
         if situation is Situation.OUTSIDE and work.kept is not None and self._repeatable(work):
             self._repeat(work, error)
         else:

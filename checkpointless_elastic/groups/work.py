@@ -41,9 +41,10 @@ class ElasticWork(Work):
         args: its positional arguments.
         kwargs: its named arguments.
         kept: what is needed to repeat or log it, None inside a replayable function.
+        apart: it was issued in `Situation.APART`, whoever awaits it.
     """
 
-    __slots__ = ("args", "group", "kept", "kwargs", "link", "method", "native", "op")
+    __slots__ = ("apart", "args", "group", "kept", "kwargs", "link", "method", "native", "op")
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class ElasticWork(Work):
         self.args = args
         self.kwargs = kwargs
         self.kept = kept
+        self.apart = False
 
     def call(self) -> Call:
         """The arguments by position."""

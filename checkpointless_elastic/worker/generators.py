@@ -20,15 +20,16 @@ __all__ = ["is_generator", "read", "write"]
 
 
 def is_generator(value: Any) -> bool:
-    """Whether it is a torch.Generator, a random.Random or one of NumPy's."""
-    return isinstance(value, (torch.Generator, random.Random, *_numpy_kinds()))
+    """Whether it is a torch.Generator, a random.Random or one of NumPy's, and has no state_dict() of its own."""
+    kinds = (torch.Generator, random.Random, *_numpy_kinds())
+    return isinstance(value, kinds) and not hasattr(value, "state_dict")
 
 
 def check(name: str, generator: Any) -> None:
     """Raise ConfigError if it has no state to be put back."""
     try:
         write(generator, read(generator))
-    except NotImplementedError as error:  # random.SystemRandom
+    except (NotImplementedError, TypeError, StateMismatchError) as error:  # such as random.SystemRandom
         raise ConfigError(
             f"Run({name}=...) got a {type(generator).__name__}, whose draws cannot be repeated: leave it out."
         ) from error

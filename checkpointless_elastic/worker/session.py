@@ -343,7 +343,7 @@ class Session:
 
     def situation(self) -> Situation:
         """How a collective that cannot run for real is answered now."""
-        if is_apart(self._thread):
+        if self.step and is_apart(self._thread):
             return Situation.APART
         if self.in_call:
             if not self.committed:
@@ -420,6 +420,7 @@ class Session:
     def before_first_use(self) -> None:
         """A loop is entered. A replacement blocks until its state is there."""
         if self.recovery is not None:
+            self._thread = threading.get_ident()
             self.recovery.prepare()
             self.recovery.record.loop_entered()
 

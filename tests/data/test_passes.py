@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -68,6 +68,30 @@ class Passes:
             for batch in session.batches(train):
                 session.call(batch, torch.rand(1))
 
+    @staticmethod
+    def collectives_for_some_batches(session: Session) -> None:
+        def collate(batch: list[torch.Tensor]) -> torch.Tensor:
+            first = int(batch[0])
+            return torch.stack(batch) + (session.outside(first) if first % 2 == 0 else 0)
+
+        loader = DataLoader(Numbers(), batch_size=3, collate_fn=collate)
+        for _ in session.epochs(2):
+            for batch in session.batches(loader):
+                session.call(batch)
+
+    @staticmethod
+    def collectives_with_which_a_pass_begins_and_ends(session: Session) -> None:
+        class Agreeing(Counting):
+            def __iter__(self) -> Iterator[int]:
+                shift = int(session.outside(2.0))
+                yield from ((number + shift) % 13 for number in range(13))
+                session.outside(3.0)
+
+        loader = DataLoader(Numbers(), batch_size=3, sampler=Agreeing())
+        for _ in session.epochs(2):
+            for batch in session.batches(loader):
+                session.call(batch, session.outside(float(batch.sum())))
+
 
 @pytest.mark.parametrize(
     "script",
@@ -75,6 +99,8 @@ class Passes:
         Passes.validation_waits,
         Passes.a_sampler_that_counts_and_is_made_anew,
         Passes.a_sampler_that_counts_and_is_told,
+        Passes.collectives_for_some_batches,
+        Passes.collectives_with_which_a_pass_begins_and_ends,
         Passes.one_loader_in_two_places,
         Passes.a_new_loader_each_epoch,
     ],

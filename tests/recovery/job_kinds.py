@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -261,11 +262,14 @@ class Dealt(Sampler[int]):
 def ask_around() -> list[int]:
     found: list[Any] = [None, None]
     dist.all_gather_object(found, rank, group=aside)
+    stepped.wait()  # a rank may be lost meanwhile
+    stepped.clear()
+    dist.all_gather_object(found, rank, group=aside)
     return found
 
 
 if KIND == "apart":
-    aside, pool = dist.new_group(), ThreadPoolExecutor(1)
+    aside, pool, stepped = dist.new_group(), ThreadPoolExecutor(1), threading.Event()
 train = globals().get(f"train_{KIND}", train_plainly)
 train = train if KIND == "several" else run.replayable(train)
 if KIND == "dealt":
@@ -291,6 +295,7 @@ else:
         asked = pool.submit(ask_around) if KIND == "apart" else None
         train(batch())
         if asked is not None:
+            stepped.set()
             try:
                 assert asked.result() == [0, 1]
             except ce.RankLostError as error:

@@ -47,6 +47,7 @@ def wholes() -> dict[str, Ended]:
         ("dealt", "forward"),
         ("drawn", "forward"),
         ("apart", "start"),
+        ("apart", "forward"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in LIKE_OTHERS),
     ],
 )
