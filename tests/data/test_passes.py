@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from loading import Counting, Drawing, Numbers, own, seed
-from memory_session import Session, assert_a_loss_changes_nothing, run_to_the_end
+from memory_session import Session, assert_a_loss_changes_nothing, run_to_the_end, run_with_losses
 from torch.utils.data import DataLoader
 
 
@@ -69,24 +69,14 @@ class Passes:
                 session.call(batch, torch.rand(1))
 
     @staticmethod
-    def collectives_for_some_batches(session: Session) -> None:
-        def collate(batch: list[torch.Tensor]) -> torch.Tensor:
-            first = int(batch[0])
-            return torch.stack(batch) + (session.outside(first) if first % 2 == 0 else 0)
-
-        loader = DataLoader(Numbers(), batch_size=3, collate_fn=collate)
-        for _ in session.epochs(2):
-            for batch in session.batches(loader):
-                session.call(batch)
-
-    @staticmethod
-    def collectives_with_which_a_pass_begins_and_ends(session: Session) -> None:
+    def collectives_at_both_ends_of_a_pass(session: Session) -> None:
         class Agreeing(Counting):
             def __iter__(self) -> Iterator[int]:
                 shift = int(session.outside(2.0))
                 yield from ((number + shift) % 13 for number in range(13))
                 session.outside(3.0)
 
+        seed()
         loader = DataLoader(Numbers(), batch_size=3, sampler=Agreeing())
         for _ in session.epochs(2):
             for batch in session.batches(loader):
@@ -99,8 +89,7 @@ class Passes:
         Passes.validation_waits,
         Passes.a_sampler_that_counts_and_is_made_anew,
         Passes.a_sampler_that_counts_and_is_told,
-        Passes.collectives_for_some_batches,
-        Passes.collectives_with_which_a_pass_begins_and_ends,
+        Passes.collectives_at_both_ends_of_a_pass,
         Passes.one_loader_in_two_places,
         Passes.a_new_loader_each_epoch,
     ],
@@ -133,3 +122,22 @@ def test_persistent_workers_that_wait_for_their_next_pass_draw_nothing_when_they
     whole = run_to_the_end(script)
     for moment in range(whole.moments // 2, whole.moments, 3):
         assert_a_loss_changes_nothing(script, [moment], whole)
+
+
+def test_collectives_of_some_batches_are_told_from_those_with_which_a_pass_begins() -> None:
+    def script(session: Session) -> None:
+        def collate(batch: list[torch.Tensor]) -> torch.Tensor:
+            first = int(batch[0])
+            return torch.stack(batch) + (session.outside(first) if first % 2 == 0 else 0)
+
+        seed()
+        loader = DataLoader(Numbers(), batch_size=3, collate_fn=collate)
+        for _ in session.epochs(2):
+            for batch in session.batches(loader):
+                session.call(batch)
+
+    whole = run_to_the_end(script)
+    for moment in range(1, whole.moments + 1):
+        for moments in ([moment], [moment, 9]):
+            trace, _ = run_with_losses(script, moments)
+            assert trace == whole.trace, f"after a loss at moments {moments}"
