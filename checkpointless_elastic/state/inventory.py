@@ -135,6 +135,11 @@ class Inventory:
         versions = [tensor._version for piece in pieces for tensor in (piece.tensor, piece.outer)]
         return self._meta(), versions
 
+    def numbers(self) -> dict[str, float]:
+        """See `ModuleHolder.numbers`."""
+        modules = [holder for holder in self.holders if isinstance(holder, ModuleHolder)]
+        return {name: number for holder in modules for name, number in holder.numbers().items()}
+
     def check(self) -> None:
         """Raise StateMismatchError if an object's state could not be read by a replacement.
 

@@ -57,6 +57,16 @@ class ModuleHolder(Holder):
                 if buffer is not None:
                     yield Found(f"{path}.{key}", BUFFER, buffer, self._replicas(path, buffer))
 
+    def numbers(self) -> dict[str, float]:
+        """What modules of the user's own classes hold as plain numbers. It is not state: nobody brings it back."""
+        return {
+            f"{path}.{name}": value
+            for path, module in self._modules
+            if any(not base.__module__.startswith("torch.") for base in type(module).__mro__[:-1])
+            for name, value in vars(module).items()
+            if type(value) in (int, float)
+        }
+
     def _walk(self) -> None:
         """Find the modules again, name the parameters."""
         named = list(self.module.named_modules())

@@ -97,6 +97,8 @@ class Run:
         self._snapshot = AttemptSnapshot(self.inventory)
         self._gates: dict[str, int] = {}
         self._looked_into: set[str] = set()  # functions with an optimizer step: see `unnamed`
+        self._looking = ""  # such a function, of which the next call is looked into once more
+        self._numbers: dict[str, float] = {}  # before that
         self._guards: dict[str, ArgumentGuard] = {}
         gate.install()
         self._session = session.current()
@@ -228,6 +230,8 @@ class Run:
         self.private = self.read_private()
         recovery.mirror.begin(recovery.record.begin(start), recovery.record.last_value)
         self._verifier.begin(host.step, self._shared_pieces)
+        if self._looking == name:
+            self._numbers = self.inventory.numbers()
         self._communicates = False
         call = gate.Call(self._gates.get(name, 1), *self._hooks)
         host.in_call, host.committed, host.late, host.void_memory = True, False, False, set()
@@ -291,6 +295,9 @@ class Run:
         if host.void_memory:
             self._check_after_gate(host, name, expected)
         first, self._introduced = not self._introduced, True
+        if self._looking == name:
+            self._looking = ""
+            _warn(host, unnamed.moving_number(self._numbers, self.inventory.numbers(), name))
         if call.optimizer_steps and name not in self._looked_into:
             self._check_complete(host, name)
         self._gates[name] = max(expected, self._gates.get(name, 1))
@@ -306,13 +313,12 @@ class Run:
 
     def _check_complete(self, host: session.Session, name: str) -> None:
         self._looked_into.add(name)
+        self._looking = name  # the first call may only have filled caches
         used = gate.optimizers()
         unnamed.check_optimizers(used, self.inventory, name)
         unnamed.check_accumulation(self.inventory)
-        if host.rank == 0:
-            scheduler = unnamed.unnamed_scheduler(used, self.inventory, name)
-            for warning in filter(None, (scheduler, unnamed.hook_with_state(self._ddp_modules()))):
-                logger.warning("%s", warning)
+        _warn(host, unnamed.unnamed_scheduler(used, self.inventory, name))
+        _warn(host, unnamed.hook_with_state(self._ddp_modules()))
 
     def _check_after_gate(self, host: session.Session, name: str, expected: int) -> None:
         """Collectives after the gate have lost a rank: no live recovery if what they should have given is state."""
@@ -404,6 +410,12 @@ class Run:
     def _ddp_modules(self) -> list[DistributedDataParallel]:
         """Whether the Run was given them, or what they wrap, or parts of it."""
         return ddp.wrappers_of(param for _, param in self.inventory.scan().params)
+
+
+def _warn(host: session.Session, warning: str) -> None:
+    """One rank says it."""
+    if warning and host.rank == 0:
+        logger.warning("%s", warning)
 
 
 def _nothing() -> None:

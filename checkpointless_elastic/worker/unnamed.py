@@ -6,7 +6,7 @@ may hold what is not found by name, so with one in the Run nothing is taken to b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +23,7 @@ __all__ = [
     "check_accumulation",
     "check_optimizers",
     "hook_with_state",
+    "moving_number",
     "refuse_uneven_inputs",
     "unnamed_scheduler",
 ]
@@ -81,6 +82,17 @@ def hook_with_state(wrappers: Iterable[DistributedDataParallel]) -> str:
                     f"DDP's communication hook keeps a {type(state).__name__}, which is not restored: a replacement "
                     "begins with a new one, and training differs from then on from a run without the fault."
                 )
+    return ""
+
+
+def moving_number(before: Mapping[str, float], now: Mapping[str, float], name: str) -> str:
+    """A warning if a call of function `name` changed a number that a module keeps in an attribute; else ''."""
+    for key, number in before.items():
+        if now.get(key, number) != number:
+            return (
+                f"{name} changes {key}, a number that is no tensor: it stays changed where a step is done again, and a "
+                "replacement begins with its first value. Make it a buffer of its module if results depend on it."
+            )
     return ""
 
 

@@ -15,7 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpointless_elastic.errors import ConfigError
 from checkpointless_elastic.state.inventory import Inventory
-from checkpointless_elastic.worker.unnamed import check_optimizers, hook_with_state, unnamed_scheduler
+from checkpointless_elastic.worker.unnamed import (
+    check_optimizers,
+    hook_with_state,
+    moving_number,
+    unnamed_scheduler,
+)
 from tests.conftest import Launcher
 
 SCRIPT = """
@@ -118,6 +123,32 @@ def test_a_communication_hook_that_keeps_something_is_said(tmp_path: Path) -> No
         assert "keeps a PowerSGDState" in hook_with_state([plain, keeps])
     finally:
         dist.destroy_process_group()
+
+
+class Cooling(nn.Module):
+    """A model that keeps numbers beside its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.BatchNorm1d(2)
+        self.size, self.heat = 2, 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.heat *= 0.9
+        inner: torch.Tensor = self.inner(x)
+        return inner * self.heat
+
+
+def test_a_number_that_forward_changes_is_said() -> None:
+    model = Cooling()
+    inventory = Inventory({"model": model})
+    before = inventory.numbers()
+    assert before == {"model.size": 2, "model.heat": 1.0}
+    assert moving_number(before, inventory.numbers(), "train") == ""
+    model(torch.ones(3, 2))
+    assert "train changes model.heat, a number that is no tensor" in moving_number(
+        before, inventory.numbers(), "train"
+    )
 
 
 def test_steps_of_uneven_inputs_are_refused(torchrun: Launcher) -> None:
