@@ -86,7 +86,12 @@ class Run:
         self._at_start = False  # this rank recovers, and its state is that from which a call begins
         self._introduced = False  # others know what this rank holds
         self._communicates = False  # an optimizer used collectives in its step, after the gate
-        flat = dict(pair for name, value in objects.items() for pair in flatten(name, value))
+        named = [pair for name, value in objects.items() for pair in flatten(name, value)]
+        flat = dict(named)
+        if len(flat) < len(named):
+            raise ConfigError(
+                "Two objects of the Run have one name, with those in lists and dicts: rename one."
+            )
         drawn = {name: value for name, value in flat.items() if is_generator(value)}
         rng.include(drawn)
         self.inventory = Inventory({name: value for name, value in flat.items() if name not in drawn})
@@ -193,7 +198,7 @@ class Run:
             skipped, value = recovery.enter_call()
             if skipped:
                 return value
-        if not self._introduced:
+        if not host.step:
             unnamed.refuse_uneven_inputs(self._ddp_modules())
         guard = self._guards.get(name) or self._guards.setdefault(name, ArgumentGuard(name))
         guard.begin(args, kwargs)
