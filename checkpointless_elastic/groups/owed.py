@@ -137,14 +137,19 @@ class Ledger:
         """By group: collectives outside of steps issued since the last committed call."""
         return self._next
 
-    def catch_up(self, issued: dict[str, int]) -> None:
+    def catch_up(self, issued: dict[str, int], exact: bool) -> None:
         """A replacement has come to where the lost rank was, which had issued so many since the last committed call.
 
-        Of those that it has met again these are the last: what makes an iterator is met again in each iteration. Where
-        it has met fewer, the first are missing (of loops that ended long ago).
+        It need not have met all again. ``exact``: nor did that rank issue more, so of those that the replacement has
+        met these are the last; what makes an iterator is met again in each iteration.
         """
-        early = {group: count - issued.get(group, 0) for group, count in self._next.items()}
-        self._next = dict(issued)
+        early = {
+            group: max(0, met - issued.get(group, 0)) if exact else 0 for group, met in self._next.items()
+        }
+        for group, met in self._next.items():
+            self._next[group] = met - early[group]
+        for group, count in issued.items():
+            self._next[group] = max(count, self._next.get(group, 0))
         finished, self._finished = self._finished, []
         for done in finished:
             calls, index = done.place

@@ -407,9 +407,9 @@ class Registry:
         """By group: collectives outside of steps since the last committed call, for `catch_up` in a replacement."""
         return dict(self.engine.ledger.issued)
 
-    def catch_up(self, issued: dict[str, int]) -> None:
-        """A replacement stands where the lost rank stood, which had issued so many since the last committed call."""
-        self.engine.ledger.catch_up(issued)
+    def catch_up(self, issued: dict[str, int], *, exact: bool) -> None:
+        """A replacement stands where the lost rank stood, see `Ledger.catch_up`."""
+        self.engine.ledger.catch_up(issued, exact)
 
     def has_live_groups(self) -> bool:
         """Is there a group that no loss has made void, connected or lazy? Any thread."""

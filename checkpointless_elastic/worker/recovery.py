@@ -278,14 +278,22 @@ class Recovery:
         self.prepare()
         pipelines.find()
         self._compare_groups()
-        if self._state is not None:
-            here = self._state.step == self._session.step
-            self._session.registry.catch_up(self._state.issued if here else {})
+        self._catch_up()
         self._drop_own_changes()
         self.settle()
         if self._join_rng is not None:
             rng.restore(self._join_rng)
         self._join_rng = None
+
+    def _catch_up(self) -> None:
+        """How many collectives the lost rank had issued here: in a loop the slot says it, outside of loops the log."""
+        state, in_loop = self._state, len(self._session.cursor.stack) > 1
+        if state is None:
+            return
+        if state.step == self._session.step:
+            self._session.registry.catch_up(state.issued, exact=in_loop)
+        elif in_loop:
+            self._session.registry.catch_up({}, exact=True)
 
     def _drop_own_changes(self) -> None:
         """What the script has changed in objects of the Run on its way here, survivors had changed when they published.
