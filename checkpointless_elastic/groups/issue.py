@@ -56,6 +56,7 @@ class Engine:
         batches: batches of coalesced collectives that are being gathered.
         attention: every collective must come through `issue`.
         calls: committed calls, with which each group stamps its uses.
+        recovered_at: how many those were at the last rebuild.
         wake: connects a lazy group; when it returns the group is connected or void.
         ledger: this rank's collectives outside of steps.
         ending: all groups are being destroyed: they stay until all ranks have finished.
@@ -73,6 +74,7 @@ class Engine:
         self.batches = 0
         self.attention = shadow
         self.calls = 0
+        self.recovered_at = -1
         self.wake: Callable[[ElasticProcessGroup], None] = _nobody
         self.ledger = Ledger()
         self.ending = False
@@ -117,7 +119,9 @@ class Engine:
             self.wake(work.group)
         work.apart = True
         link = work.group.link
-        if self.shadow or link.void or self._tasks.link_at_first(work.group) is not link:
+        # Threads of other ranks that began in this step too may have met the loss, and will not come.
+        late = link.generation == self.generation and self.calls == self.recovered_at
+        if self.shadow or link.void or late or self._tasks.link_at_first(work.group) is not link:
             raise self._lost_error(work, "in a thread of the script", _CATCH)
         return self._natively(work)
 

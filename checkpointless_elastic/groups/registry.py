@@ -376,6 +376,7 @@ class Registry:
                 for group, left in lazy:
                     group.link = Link(None, generation, void=True, lazy=left)
                 engine.shadow, engine.generation, self._lost = False, generation, frozenset()
+                engine.recovered_at = engine.calls
         retire([link for link in old if link.native is not None])
         if superseded:
             raise Superseded("The rebuild was given up: another rank was lost meanwhile.")
