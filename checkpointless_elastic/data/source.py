@@ -252,7 +252,6 @@ class Stateful(_Loader[T]):
             self.open()
             self._restore(states)
 
-    @by_loop
     def fetch(self) -> T:
         """The next item."""
         self._begun = True
