@@ -4,8 +4,9 @@ The same job runs twice on this machine, under our launcher and under plain torc
 a time: the processes of the other are stopped (SIGSTOP). They take short turns (--turn), in the order
 ABBA, for --seconds; a step that a turn cut in two is left out. Each pair of neighbouring turns gives one
 ratio of median step times, and the overhead is the median of these ratios, with a 95 % interval by bootstrap.
-Jobs are started anew several times, since two equal jobs can differ by where their memory lies. A busy or
-drifting machine hits both halves of a pair alike.
+Jobs are started anew several times, since two equal jobs can differ by where their memory lies, and each of the two
+is the first to be started as often as the other: of two equal jobs the first was seen to be slower. A busy or drifting
+machine hits both halves of a pair alike.
 
 Two jobs are measured so. In the first, which gives overhead_percent, DDP trains 0.5 million parameters and
 most of a step of 100 ms is a wait, as for an accelerator: workers outnumber the cores of a small machine, and
@@ -121,7 +122,7 @@ def interval(ratios: Sequence[float], rounds: int = 2000) -> tuple[float, float]
 
 @dataclass(frozen=True)
 class Workload:
-    """One job to compare, how often to start it, and for how many seconds in all."""
+    """One job to compare, how often to start it (an even number), and for how many seconds in all."""
 
     name: str
     instances: int
@@ -132,11 +133,11 @@ class Workload:
 def workloads(options: argparse.Namespace) -> list[Workload]:
     """What is compared: our two jobs, or the given script for all of the time."""
     if options.script != JOBS / "ddp.py":
-        return [Workload("given", 3, options.seconds, {})]
+        return [Workload("given", 4, options.seconds, {})]
     waiting = {"BENCH_WIDTH": "400", "BENCH_BATCH": "8", "BENCH_DEVICE_MS": "85"}
     return [
-        Workload("waiting", 3, 0.7 * options.seconds, waiting),
-        Workload("compute_bound", 1, 0.3 * options.seconds, {"BENCH_BATCH": "32"}),
+        Workload("waiting", 6, 0.7 * options.seconds, waiting),
+        Workload("compute_bound", 2, 0.3 * options.seconds, {"BENCH_BATCH": "32"}),
     ]
 
 
@@ -156,7 +157,8 @@ def compare_jobs(work: Workload, options: argparse.Namespace, folder: Path) -> d
             )
             for backend in steps
         }
-        turns = run_in_turns(plans, work.seconds / work.instances, options.turn)
+        first, second = [OURS, TORCHRUN] if number % 2 == 0 else [TORCHRUN, OURS]
+        turns = run_in_turns(plans[first], plans[second], work.seconds / work.instances, options.turn)
         more, medians = pair_ratios({backend: plan.folder for backend, plan in plans.items()}, turns)
         ratios += more
         for backend, seconds in medians.items():
@@ -185,15 +187,15 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     }
 
 
-def run_in_turns(plans: dict[str, Plan], seconds: float, turn: float) -> list[Turn]:
+def run_in_turns(first: Plan, second: Plan, seconds: float, turn: float) -> list[Turn]:
     """Starts both jobs, one after the other, and lets them take turns."""
-    with Job(plans[OURS]) as ours:
-        warm_up(ours)
-        send(ours, signal.SIGSTOP)
-        with Job(plans[TORCHRUN]) as plain:
-            warm_up(plain)
-            send(plain, signal.SIGSTOP)
-            return take_turns({OURS: ours, TORCHRUN: plain}, seconds, turn)
+    with Job(first) as one:
+        warm_up(one)
+        send(one, signal.SIGSTOP)
+        with Job(second) as other:
+            warm_up(other)
+            send(other, signal.SIGSTOP)
+            return take_turns({first.backend: one, second.backend: other}, seconds, turn)
 
 
 def warm_up(job: Job) -> None:

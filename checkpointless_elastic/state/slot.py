@@ -24,8 +24,7 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Collection, Iterator, Mapping
-from operator import attrgetter
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple
 
@@ -47,7 +46,6 @@ _CELL_ALIGNMENT = 64
 _NO_PARTS: Mapping[int, bytes] = MappingProxyType({})
 _RECORD = struct.Struct("<QI")
 _RECORD_BYTES = _RECORD.size + _CRC.size
-_row = attrgetter("row")
 _READ_ATTEMPTS = 100  # a reader that meets a writer this often in a row is not given bytes that may be mixed
 
 
@@ -71,14 +69,6 @@ class Content(NamedTuple):
     parts: Mapping[int, bytes]
 
 
-class _Cell(NamedTuple):
-    """Where a part is, and how a record says it."""
-
-    offset: int
-    length: int
-    row: bytes
-
-
 class Slot:
     """One rank's slot. Every method returns at once; none waits for another process.
 
@@ -94,8 +84,7 @@ class Slot:
         self._log_end: int | None = None
         # What the next write starts from; None and empty until this process, which writes alone, has written.
         self._written: tuple[_Entry, _Entry, int] | None = None  # see `_begin`
-        self._cells: dict[int, _Cell] = {}  # of the current record, by number
-        self._table = _table(())  # these cells, as they stand in a record
+        self._rows: dict[int, bytes] = {}  # where the parts are, by number, as the current record says it
         self._free: dict[int, list[int]] = {}  # by capacity, offsets of cells that are in no use
         self._gaps: list[tuple[int, int]] = []  # start and end of what is not handed out
 
@@ -129,16 +118,12 @@ class Slot:
         A number stands for the same part for good. OSError if the shared memory is full.
         """
         current, spare, index = self._written or self._begin()
-        cells, table = self._cells, self._table
-        dropped: list[_Cell] = []
-        if parts.keys() != cells.keys():
-            cells = dict(cells)
-            for number in self._cells.keys() - parts.keys():
-                dropped.append(cells.pop(number))
-            for number in parts.keys() - cells.keys():
-                cells[number] = self._place(number, parts[number])
-            table = _table(cells.values())
-        record = table + blob
+        rows = known = self._rows
+        if parts.keys() != known.keys():
+            rows = {}
+            for number, part in parts.items():
+                rows[number] = known[number] if number in known else self._place(number, part)
+        record = b"".join([_COUNT.pack(len(rows)), *rows.values(), blob])
         where, inline = spare, len(record) <= _INLINE
         if not inline and spare.capacity < len(record):
             where = _Entry(0, *self._extend(2 * len(record)), 0, 0)
@@ -149,9 +134,12 @@ class Slot:
         self._pwrite(self._blob_fd, _packed(entry) + record if inline else _packed(entry), _position(index))
         self._written = entry, current, 1 - index
         self.sequence = entry.sequence
-        self._cells, self._table = cells, table
-        for cell in dropped:  # the current record does not name them any more
-            self._free.setdefault(_aligned(cell.length), []).append(cell.offset)
+        if rows is not known:
+            for number, row in known.items():
+                if number not in rows:  # the current record does not name it any more
+                    _, offset, length, _ = _ROW.unpack(row)
+                    self._free.setdefault(_aligned(length), []).append(offset)
+            self._rows = rows
 
     def read(self) -> Content | None:
         """The last content that was written whole; None if there is none."""
@@ -213,19 +201,18 @@ class Slot:
         (spare, index), (current, where) = found  # the newer one may be torn behind its entry
         record = self._record(current, where)
         rows = _split(record)[0] if record is not None else []
-        self._cells = {row[0]: _Cell(row[1], row[2], _ROW.pack(*row)) for row in rows}
-        self._table = _table(self._cells.values())
+        self._rows = {row[0]: _ROW.pack(*row) for row in rows}
         self._free.clear()
         taken = [(one.offset, one.capacity) for one in (current, spare)]
-        self._gaps = _gaps([*taken, *((cell.offset, _aligned(cell.length)) for cell in self._cells.values())])
+        self._gaps = _gaps([*taken, *((offset, _aligned(length)) for _, offset, length, _ in rows)])
         return current, spare, index
 
-    def _place(self, number: int, part: bytes) -> _Cell:
-        """Write a part into a free cell."""
+    def _place(self, number: int, part: bytes) -> bytes:
+        """Write a part into a free cell. Its row."""
         free = self._free.get(_aligned(len(part)))
         offset = free.pop() if free else self._extend(len(part))[0]
         self._pwrite(self._blob_fd, part, offset)
-        return _Cell(offset, len(part), _ROW.pack(number, offset, len(part), zlib.crc32(part)))
+        return _ROW.pack(number, offset, len(part), zlib.crc32(part))
 
     def _extend(self, length: int) -> tuple[int, int]:
         """Offset and capacity of a piece of the file that was not handed out yet."""
@@ -310,10 +297,6 @@ def _gaps(taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
             found.append((end, offset))
         end = max(end, offset + length)
     return [*found, (end, sys.maxsize)]
-
-
-def _table(cells: Collection[_Cell]) -> bytes:
-    return b"".join([_COUNT.pack(len(cells)), *map(_row, cells)])
 
 
 def _split(record: bytes) -> tuple[list[tuple[int, ...]], bytes]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from checkpointless_elastic.data.cursor import Frame
 from checkpointless_elastic.state.slot import Content
 from checkpointless_elastic.worker import rng
@@ -42,9 +40,9 @@ class Record:
         self._ready: PrivateState | None = None  # until more follows than the pulse can say
         self._content = Content(b"", {})  # the same, as it was written
         # Where that call has returned (loop, iteration, state of its source), if nothing came after it; what slot and
-        # pulse say, if it is of between steps.
+        # pulse say (step, tensors, collectives issued since it), if it is of between steps.
         self._iteration: tuple[Frame, int, tuple[bytes, ...]] | None = None
-        self._between: PrivateState | None = None
+        self._between: tuple[int, dict[str, bytes], dict[str, int]] | None = None
 
     def begin(self, state: rng.RngState) -> PrivateState:
         """A step begins with this random state."""
@@ -56,8 +54,9 @@ class Record:
     def ready(self) -> None:
         """The step is computed: keep what a replacement needs if it is committed."""
         assert self._start is not None
-        self._ready = msgspec.structs.replace(
-            self._start, at=At.READY, ready_rng=rng.capture(), ready_tensors=self._run.read_private()
+        start, own = self._start, (rng.capture(), self._run.read_private())
+        self._ready = PrivateState(
+            start.step, At.READY, start.cursor, start.rng, start.tensors, *own, start.issued
         )
         self._content = self._write(self._ready)
 
@@ -71,9 +70,7 @@ class Record:
             self._iteration = top, top.position, top.source_start
             self.own = Own(self._session.step, self._content, ready=True, value=self.last_value)
             return
-        between = self._now(At.BETWEEN, None)
-        self.own = Own(between.step, self._write(between))
-        self._between = between
+        self.own = Own(self._session.step, self._write_between())
 
     def loop_entered(self) -> None:
         """A loop is entered: what it does to the cursor is not in the slot."""
@@ -84,18 +81,24 @@ class Record:
         if self._session.in_call and self._session.committed:
             self._ready = None
             return
-        between = self._now(At.BETWEEN, None)
-        if self._has_only_advanced(between):
-            self._session.pulse.advance(self._session.slot.sequence)
+        session = self._session
+        if self._has_only_advanced():
+            session.pulse.advance(session.slot.sequence)
             self._iteration = None
+            self._between = session.step, self._run.private, {}
         else:
-            self._write(between)
-        self._between = between
+            self._write_between()
 
     def _write(self, state: PrivateState) -> Content:
         content = pack(state)
         self._iteration = self._between = None
         self._session.slot.write(*content)
+        return content
+
+    def _write_between(self) -> Content:
+        state = self._now(At.BETWEEN, None)
+        content = self._write(state)
+        self._between = state.step, state.tensors, state.issued
         return content
 
     def _now(self, at: At, state: rng.RngState | None) -> PrivateState:
@@ -111,7 +114,7 @@ class Record:
             kept is not None
             and len(start.cursor.stack) > 1
             and before is start.rng
-            and (kept.step, kept.tensors, kept.issued) == (start.step, start.tensors, start.issued)
+            and kept == (start.step, start.tensors, start.issued)
         )
 
     def _follows_from_ready(self, state: rng.RngState) -> bool:
@@ -122,12 +125,13 @@ class Record:
         same = state is ready.ready_rng and self._run.private == ready.ready_tensors
         return same and self._session.pulse.keep(self._session.slot.sequence, self.last_value)
 
-    def _has_only_advanced(self, between: PrivateState) -> bool:
+    def _has_only_advanced(self) -> bool:
         """Whether all that has changed since the call returned is that its loop has begun the next iteration."""
-        if self._iteration is None or self._ready is None or between.issued:
+        session = self._session
+        if self._iteration is None or self._ready is None or session.registry.issued():
             return False
         frame, position, source = self._iteration
-        advanced = between.cursor.top is frame and frame.position == position + 1
+        advanced = session.cursor.top is frame and frame.position == position + 1
         return advanced and frame.rng_start is self._ready.ready_rng and frame.source_start == source
 
 

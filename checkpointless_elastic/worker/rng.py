@@ -16,10 +16,9 @@ import random
 import struct
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from operator import is_, itemgetter
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ from checkpointless_elastic.worker.rng_memory import (
     WORDS_BYTES,
     Reader,
     asked,
-    glance,
+    clean,
     numpy_reader,
     python_reader,
     torch_address,
@@ -38,27 +37,14 @@ from checkpointless_elastic.worker.rng_memory import (
     write_torch,
 )
 
-__all__ = ["Part", "RngState", "capture", "include", "restore"]
+__all__ = ["RngState", "capture", "include", "restore"]
 
 _WORDS = struct.Struct("<625I")
 _NUMPY = struct.Struct("<2496si")
 _PYTHON_VERSION = 3  # of random.getstate(), the same from Python 3.2 on
 _NUMPY_KIND = "MT19937"
 _NO_DEVICES: Mapping[str, bytes] = MappingProxyType({})
-_number = itemgetter(0)  # of a Part
-
-
-class Part(NamedTuple):
-    """The state of one generator.
-
-    Attributes:
-        number: stands for these bytes for good. Numbers start at the time of first use, so that a replacement never
-            gives one that the rank it replaces has given.
-        data: the state.
-    """
-
-    number: int
-    data: bytes
+_UNKNOWN: tuple[int, Any] = 0, None  # number and data of a part that was not taken yet
 
 
 class RngState:
@@ -67,33 +53,39 @@ class RngState:
     Attributes:
         parts: of the module random (position, words, Gauss cache), of NumPy's global legacy generator (empty if
             numpy.random was not imported), of torch's default CPU generator, of each device's default generator.
+            By number: it stands for these bytes for good. Numbers start at the time of first use, so that a
+            replacement never gives one that the rank it replaces has given.
         devices: names of these devices, such as "cuda:0", and after them of the generators that the Run names.
         encoded: the numbers of the parts and the names, as a slot holds them.
     """
 
     __slots__ = ("devices", "encoded", "parts")
 
-    def __init__(self, parts: tuple[Part, ...], devices: tuple[str, ...] = ()) -> None:
+    def __init__(self, parts: dict[int, bytes], devices: tuple[str, ...] = ()) -> None:
         self.parts, self.devices = parts, devices
-        self.encoded = tuple(map(_number, parts)), devices
+        self.encoded = tuple(parts), devices
 
     def __eq__(self, other: object) -> bool:
-        """Equal bytes, whatever their numbers."""
+        """Equal states, whatever their numbers."""
         if not isinstance(other, RngState):
             return NotImplemented
-        return self.devices == other.devices and [one.data for one in self.parts] == [
-            one.data for one in other.parts
-        ]
+        return self.devices == other.devices and self.clean() == other.clean()
 
     __hash__ = None  # type: ignore[assignment]
+
+    def clean(self) -> list[bytes]:
+        """The data of the parts, the same for equal states."""
+        python, numpy, torch_cpu, *others = self.parts.values()
+        return [python, numpy, clean(torch_cpu), *others]
 
 
 def decoded(encoded: Any, found: Mapping[int, bytes]) -> RngState:
     """A state of another process; `found` has its parts. KeyError, TypeError or ValueError if it is damaged."""
     numbers, devices = encoded
-    if len(numbers) != 3 + len(devices):
-        raise ValueError(f"{len(numbers)} parts of a random state with {len(devices)} devices")
-    return RngState(tuple(Part(number, found[number]) for number in numbers), tuple(devices))
+    parts = {number: found[number] for number in numbers}
+    if len(parts) != 3 + len(devices):
+        raise ValueError(f"{len(parts)} parts of a random state with {len(devices)} devices")
+    return RngState(parts, tuple(devices))
 
 
 def include(named: Mapping[str, Any]) -> None:
@@ -107,34 +99,30 @@ def include(named: Mapping[str, Any]) -> None:
 def capture() -> RngState:
     """Take the state of Python, NumPy, torch and the accelerator. Does not wait for a device. Main thread only."""
     global _last, _seen
-    if _glance is None or sys.modules.get("numpy.random") is not _numpy_module:
+    if not _readers or sys.modules.get("numpy.random") is not _numpy_module:
         _look_around()
-    assert _glance is not None
     devices = _NO_DEVICES if _accelerator is None else _device_states(*_accelerator)
     if _named:
         devices = {**devices, **{name: generators.read(one) for name, one in _named.items()}}
-    seen = _glance(), *devices.items()
-    if seen != _seen or _last is None:
-        _last, _seen = _taken(seen[0], devices), seen
+    python, numpy, torch_cpu = _readers
+    seen = python.glance(), numpy.glance(), torch_cpu.glance(), *devices.items()
+    if _last is None or seen != _seen:
+        _last, _seen = _taken(seen, tuple(devices)), seen
     return _last
 
 
-def _taken(signs: tuple[object, ...], devices: Mapping[str, bytes]) -> RngState:
+def _taken(seen: tuple[Any, ...], devices: tuple[str, ...]) -> RngState:
     """The state of now, with the parts of the last one that are the same; the last one itself if all of them are."""
-    names, before = tuple(devices), _seen[0]
-    same_devices = _last is not None and _last.devices == names
-    known: Sequence[Any] = _last.parts if _last is not None and same_devices else [None] * (3 + len(names))
-    parts = list(known)
-    for number, start, end in _places:
-        if signs[start:end] != before[start:end] or parts[number] is None:
-            parts[number] = _part(parts[number], _readers[number].read())
-    if names:
-        parts[3:] = map(_part, parts[3:], devices.values())
-    return _last if _last is not None and all(map(is_, parts, known)) else RngState(tuple(parts), names)
-
-
-def _part(known: Part | None, data: bytes) -> Part:
-    return known if known is not None and known.data == data else Part(next(_numbers()), data)
+    last = _last if _last is not None and _last.devices == devices else None
+    parts = [_UNKNOWN] * len(seen) if last is None else [*last.parts.items()]
+    before: Iterable[Any] = _seen if _seen and last is not None else itertools.repeat(_UNKNOWN)
+    same = last
+    for place, (now, was) in enumerate(zip(seen, before, strict=False)):
+        if now != was:
+            data = _readers[place].read() if place < len(_readers) else now[1]
+            if data != parts[place][1]:
+                parts[place], same = (next(_numbers()), data), None
+    return same or RngState(dict(parts), devices)
 
 
 @functools.lru_cache(maxsize=1)
@@ -144,7 +132,7 @@ def _numbers() -> itertools.count[int]:
 
 def restore(state: RngState) -> None:
     """Put a state back. NumPy is imported if the state has a part for it, a device must already be usable."""
-    python, numpy, torch_cpu, *devices = (part.data for part in state.parts)
+    python, numpy, torch_cpu, *devices = state.parts.values()
     position, *words = _WORDS.unpack_from(python)
     has_gauss, gauss = GAUSS.unpack_from(python, WORDS_BYTES)
     random.setstate((_PYTHON_VERSION, (*words, position), gauss if has_gauss else None))
@@ -173,15 +161,12 @@ def _python_state() -> bytes:
 
 def _look_around() -> None:
     """Find the generators. The script has imported NumPy; perhaps only by half: then it is looked for again."""
-    global _numpy_module, _numpy, _accelerator, _glance, _readers, _places, _seen
+    global _numpy_module, _numpy, _accelerator, _readers, _seen
     module = sys.modules.get("numpy.random")
     if module is not _numpy_module and hasattr(module, "get_state"):
         _numpy_module, _numpy = module, _numpy_reader(module)
     _accelerator = _find_accelerator()
-    _readers = _python, _numpy, _torch
-    ends = list(itertools.accumulate(len(reader.signs) for reader in _readers))
-    _places = list(zip(range(3), [0, *ends], ends, strict=False))
-    _glance, _seen = glance(_readers), ((),)
+    _readers, _seen = (_python, _numpy, _torch), ()
 
 
 def _numpy_reader(module: Any) -> Reader:
@@ -196,7 +181,7 @@ def _numpy_reader(module: Any) -> Reader:
             _numpy_module = None  # another generator was put in place: look for it next time
         return state or _numpy_state(module)
 
-    return Reader(read, reader.signs)
+    return Reader(read, reader.glance)
 
 
 def _numpy_state(module: Any) -> bytes:
@@ -252,7 +237,7 @@ def _device_generator(name: str) -> torch.Generator:
 
 _python = python_reader() or asked(_python_state)
 _numpy_module: Any = None
-_numpy = Reader(bytes, ())
+_numpy = Reader(bytes, bytes)
 _torch_address = torch_address(torch.default_generator)
 _torch = (
     asked(functools.partial(generators.read, torch.default_generator))
@@ -261,8 +246,6 @@ _torch = (
 )
 _accelerator: tuple[str, Any] | None = None
 _named: dict[str, Any] = {}
-_readers = _python, _numpy, _torch
-_places: list[tuple[int, int, int]] = []  # of each: number, begin and end of its signs among those of all
-_glance: Callable[[], tuple[object, ...]] | None = None  # gives the signs of all
+_readers: tuple[Reader, ...] = ()  # of Python, NumPy and torch
 _last: RngState | None = None  # the newest state
-_seen: tuple[Any, ...] = ((),)  # their signs then, and the states of devices
+_seen: tuple[Any, ...] = ()  # what they showed then, and the states of devices

@@ -17,10 +17,7 @@ from __future__ import annotations
 import ctypes
 import random
 import struct
-from collections.abc import Callable, Iterable
-from functools import partial
-from operator import attrgetter
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +30,7 @@ __all__ = [
     "WORDS_BYTES",
     "Reader",
     "asked",
-    "glance",
+    "clean",
     "numpy_reader",
     "python_reader",
     "torch_address",
@@ -51,7 +48,7 @@ _TORCH_WORDS = 20  # where the words begin in it
 TORCH_BYTES = _TORCH.size
 _at = ctypes.string_at
 
-_GLANCE = 64  # bytes: a position and 15 words
+_GLANCE = 16  # bytes: a position and three words
 
 
 class Reader(NamedTuple):
@@ -59,32 +56,16 @@ class Reader(NamedTuple):
 
     Attributes:
         read: gives its state; no bytes when the generator is not where it was.
-        signs: attributes of objects, one of which at least is not equal to what it was if the state is another one.
+        glance: gives something that is not equal to what it gave before if the state is another one.
     """
 
     read: Callable[[], bytes]
-    signs: tuple[tuple[object, str], ...]
-
-
-class _Restless:
-    """For a state of which nothing shows whether it is the same."""
-
-    @property
-    def sign(self) -> object:
-        return object()
+    glance: Callable[[], object]
 
 
 def asked(read: Callable[[], bytes]) -> Reader:
     """A reader that asks the library each time."""
-    return Reader(read, ((_Restless(), "sign"),))
-
-
-def glance(readers: Iterable[Reader]) -> Callable[[], tuple[object, ...]]:
-    """Gives all their signs, in one call."""
-    signs = [sign for reader in readers for sign in reader.signs]
-    seen = SimpleNamespace(**{f"of{number}": held for number, (held, _) in enumerate(signs)})
-    look = attrgetter(*[f"of{number}.{name}" for number, (_, name) in enumerate(signs)])
-    return partial(look, seen)
+    return Reader(read, object)
 
 
 def python_reader() -> Reader | None:
@@ -93,18 +74,20 @@ def python_reader() -> Reader | None:
     if not hasattr(owner, "gauss_next") or not _is_at_head(random.Random(20)):
         return None
     start = id(owner) + object.__basicsize__
-    words, first = _view(start, WORDS_BYTES), _view(start, _GLANCE)
+    words, first = _view(start, WORDS_BYTES), _view(start, _GLANCE).cast("Q")
 
     def read() -> bytes:
         gauss = owner.gauss_next
-        return words.raw + GAUSS.pack(gauss is not None, gauss or 0.0)
+        return words.tobytes() + GAUSS.pack(gauss is not None, gauss or 0.0)
 
-    return Reader(read, ((first, "raw"), (owner, "gauss_next")))
+    def glance() -> object:
+        return first[0], first[1], owner.gauss_next
+
+    return Reader(read, glance)
 
 
-def _view(address: int, length: int) -> ctypes.Array[ctypes.c_char]:
-    """Its `raw` is a copy of what is there, in a third of the time of ctypes.string_at."""
-    return (ctypes.c_char * length).from_address(address)
+def _view(address: int, length: int) -> memoryview[int]:
+    return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
 
 def _is_at_head(trial: random.Random) -> bool:
@@ -123,16 +106,20 @@ def numpy_reader(module: Any) -> Reader | None:
     if offset is None or not isinstance(generator, module.MT19937) or not _has_words(generator):
         return None
     start = generator.ctypes.state_address
-    words, last = _view(start, WORDS_BYTES), _view(start + WORDS_BYTES - _GLANCE, _GLANCE)
-    flag = _view(id(owner) + offset, _FLAG.size)
+    words, last = _view(start, WORDS_BYTES), _view(start + WORDS_BYTES - _GLANCE, _GLANCE).cast("Q")
+    held = _view(id(owner) + offset, _FLAG.size)
+    flag = held.cast("Q")
 
     def read() -> bytes:
         if owner._bit_generator is not generator:  # numpy.random.set_bit_generator put another one in place
             return b""
-        has_gauss, gauss = _FLAG.unpack(flag.raw)
-        return words.raw + GAUSS.pack(has_gauss, gauss)
+        has_gauss, gauss = _FLAG.unpack(held)
+        return words.tobytes() + GAUSS.pack(has_gauss, gauss)
 
-    return Reader(read, ((last, "raw"), (flag, "raw"), (owner, "_bit_generator")))
+    def glance() -> object:
+        return last[0], last[1], flag[0], flag[1], owner._bit_generator
+
+    return Reader(read, glance)
 
 
 def _flag_offset(kind: Any) -> int | None:
@@ -168,15 +155,20 @@ def torch_address(generator: torch.Generator) -> int | None:
 
 
 def torch_reader(address: int) -> Reader:
-    """Reads torch's generator at this address; at a glance: position, first words, second draws."""
-    behind = _TORCH_WORDS + WORDS_BYTES - 4
-    whole, first = _view(address, TORCH_BYTES), _view(address, _GLANCE)
-    last = _view(address + behind, TORCH_BYTES - behind)
-    return Reader(partial(_clean_torch, whole), ((first, "raw"), (last, "raw")))
+    """Reads torch's generator at this address."""
+    state = _view(address, TORCH_BYTES)
+    words = state.cast("Q")
+
+    def glance() -> object:  # position, some words, second draws
+        return words[1], words[2], words[3], words[-3], words[-2], words[-1]
+
+    return Reader(state.tobytes, glance)
 
 
-def _clean_torch(state: ctypes.Array[ctypes.c_char]) -> bytes:
-    """What was read, the same for equal states: padding and absent second draws are zero."""
+def clean(state: bytes) -> bytes:
+    """What was read of torch's generator, the same for equal states: padding and absent second draws are zero."""
+    if len(state) != TORCH_BYTES:
+        return state
     *engine, single, has_single, double, has_double = _TORCH.unpack(state)
     single, double = single if has_single else b"", double if has_double else b""
     return _TORCH.pack(*engine, single, has_single, double, has_double)

@@ -19,7 +19,7 @@ from checkpointless_elastic.data import loops
 from checkpointless_elastic.data.cursor import Cursor, Frame, Outside
 from checkpointless_elastic.data.resume import Resume, Skip
 from checkpointless_elastic.state.slot import Content
-from checkpointless_elastic.worker import rng
+from checkpointless_elastic.worker import rng, rng_memory
 from checkpointless_elastic.worker.packing import pack, unpack
 
 Script = Callable[["Session"], None]
@@ -36,7 +36,7 @@ def comparable(cursor: Cursor) -> bytes:
     content = pack(cursor)
     blob = content.blob
     for number, part in content.parts.items():
-        blob = blob.replace(msgspec.msgpack.encode(number), hashlib.sha256(part).digest())
+        blob = blob.replace(msgspec.msgpack.encode(number), hashlib.sha256(rng_memory.clean(part)).digest())
     return blob
 
 
@@ -148,7 +148,7 @@ def total(value: Any) -> float:
 def digest(value: Any) -> str:
     """Equal only for equal bytes."""
     if isinstance(value, rng.RngState):
-        raw = b"".join(part.data for part in value.parts)
+        raw = b"".join(value.clean())
     elif isinstance(value, torch.Tensor):
         raw = str(value.dtype).encode() + str(tuple(value.shape)).encode() + value.numpy().tobytes()
     elif isinstance(value, (list, tuple)):
