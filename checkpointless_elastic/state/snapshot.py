@@ -190,9 +190,10 @@ class AttemptSnapshot:
             holder.put_back(noted)
         self.begin(known.name)
 
-    def returned(self) -> None:
-        """The call has returned without an optimizer step."""
-        self._gradients.ended()
+    def returned(self, stepped: bool) -> None:
+        """The call has returned; `stepped`: it made an optimizer step."""
+        if not stepped:
+            self._gradients.ended()
 
     def learn(self, keys: Iterable[str], functions: Iterable[object]) -> None:
         """Take over from a survivor which pieces functions write before their gate (see `written`).

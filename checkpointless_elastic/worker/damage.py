@@ -35,19 +35,15 @@ def obstacle_path(run_dir: str, rank: int) -> str:
 
 
 class Damage:
-    """For a rank that compares its replicas at every ``every``-th step.
-
-    Attributes:
-        asked: memory may be asked to go bad.
-    """
+    """For a rank that compares its replicas at every ``every``-th step."""
 
     def __init__(self, run_dir: str, rank: int, every: int) -> None:
         self._request, self._obstacle = (Path(p(run_dir, rank)) for p in (request_path, obstacle_path))
-        self.asked, self._told, self._every = ASKED in os.environ, False, every
+        self._asked, self._told, self._every = ASKED in os.environ, False, every
 
     def begin(self, step: int, pieces: Callable[[], Sequence[Piece]]) -> None:
         """A step begins. ``pieces()``: what replicas must agree on."""
-        if not self.asked or step == 0:
+        if not self._asked or step == 0:
             return
         if not self._told:
             self._told = True

@@ -106,8 +106,7 @@ class Pulse:
         self._kind = at
         expected = words[at + 2] if at and words[at + 1] >= ENOUGH else 0
         words[_EXPECTED] = expected * _FRESH if self._fresh else expected
-        if words[_STRETCH] != stretch:
-            self._enter(stretch)
+        self._stretch(stretch)
         self._alone = 0 if activity is Activity.CALL else -1
         self._began = words[_SINCE] = time.monotonic_ns()
         words[_ACTIVITY] = activity
@@ -134,8 +133,7 @@ class Pulse:
         expected = words[_EXPECTED]
         if expected:
             self._usual, words[_EXPECTED] = expected, 0
-        if words[_STRETCH] != stretch:
-            self._enter(stretch)
+        self._stretch(stretch)
         words[_SINCE] = now
         words[_ACTIVITY] = Activity.OUTSIDE
 
@@ -186,9 +184,10 @@ class Pulse:
         words[_STEP] += (step - words[_STEP]) // share
         self._alone, self._fetching = -1, 0
 
-    def _enter(self, stretch: int) -> None:
-        self._words[_STRETCH] = stretch
-        self.counts[:] = _NOTHING
+    def _stretch(self, stretch: int) -> None:
+        if self._words[_STRETCH] != stretch:
+            self._words[_STRETCH] = stretch
+            self.counts[:] = _NOTHING
 
     def _place_of_kind(self, kind: str) -> int:
         number = _number(kind)

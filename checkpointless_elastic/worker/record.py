@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from checkpointless_elastic.data.cursor import Frame
 from checkpointless_elastic.state.slot import Content
 from checkpointless_elastic.worker import rng
@@ -54,9 +56,8 @@ class Record:
     def ready(self) -> None:
         """The step is computed: keep what a replacement needs if it is committed."""
         assert self._start is not None
-        start, own = self._start, (rng.capture(), self._run.read_private())
-        self._ready = PrivateState(
-            start.step, At.READY, start.cursor, start.rng, start.tensors, *own, start.issued
+        self._ready = msgspec.structs.replace(
+            self._start, at=At.READY, ready_rng=rng.capture(), ready_tensors=self._run.read_private()
         )
         self._content = self._write(self._ready)
 

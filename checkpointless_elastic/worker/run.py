@@ -109,15 +109,13 @@ class Run:
         self._session = session.current()
         self._recovery: Recovery | None = None
         if self._session is not None:
-            rank, welcome = self._session.rank, self._session.channel.welcome
-            every = welcome.verify_every
-            self._beside = bool(every or welcome.mirror_every)  # the state is read while a step is computed
+            rank, every = self._session.rank, self._session.channel.welcome.verify_every
             self._verifier, self._damage = Verifier(rank, every), Damage(self._session.run_dir, rank, every)
             self._recovery = Recovery(self._session, self)
             carried.watch()
             self._hooks = (
                 functools.partial(self._commit, self._session, self._recovery),
-                functools.partial(self._before_update, self._recovery) if self._beside else _nothing,
+                functools.partial(self._before_update, self._recovery),
                 functools.partial(self._applied, self._session),
             )
             self._session.protect(self._recovery)
@@ -231,15 +229,12 @@ class Run:
         args: Any,
         kwargs: Any,
     ) -> Any:
-        if self._damage.asked:
-            self._damage.begin(host.step, self._shared_pieces)
+        self._damage.begin(host.step, self._shared_pieces)
         start = rng.capture()
         self._snapshot.begin(name)
         self.private = self.read_private()
-        private = recovery.record.begin(start)
-        if self._beside:
-            recovery.mirror.begin(private, recovery.record.last_value)
-            self._verifier.begin(host.step, self._shared_pieces)
+        recovery.mirror.begin(recovery.record.begin(start), recovery.record.last_value)
+        self._verifier.begin(host.step, self._shared_pieces)
         if self._looking == name:
             self._numbers = self.inventory.numbers()
         self._communicates = False
@@ -275,8 +270,7 @@ class Run:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # what follows may read what any stream has written
         self._snapshot.gate()
-        if self._beside:
-            recovery.mirror.wait()
+        recovery.mirror.wait()
         recovery.record.ready()
         host.pulse.turn(Activity.GATE)
         if not host.vote(self._verifier.said()):
@@ -313,8 +307,7 @@ class Run:
             self._check_complete(host, name)
         self._gates[name] = max(expected, self._gates.get(name, 1))
         self.step += call.optimizer_steps > 0
-        if not call.optimizer_steps:
-            self._snapshot.returned()
+        self._snapshot.returned(call.optimizer_steps > 0)
         self.private = self.read_private()
         recovery.record.end(value)
         if first:

@@ -11,7 +11,6 @@ from checkpointless_elastic.tensor_bytes import to_bytes
 
 MAX_VALUE = 1 << 20
 
-_NONE = msgspec.msgpack.encode(None)
 _TENSOR, _TUPLE, _DICT = 1, 2, 3
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
@@ -22,8 +21,6 @@ class Unkeepable(TypeError):
 
 def encode_value(value: Any) -> bytes | None:
     """The value as bytes, None if it is over MAX_VALUE or of a kind that is not kept."""
-    if value is None:
-        return _NONE
     try:
         data = msgspec.msgpack.encode(_pack(value))
     except (Unkeepable, OverflowError):
